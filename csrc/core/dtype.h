@@ -1,0 +1,155 @@
+#pragma once
+// Storage types at load and store: nothing else knows about 16-bit formats. Widening is exact; narrowing
+// rounds once to nearest even in integer arithmetic or by F16C (AVX512-BF16's conversion flushes
+// denormals, so it is not used). A NaN that is stored must be canonical: see canonical().
+#include "core/args.h"
+#include "core/lane.h"
+
+namespace mbk::MBK_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// The type a storage type is computed in.
+template <class S>
+struct ComputeOf {
+  typedef float type;
+};
+template <>
+struct ComputeOf<double> {
+  typedef double type;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class V>
+MBK_FN V canonical(V x) {
+  const Element<V> nan = sizeof(Element<V>) == 4 ? (Element<V>)as_float((int32_t)0x7fc00000)
+                                                 : (Element<V>)as_float((int64_t)0x7ff8000000000000);
+  return select(is_nan(x), splat<V>(nan), x);
+}
+
+// ---- one element ----------------------------------------------------------------------------------
+MBK_FN float widen(float x) { return x; }
+MBK_FN double widen(double x) { return x; }
+MBK_FN float widen(bf16 x) { return as_float((int32_t)((uint32_t)x.bits << 16)); }
+MBK_FN float widen(f16 x) {
+  // Shift the exponent and mantissa into place, then rebias by one exact multiplication, which also
+  // normalises denormals; the largest exponent stands for infinity and NaN.
+  const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13, sign = (uint32_t)(x.bits & 0x8000) << 16;
+  const float scaled = as_float((int32_t)magnitude) * 0x1p112f;
+  const bool special = (x.bits & 0x7c00) == 0x7c00;
+  return as_float((int32_t)((special ? magnitude | 0x70000000u : bits(scaled)) | sign));
+}
+
+template <class S>
+MBK_FN S narrow(Compute<S> x);
+template <>
+MBK_FN float narrow<float>(float x) {
+  return x;
+}
+template <>
+MBK_FN double narrow<double>(double x) {
+  return x;
+}
+template <>
+MBK_FN bf16 narrow<bf16>(float x) {
+  const uint32_t u = bits(x);
+  return {(uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <>
+MBK_FN f16 narrow<f16>(float x) {
+  const uint32_t sign = bits(x) & 0x80000000u, magnitude = bits(x) & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude >= 0x47800000u) {  // 2^16 and above, infinity, NaN
+    h = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: denormal or zero
+    // Adding 0.5 leaves the value in units of 2^-24 in the low mantissa bits, rounded to even.
+    h = bits(as_float((int32_t)magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  return {(uint16_t)(h | (sign >> 16))};
+}
+
+template <class V, class S>
+MBK_FN V load(const S* p) {
+  if constexpr (lanes<V> == 1) {
+    return widen(*p);
+#if MBK_SIMD
+  } else if constexpr (sizeof(S) == sizeof(Element<V>)) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    u16v h;
+    memcpy(&h, p, sizeof h);
+    if constexpr (__is_same(S, bf16)) {
+      return as_float(__builtin_convertvector(h, i32v) << 16);
+    } else {
+#if defined(__AVX512F__)
+      return (V)_mm512_cvtph_ps((__m256i)h);
+#else
+      return (V)_mm256_cvtph_ps((__m128i)h);
+#endif
+    }
+#endif
+  }
+}
+
+template <class S, class V>
+MBK_FN void store(S* p, V v) {
+  if constexpr (lanes<V> == 1) {
+    *p = narrow<S>(v);
+#if MBK_SIMD
+  } else if constexpr (sizeof(S) == sizeof(Element<V>)) {
+    memcpy(p, &v, sizeof v);
+  } else {
+    u16v h;
+    if constexpr (__is_same(S, bf16)) {
+      const i32v u = as_int(v);
+      const i32v rounded = u + 0x7fff + ((u >> 16) & 1);
+#if defined(__AVX512F__)
+      h = (u16v)_mm512_cvtepi32_epi16((__m512i)(rounded >> 16));
+#else
+      const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
+      h = (u16v)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+#endif
+    } else {
+#if defined(__AVX512F__)
+      h = (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+      h = (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+    }
+    memcpy(p, &h, sizeof h);
+#endif
+  }
+}
+
+// A scalar argument: read where it lies.
+MBK_FN double read(const Scalar& s) {
+  if (!s.pointer) return s.value;
+  switch (s.dtype) {
+    case DType::f32: return *(const float*)s.pointer;
+    case DType::bf16: return widen(*(const bf16*)s.pointer);
+    case DType::f16: return widen(*(const f16*)s.pointer);
+    default: return *(const double*)s.pointer;
+  }
+}
+
+MBK_FN int64_t read_index(const void* p, IndexType type, int64_t offset) {
+  switch (type) {
+    case IndexType::i64: return ((const int64_t*)p)[offset];
+    case IndexType::i32: return ((const int32_t*)p)[offset];
+    case IndexType::i16: return ((const int16_t*)p)[offset];
+    case IndexType::i8: return ((const int8_t*)p)[offset];
+    default: return ((const uint8_t*)p)[offset];
+  }
+}
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,284 @@
+#pragma once
+// The lane type: what one instruction set computes at once, and the few operations that need its name.
+//
+// Everything above this file is written for "V", which is float or double (the scalar tier and CUDA) or
+// the vectors f32v and f64v of the ISA being compiled. + - * / < ?: and integer shifts come from the
+// compiler's vector extensions; only what those lack (fma, square root, partial access) is named here.
+// No function may be contracted, reordered or approximated: see docs/numerics.md.
+//
+// One definition rule: the build compiles these headers once per ISA with MBK_ISA defined, so every
+// symbol lives in namespace mbk::MBK_ISA and every function is inlined. No STL here: a weak template
+// instance compiled with AVX-512 could be the copy that the linker keeps for everybody.
+#include <stdint.h>
+#include <string.h>
+
+// Code that is compiled once, with the baseline's instructions, is the tier "host".
+#if !defined(MBK_ISA)
+#define MBK_ISA host
+#endif
+
+#if defined(__CUDACC__)
+#define MBK_FN __host__ __device__ __forceinline__
+#else
+#define MBK_FN inline __attribute__((always_inline))
+#endif
+
+// A pass over a row: long enough to be called, and kept out of line so that it exists once.
+#define MBK_PASS __attribute__((noinline))
+
+#if !defined(__CUDACC__) && (defined(__AVX512F__) || defined(__AVX2__))
+#define MBK_SIMD 1
+#include <immintrin.h>
+#endif
+
+namespace mbk::MBK_ISA {
+
+// ---- one lane ---------------------------------------------------------------------------------
+
+MBK_FN uint32_t bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+MBK_FN uint64_t bits(double x) {
+  uint64_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+MBK_FN int32_t as_int(float x) { return (int32_t)bits(x); }
+MBK_FN int64_t as_int(double x) { return (int64_t)bits(x); }
+MBK_FN float as_float(int32_t i) {
+  float x;
+  memcpy(&x, &i, sizeof x);
+  return x;
+}
+MBK_FN double as_float(int64_t i) {
+  double x;
+  memcpy(&x, &i, sizeof x);
+  return x;
+}
+
+// a * b + c, rounded once.
+MBK_FN float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  // No fused multiply-add in the x86-64 baseline. The product of two floats is exact in double; the
+  // sum is rounded to odd (Boldo & Melquiond 2008), after which rounding to float rounds only once.
+  const double p = (double)a * (double)b, z = c;
+  double s = p + z;
+  const double v = s - p;
+  const double error = (p - (s - v)) + (z - v);  // exact (Knuth); NaN where s is not finite
+  if ((error > 0 || error < 0) && !(bits(s) & 1)) {
+    const bool away = (error > 0) == (s > 0);
+    s = as_float((int64_t)(bits(s) + (away ? 1 : -1)));
+  }
+  return (float)s;
+#endif
+}
+MBK_FN float sqrt(float x) { return __builtin_sqrtf(x); }
+MBK_FN double sqrt(double x) { return __builtin_sqrt(x); }
+MBK_FN float abs(float x) { return as_float((int32_t)(bits(x) & 0x7fffffffu)); }
+MBK_FN double abs(double x) { return as_float((int64_t)(bits(x) & 0x7fffffffffffffffull)); }
+template <class T>
+MBK_FN T select(bool m, T a, T b) {
+  return m ? a : b;
+}
+MBK_FN bool any(bool m) { return m; }
+
+#if MBK_SIMD
+
+// ---- many lanes -------------------------------------------------------------------------------
+#if defined(__AVX512F__)
+inline constexpr int kBytes = 64;
+#else
+inline constexpr int kBytes = 32;
+#endif
+typedef float f32v __attribute__((vector_size(kBytes)));
+typedef int32_t i32v __attribute__((vector_size(kBytes)));
+typedef double f64v __attribute__((vector_size(kBytes)));
+typedef int64_t i64v __attribute__((vector_size(kBytes)));
+typedef uint16_t u16v __attribute__((vector_size(kBytes / 2)));
+
+MBK_FN i32v as_int(f32v x) { return (i32v)x; }
+MBK_FN i64v as_int(f64v x) { return (i64v)x; }
+MBK_FN f32v as_float(i32v x) { return (f32v)x; }
+MBK_FN f64v as_float(i64v x) { return (f64v)x; }
+MBK_FN f32v abs(f32v x) { return (f32v)((i32v)x & 0x7fffffff); }
+MBK_FN f64v abs(f64v x) { return (f64v)((i64v)x & 0x7fffffffffffffff); }
+MBK_FN f32v select(i32v m, f32v a, f32v b) { return m ? a : b; }
+MBK_FN i32v select(i32v m, i32v a, i32v b) { return m ? a : b; }
+MBK_FN f64v select(i64v m, f64v a, f64v b) { return m ? a : b; }
+MBK_FN i64v select(i64v m, i64v a, i64v b) { return m ? a : b; }
+
+#if defined(__AVX512F__)
+MBK_FN f32v fma(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+MBK_FN f32v sqrt(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
+MBK_FN f64v sqrt(f64v x) { return (f64v)_mm512_sqrt_pd((__m512d)x); }
+MBK_FN bool any(i32v m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
+MBK_FN bool any(i64v m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
+#else
+MBK_FN f32v fma(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+MBK_FN f32v sqrt(f32v x) { return (f32v)_mm256_sqrt_ps((__m256)x); }
+MBK_FN f64v sqrt(f64v x) { return (f64v)_mm256_sqrt_pd((__m256d)x); }
+MBK_FN bool any(i32v m) { return _mm256_movemask_ps((__m256)m) != 0; }
+MBK_FN bool any(i64v m) { return _mm256_movemask_pd((__m256d)m) != 0; }
+#endif
+
+#else  // one lane is all there is
+
+typedef float f32v;
+typedef int32_t i32v;
+typedef double f64v;
+typedef int64_t i64v;
+
+#endif
+
+// ---- what the lane types have in common ----------------------------------------------------------
+
+template <class V>
+struct LaneOf;  // element type, integer type of the same shape, lane count
+template <>
+struct LaneOf<float> {
+  typedef float Element;
+  typedef int32_t Int;
+  static constexpr int count = 1;
+};
+template <>
+struct LaneOf<double> {
+  typedef double Element;
+  typedef int64_t Int;
+  static constexpr int count = 1;
+};
+#if MBK_SIMD
+template <>
+struct LaneOf<f32v> {
+  typedef float Element;
+  typedef i32v Int;
+  static constexpr int count = kBytes / 4;
+};
+template <>
+struct LaneOf<f64v> {
+  typedef double Element;
+  typedef i64v Int;
+  static constexpr int count = kBytes / 8;
+};
+#endif
+template <class V>
+using Element = typename LaneOf<V>::Element;
+template <class V>
+using Int = typename LaneOf<V>::Int;
+template <class V>
+inline constexpr int lanes = LaneOf<V>::count;
+
+// The widest vector of an element type: Vector<float> is f32v, Vector<double> is f64v.
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef f32v type;
+};
+template <>
+struct VectorOf<double> {
+  typedef f64v type;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+template <class V>
+MBK_FN V splat(Element<V> x) {
+  if constexpr (lanes<V> == 1) {
+    return x;
+  } else {
+    return x - V{};  // x + 0 would turn -0 into +0
+  }
+}
+// a < b ? a : b and a > b ? a : b, lane by lane; where either is NaN the result is b.
+template <class V>
+MBK_FN V min(V a, V b) {
+  return select(a < b, a, b);
+}
+template <class V>
+MBK_FN V max(V a, V b) {
+  return select(a > b, a, b);
+}
+template <class V>
+MBK_FN auto is_nan(V x) {
+  return x != x;
+}
+// a * b + c where one rounding or two make no difference that is promised: fused in fp32; in fp64 two
+// roundings, because the x86-64 baseline has no fused operation and emulating it would be slow.
+template <class V>
+MBK_FN V multiply_add(V a, V b, V c) {
+  if constexpr (sizeof(Element<V>) == 4) {
+    return fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
+}
+template <class V>
+MBK_FN Element<V> get(V v, int lane) {
+  if constexpr (lanes<V> == 1) {
+    (void)lane;
+    return v;
+  } else {
+    return v[lane];
+  }
+}
+
+// Sum of all lanes by halves: lane k takes lane k + half. Part of the canonical order of row sums.
+template <class V>
+MBK_FN Element<V> sum_lanes(V v) {
+  if constexpr (lanes<V> == 1) {
+    return v;
+#if MBK_SIMD
+  } else if constexpr (sizeof(Element<V>) == 4) {
+#if defined(__AVX512F__)
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    const __m256 eight = (__m256)v;
+#endif
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+  } else {
+#if defined(__AVX512F__)
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+#else
+    const __m256d four = (__m256d)v;
+#endif
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+#endif
+  }
+}
+
+// A vector of floats as vectors of doubles, low lanes first, and back (rounded to nearest even).
+inline constexpr int kDoubleParts = lanes<f32v> / lanes<f64v>;
+MBK_FN f64v widen_part(f32v x, int part) {
+#if MBK_SIMD && defined(__AVX512F__)
+  const __m512 v = (__m512)x;
+  return (f64v)_mm512_cvtps_pd(part ? _mm512_extractf32x8_ps(v, 1) : _mm512_castps512_ps256(v));
+#elif MBK_SIMD
+  const __m256 v = (__m256)x;
+  return (f64v)_mm256_cvtps_pd(part ? _mm256_extractf128_ps(v, 1) : _mm256_castps256_ps128(v));
+#else
+  (void)part;
+  return (double)x;
+#endif
+}
+MBK_FN f32v narrow_parts(const f64v (&x)[kDoubleParts]) {
+#if MBK_SIMD && defined(__AVX512F__)
+  return (f32v)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)x[0])),
+                                  _mm512_cvtpd_ps((__m512d)x[1]), 1);
+#elif MBK_SIMD
+  return (f32v)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)x[0])),
+                                    _mm256_cvtpd_ps((__m256d)x[1]), 1);
+#else
+  return (float)x[0];
+#endif
+}
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,43 @@
+#pragma once
+// Per-item addressing and factors of row losses, shared by every driver.
+#include "core/args.h"
+#include "core/dtype.h"
+
+namespace mbk::MBK_ISA {
+
+// Columns are summed in aligned blocks of kBlock. In a block, column j belongs to lane j % kGroup; each
+// lane adds its columns in order, lanes are joined by halves, blocks by an exact sum (fp64: in order).
+inline constexpr int kGroup = 64;
+inline constexpr int64_t kBlock = 1024;
+
+struct ItemPosition {
+  int64_t outer, inner;
+  MBK_FN ItemPosition(const RowArgs& a, int64_t item)
+      : outer(a.inner_size == 1 ? item : item / a.inner_size),
+        inner(a.inner_size == 1 ? 0 : item % a.inner_size) {}
+  MBK_FN int64_t offset(const Strides& s) const { return outer * s.outer + inner * s.inner; }
+};
+
+template <class T>
+MBK_FN T item_value(const void* values, const Strides& strides, const ItemPosition& at) {
+  return values ? ((const T*)values)[at.offset(strides)] : (T)1;
+}
+
+// The target class; -1 for an ignored item. The binding has checked that it is in range otherwise.
+MBK_FN int64_t item_target(const RowArgs& a, const ItemPosition& at) {
+  const int64_t t = read_index(a.target, a.target_type, at.offset(a.target_strides));
+  return t == a.ignore_index || (uint64_t)t >= (uint64_t)a.columns ? -1 : t;
+}
+
+// d(result)/d(item's own loss), before the item's weight; the same order of operations everywhere.
+template <class T>
+struct ItemScale {
+  double scale, denominator;
+  MBK_FN explicit ItemScale(const RowArgs& a) : scale(read(a.scale)), denominator(read(a.denominator)) {}
+  MBK_FN double operator()(const RowArgs& a, const ItemPosition& at) const {
+    return scale * (double)item_value<T>(a.item_scale, a.item_scale_strides, at) / denominator *
+           (double)item_value<T>(a.sample_weight, a.sample_weight_strides, at);
+  }
+};
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,18 @@
+// This ISA's table: all that the rest of the program sees of it.
+#include "core/backend.h"
+
+#define MBK_STRING_(x) #x
+#define MBK_STRING(x) MBK_STRING_(x)
+
+namespace mbk::MBK_ISA {
+
+RowFn row_function(int loss, DType input);
+PointwiseFn pointwise_function(int loss, DType type);
+void pointwise_sum(const PointwiseArgs&);
+extern const Elementary elementary_table[];
+
+extern const Backend backend;
+constexpr Backend backend{MBK_STRING(MBK_ISA), &row_function, &pointwise_function, &pointwise_sum,
+                          elementary_table};
+
+}  // namespace mbk::MBK_ISA

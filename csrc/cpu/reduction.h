@@ -1,0 +1,44 @@
+#pragma once
+// From the terms of a batch to its loss: how the result of a call is reduced, and its one rounding.
+#include <stdint.h>
+
+#include <vector>
+
+#include "core/args.h"
+
+namespace mbk {
+
+enum class Reduction : int32_t { none, sum, mean };
+
+struct Result {
+  Reduction reduction;
+  Scalar denominator;      // of a mean, if has_denominator; else the sum of the items' weights
+  bool has_denominator;
+  void* loss;              // 0-dim; null: not wanted, or reduction none
+  DType loss_dtype;
+  ExactSumState* loss_sum;  // receives the items' terms before any division; may be null
+};
+
+// One accumulator a thread, on separate cache lines.
+class ThreadTotals {
+ public:
+  explicit ThreadTotals(int threads) : totals_(threads > 0 ? threads : 1) {}
+  ExactSumState* data() { return totals_.data(); }
+  ExactSumState merged() const;
+
+ private:
+  std::vector<ExactSumState> totals_;
+};
+
+double exact_value(const ExactSumState& s);  // rounded to nearest even
+void exact_merge(ExactSumState& into, ExactSumState from);
+void exact_add(ExactSumState& s, const float* values, int64_t n);
+
+double read_scalar(const Scalar& s);
+double divisor_of(const Result& r, double weights);
+
+// loss = total / divisor (mean) or total (sum), rounded once to its dtype where the total is exact.
+void store_result(const Result& r, const ExactSumState& total, double divisor);
+void store_result(const Result& r, double total, double divisor);
+
+}  // namespace mbk

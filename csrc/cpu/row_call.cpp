@@ -1,0 +1,148 @@
+#include "cpu/row_call.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/environment.h"
+#include "core/exact_sum.h"
+#include "core/row_items.h"
+#include "cpu/parallel.h"
+
+namespace mbk {
+
+using namespace mbk::MBK_ISA;
+
+namespace {
+
+
+// The weight that an item has in the mean's divisor.
+template <class T>
+T item_weight(const RowArgs& a, const ItemPosition& at, int64_t target) {
+  const T w = a.class_weight && a.target_is_index ? static_cast<const T*>(a.class_weight)[target] : T{1};
+  return w * item_value<T>(a.sample_weight, a.sample_weight_strides, at);
+}
+
+[[noreturn]] void refuse_target(const RowArgs& a, int64_t item) {
+  const ItemPosition at(a, item);
+  const int64_t value = read_index(a.target, a.target_type, at.offset(a.target_strides));
+  throw std::out_of_range("mbkern: target " + std::to_string(value) + " at flat index " + std::to_string(item) +
+                          " is out of bounds: it is neither in [0, " + std::to_string(a.columns) +
+                          ") nor ignore_index (" + std::to_string(a.ignore_index) + ")");
+}
+
+// Checks every class index and adds up the weights: exactly for fp32, in order for fp64.
+template <class T>
+double check_and_weigh(const RowArgs& a) {
+  const bool weighted = (a.class_weight && a.target_is_index) || a.sample_weight;
+  if (!a.target_is_index && !weighted) return static_cast<double>(a.items);
+  std::atomic<int64_t> bad{a.items};
+  std::atomic<int64_t> count{0};
+  const int threads = sizeof(T) == 8 && weighted ? 1 : a.threads;
+  ThreadTotals totals(threads);
+  double ordered = 0;
+  auto body = [&](int64_t begin, int64_t end, int thread) {
+    int64_t counted = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const ItemPosition at(a, i);
+      int64_t target = 0;
+      if (a.target_is_index) {
+        target = read_index(a.target, a.target_type, at.offset(a.target_strides));
+        if (target == a.ignore_index) continue;
+        if (static_cast<uint64_t>(target) >= static_cast<uint64_t>(a.columns)) {
+          int64_t first = bad.load();
+          while (i < first && !bad.compare_exchange_weak(first, i)) {
+          }
+          return;
+        }
+      }
+      ++counted;
+      if (!weighted) continue;
+      const T w = item_weight<T>(a, at, target);
+      if constexpr (sizeof(T) == 8) {
+        ordered += w;
+      } else {
+        add(totals.data()[thread], w);
+      }
+    }
+    normalise(totals.data()[thread]);
+    count += counted;
+  };
+  parallel_for(a.items, kElementsPerTask, threads, body);
+  if (bad < a.items) refuse_target(a, bad);
+  if (!weighted) return static_cast<double>(count);
+  return sizeof(T) == 8 ? ordered : exact_value(totals.merged());
+}
+
+template <class T>
+double sum_of_class_weights(const RowArgs& a) {
+  const DefaultEnvironment environment;
+  if (!a.class_weight) return static_cast<double>(a.columns);
+  const T* w = static_cast<const T*>(a.class_weight);
+  if constexpr (sizeof(T) == 8) {
+    double sum = 0;
+    for (int64_t j = 0; j < a.columns; ++j) sum += w[j];
+    return sum;
+  } else {
+    ExactSumState sum{};
+    exact_add(sum, w, a.columns);
+    return exact_value(sum);
+  }
+}
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+
+template <class T>
+double run(const Backend& backend, int loss, DType input, RowArgs a, const Result& result) {
+  const double weights = a.from_state ? 0 : check_and_weigh<T>(a);
+  const DefaultEnvironment environment;
+  const double divisor = a.from_state ? read(a.denominator) : divisor_of(result, weights);
+  a.denominator = {divisor, nullptr, DType::f64};
+  a.class_weight_sum = a.label_smoothing != 0 ? sum_of_class_weights<T>(a) : 0;
+
+  ThreadTotals totals(a.threads);
+  std::vector<T> losses;
+  const bool reduces = result.reduction != Reduction::none || result.loss_sum;
+  if constexpr (sizeof(T) == 4) {
+    if (reduces && !a.from_state) a.totals = totals.data();
+  } else if (reduces && !a.losses) {
+    losses.resize(static_cast<size_t>(a.items));
+    a.losses = losses.data();
+  }
+  constexpr size_t kAlignment = 64;
+  const size_t scratch = static_cast<size_t>(row_scratch_bytes(a.columns, sizeof(T))) * a.threads;
+  const std::unique_ptr<char, Free> memory(
+      static_cast<char*>(std::aligned_alloc(kAlignment, (scratch + kAlignment - 1) / kAlignment * kAlignment)));
+  if (!memory) throw std::bad_alloc();
+  a.scratch = memory.get();
+
+  if (a.items > 0) backend.row(loss, input)(a);
+
+  if (a.from_state) return divisor;
+  if constexpr (sizeof(T) == 4) {
+    const ExactSumState total = totals.merged();
+    if (result.loss_sum) exact_merge(*result.loss_sum, total);
+    store_result(result, total, divisor);
+  } else if (reduces) {
+    double total = 0;
+    for (int64_t i = 0; i < a.items; ++i) total += static_cast<const double*>(a.losses)[i];
+    store_result(result, total, divisor);
+  }
+  return divisor;
+}
+
+}  // namespace
+
+double run_row_loss(const Backend& backend, int loss, DType input, RowArgs args, const Result& result) {
+  return input == DType::f64 ? run<double>(backend, loss, input, args, result)
+                             : run<float>(backend, loss, input, args, result);
+}
+
+}  // namespace mbk

@@ -1,0 +1,213 @@
+#pragma once
+// Row losses with the lanes across items: for rows too short to fill vectors, and for layouts such as
+// (N, C, H, W) where neighbouring items, not columns, are neighbours in memory. The arithmetic of an item
+// is that of long_rows.h, operation by operation, so the bits are the same.
+#include "core/exact_sum.h"
+#include "core/row_items.h"
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+
+namespace mbk::MBK_ISA {
+namespace {
+
+// Vectors of T as vectors of double, and back: kDoubleParts for float, the same for double.
+template <class V>
+inline constexpr int kParts = sizeof(Element<V>) == 8 ? 1 : kDoubleParts;
+template <class V>
+MBK_FN f64v to_double(V v, int part) {
+  if constexpr (sizeof(Element<V>) == 8) {
+    return v;
+  } else {
+    return widen_part(v, part);
+  }
+}
+template <class V>
+MBK_FN V from_double(const f64v (&parts)[kParts<V>]) {
+  if constexpr (sizeof(Element<V>) == 8) {
+    return parts[0];
+  } else {
+    return narrow_parts(parts);
+  }
+}
+
+template <class Loss, class T>
+struct ShortRows {
+  typedef Vector<T> V;
+  static constexpr int kLanes = lanes<V>;
+
+  const RowArgs& args;
+  const typename Loss::template Call<T> call;
+  const ItemScale<T> item_scale;
+  V* const tile;           // (columns): logits, then terms, then the gradient
+  V* const probabilities;  // (columns): of the target, then q_j
+
+  MBK_FN ShortRows(const RowArgs& a, char* scratch)
+      : args(a), call(a), item_scale(a), tile((V*)scratch), probabilities((V*)scratch + a.columns) {}
+
+  MBK_FN V join(V* sum) const {
+    int count = args.columns < kGroup ? (int)args.columns : kGroup;
+    for (int half = kGroup / 2; half; half /= 2) {
+      for (int k = 0; k + half < count; ++k) sum[k] = sum[k] + sum[k + half];
+      if (count > half) count = half;
+    }
+    return sum[0];
+  }
+
+  MBK_FN T* state(int64_t first, int which) const { return (T*)args.row_state + which * args.items + first; }
+  MBK_FN V load_state(int64_t first, int count, int which) const {
+    T v[kLanes] = {};
+    memcpy(v, state(first, which), (size_t)count * sizeof(T));
+    return load<V>(v);
+  }
+  MBK_FN void save_state(int64_t first, int count, int which, V value) const {
+    memcpy(state(first, which), &value, (size_t)count * sizeof(T));
+  }
+
+  // What is known of each item without its logits.
+  struct Lanes {
+    int64_t index[kLanes];
+    T target[kLanes], target_weight[kLanes], sample_weight[kLanes];
+    double scale[kLanes];  // rounded only where the result is
+
+    MBK_FN Lanes(const ShortRows& rows, int64_t first, int count) {
+      const RowArgs& a = rows.args;
+      for (int l = 0; l < kLanes; ++l) {
+        const ItemPosition at(a, first + (l < count ? l : count - 1));
+        index[l] = Loss::kHasIndex ? item_target(a, at) : -1;
+        target[l] = (T)index[l];  // as a number of the lane type: columns are few
+        target_weight[l] = a.class_weight && index[l] >= 0 ? ((const T*)a.class_weight)[index[l]] : 1;
+        sample_weight[l] = item_value<T>(a.sample_weight, a.sample_weight_strides, at);
+        scale[l] = rows.item_scale(a, at);
+      }
+    }
+  };
+
+  struct Sums {
+    V of[3];
+  };
+  MBK_FN Sums sums(V m, V target) const {
+    Sums result{};
+    V sum[kGroup], distance[kGroup], coefficient[kGroup];
+    const int used = args.columns < kGroup ? (int)args.columns : kGroup;
+    for (int k = 0; k < used; ++k) sum[k] = distance[k] = coefficient[k] = V{};
+    for (int64_t j = 0; j < args.columns; ++j) {
+      const int k = (int)(j % kGroup);
+      const V d = tile[j] - m, e = Loss::term(d);
+      sum[k] = sum[k] + (Loss::kHasIndex ? select(target == splat<V>((T)j), V{}, e) : e);
+      if constexpr (Loss::kHasCoefficients) {
+        const V w = splat<V>(args.class_weight ? ((const T*)args.class_weight)[j] : (T)1);
+        probabilities[j] = Loss::coefficient(call, w, probabilities[j]);
+        Loss::add_coefficient(d, probabilities[j], distance[k], coefficient[k]);
+      }
+      if constexpr (!Loss::kHasSoftcap) tile[j] = e;
+    }
+    result.of[Loss::kRest] = join(sum);
+    if constexpr (Loss::kSums > 1) result.of[Loss::kDistance] = join(distance);
+    if constexpr (Loss::kSums > 2) result.of[Loss::kCoefficients] = join(coefficient);
+    return result;
+  }
+
+  // Items [first, first + count), whose logits are in the tile. Their losses go to `losses`, their
+  // gradients, if wanted, into the tile. Returns which items are ignored.
+  MBK_PASS V items(int64_t first, int count, bool want_gradient, T* losses) const {
+    const V infinity = splat<V>((T)__builtin_inff()), zero = V{};
+    const V not_a_number = canonical(splat<V>((T)__builtin_nanf("")));
+    const Lanes lane(*this, first, count);
+    const V t = load<V>(lane.target);
+    const V ignored = Loss::kHasIndex ? select(t < zero, splat<V>(1), zero) : zero;
+
+    V m = -infinity;
+    Int<V> nan = Int<V>{};
+    for (int64_t j = 0; j < args.columns; ++j) {
+      tile[j] = Loss::logit(call, tile[j]);
+      m = max(tile[j], m);
+      nan |= is_nan(tile[j]);
+    }
+    m = m + zero;
+    if (args.from_state) m = load_state(first, count, 0);
+    // As in long_rows.h; the lanes of such items compute nonsense that is replaced at the end.
+    const auto bad = (Int<V>{} | (nan != 0) | !(abs(m) < infinity)) != 0;
+    m = select(bad, zero, m);
+    T target_logit[kLanes];
+    for (int l = 0; l < kLanes; ++l)
+      target_logit[l] = ((const T*)tile)[(lane.index[l] < 0 ? 0 : lane.index[l]) * kLanes + l];
+
+    Sums s = sums(m, t);
+    if (args.from_state) {
+      s.of[Loss::kRest] = load_state(first, count, 1);
+      if (Loss::kSums > 2) s.of[2] = load_state(first, count, 2);
+    } else if (args.row_state) {
+      save_state(first, count, 0, select(ignored != zero, zero, select(bad, not_a_number, m)));
+      save_state(first, count, 1, select(ignored != zero, zero, select(bad, not_a_number, s.of[Loss::kRest])));
+      if (Loss::kSums > 2) save_state(first, count, 2, select(bad, not_a_number, s.of[2]));
+    }
+
+    f64v loss[kParts<V>], factor[kParts<V>], target_gradient[kParts<V>], scale[kParts<V>];
+    const V logit = load<V>(target_logit), term = Loss::term(logit - m);
+    for (int part = 0; part < kParts<V>; ++part) {
+      typename Loss::template Item<f64v> item;
+      item.max = to_double(m, part);
+      item.target_logit = Loss::kHasIndex ? to_double(logit, part) : f64v{};
+      item.target_term = Loss::kHasIndex ? to_double(term, part) : f64v{};
+      item.target_weight = to_double(load<V>(lane.target_weight), part);
+      item.scale = scale[part] = load<f64v>(lane.scale + part * lanes<f64v>);
+      for (int k = 0; k < 3; ++k) item.sums[k] = to_double(s.of[k], part);
+      const auto result = Loss::template finish<f64v>(call, item);
+      loss[part] = result.loss * to_double(load<V>(lane.sample_weight), part);
+      factor[part] = result.factor;
+      target_gradient[part] = result.target_gradient;
+    }
+    store(losses, select(ignored != zero, zero, canonical(select(bad, not_a_number, from_double<V>(loss)))));
+
+    if (want_gradient) {
+      const V f = from_double<V>(factor), k = from_double<V>(scale), at_target = from_double<V>(target_gradient);
+      for (int64_t j = 0; j < args.columns; ++j) {
+        V e = tile[j];
+        if constexpr (Loss::kHasSoftcap) e = Loss::term(e - m);
+        V g = Loss::gradient(call, e, tile[j], Loss::kHasCoefficients ? probabilities[j] : zero, f, k);
+        if constexpr (Loss::kHasIndex) g = select(t == splat<V>((T)j), at_target, g);
+        tile[j] = select(ignored != zero, zero, select(bad, not_a_number, g));
+      }
+    }
+    return ignored;
+  }
+};
+
+template <class Loss, class In, class Out, bool kAccumulate>
+void short_rows(const RowArgs& args) {
+  typedef Compute<In> T;
+  typedef Vector<T> V;
+  constexpr int kLanes = lanes<V>;
+  auto body = [&args](int64_t begin, int64_t end, int thread) {
+    const ShortRows<Loss, T> rows(args, args.scratch + thread * row_scratch_bytes(args.columns, sizeof(T)));
+    for (int64_t i = begin; i < end;) {
+      // Tiles do not cross from one outer index to the next where that keeps neighbours together.
+      int count = end - i < kLanes ? (int)(end - i) : kLanes;
+      const int64_t left = args.inner_size - i % args.inner_size;
+      if (args.inner_size >= kLanes && left < count) count = (int)left;
+
+      read_tile(rows.tile, (const In*)args.input, TilePlace<V>(args, i, count, args.input_strides), args.columns,
+                args.input_strides.column);
+      if (!Loss::kHasIndex)
+        read_tile(rows.probabilities, (const In*)args.target, TilePlace<V>(args, i, count, args.target_strides),
+                  args.columns, args.target_strides.column);
+      T losses[kLanes];
+      const V ignored = rows.items(i, count, args.grad != nullptr, losses);
+      if (args.grad)
+        write_tile<kAccumulate>((Out*)args.grad, rows.tile, TilePlace<V>(args, i, count, args.grad_strides),
+                                args.columns, args.grad_strides.column, ignored);
+      for (int l = 0; l < count; ++l) {
+        if (args.losses) ((T*)args.losses)[i + l] = losses[l];
+        if constexpr (sizeof(T) == 4)
+          if (args.totals) add(args.totals[thread], losses[l]);
+      }
+      i += count;
+    }
+    if (args.totals) normalise(args.totals[thread]);
+  };
+  const int64_t grain = (kElementsPerTask / (args.columns + 1) / kLanes + 1) * kLanes;
+  parallel_for(args.items, grain, args.threads, body);
+}
+
+}  // namespace
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,159 @@
+#pragma once
+#include "core/args.h"
+#include "core/dtype.h"
+#include "core/math.h"
+#include "core/math64.h"
+
+namespace mbk::MBK_ISA {
+
+// Softmax cross-entropy of one item with logits x_1 .. x_C, with torch's class weights w and label
+// smoothing eps, and a penalty z on the squared log-sum-exp:
+//
+//   c_j  = cap tanh(x_j / cap)                 soft cap; c_j = x_j without it
+//   m    = max c_j,  e_j = exp(c_j - m),  S = sum e_j,  lse = m + log S
+//   loss = sum_j q_j (lse - c_j) + z lse^2
+//   dloss/dc_j = (Q + 2 z lse) e_j / S - q_j,   Q = sum q_j
+//
+//   class index t:   q_j = (1 - eps) w_t [j = t] + eps/C w_j
+//   probabilities p: q_j = w_j ((1 - eps) p_j + eps/C)
+//
+// With a class index the term of t is left out of the sum, R = S - e_t, because everything that is small
+// when t is nearly certain is a function of R: log S = log1p(R), and p_t - 1 = -R / S, without
+// cancellation however near p_t is to 1.
+enum class Targets { kIndex, kSmoothedIndex, kProbabilities };
+
+template <Targets kTargets, bool kSoftcap>
+struct SoftmaxCrossEntropy {
+  static constexpr bool kHasIndex = kTargets != Targets::kProbabilities;
+  static constexpr bool kHasSoftcap = kSoftcap;
+  static constexpr bool kHasCoefficients = kTargets != Targets::kIndex;  // q_j of the classes but t
+  enum Sum { kRest, kDistance, kCoefficients };                          // R; sum q_j (m - c_j); Q
+  static constexpr int kSums = kTargets == Targets::kIndex ? 1 : kHasIndex ? 2 : 3;
+
+  // What is the same for every item of a call, in the type T of the element loops.
+  template <class T>
+  struct Call {
+    T cap, inverse_cap, keep, spread;  // keep = 1 - eps, spread = eps / C
+    double keep64, coefficients, z_loss, inverse_cap64;
+
+    MBK_FN explicit Call(const RowArgs& a)
+        : cap((T)a.softcap),
+          inverse_cap((T)(1.0 / a.softcap)),
+          keep((T)(1.0 - a.label_smoothing)),
+          spread((T)(a.label_smoothing / (double)a.columns)),
+          keep64(1.0 - a.label_smoothing),
+          coefficients(a.label_smoothing / (double)a.columns * a.class_weight_sum),
+          z_loss(a.z_loss),
+          inverse_cap64(1.0 / a.softcap) {}
+  };
+
+  template <class V>
+  MBK_FN static V logit(const Call<Element<V>>& call, V x) {
+    if constexpr (kSoftcap) {
+      return tanh(x * call.inverse_cap) * call.cap;
+    } else {
+      return x;
+    }
+  }
+
+  // q_j of a class that is not the target index.
+  template <class V>
+  MBK_FN static V coefficient(const Call<Element<V>>& call, V weight, V probability) {
+    if constexpr (kHasIndex) {
+      return weight * call.spread;
+    } else {
+      return weight * multiply_add(probability, splat<V>(call.keep), splat<V>(call.spread));
+    }
+  }
+
+  // e_j, of the distance c_j - m.
+  template <class V>
+  MBK_FN static V term(V distance) {
+    return exp_nonpositive(distance);
+  }
+
+  // Adds one column to the sums of the coefficients.
+  template <class V>
+  MBK_FN static void add_coefficient(V distance, V q, V& distances, V& coefficients) {
+    distances = distances - q * distance;
+    coefficients = coefficients + q;
+  }
+
+  // The end of a row, in fp64: D is double, or a vector of them with an item in each lane.
+  template <class D>
+  struct Item {
+    D max, target_logit, target_term, target_weight, scale;
+    D sums[3];
+  };
+  template <class D>
+  struct Result {
+    D loss, factor, target_gradient;  // dloss/dc_j = factor e_j - scale q_j for j other than t
+  };
+  template <class D, class T>
+  MBK_FN static Result<D> finish(const Call<T>& call, const Item<D>& item) {
+    const D one = splat<D>(1.0), rest = item.sums[kRest];
+    const D s = rest + item.target_term;
+    // S - 1, exactly R where t is the maximum
+    const D excess = kHasIndex ? select(item.target_term == one, rest, (rest - 1.0) + item.target_term)
+                               : rest - 1.0;
+    const D log_s = log1p(excess), lse = item.max + log_s;
+    const D others = kTargets == Targets::kProbabilities   ? item.sums[kCoefficients]
+                     : kTargets == Targets::kSmoothedIndex ? splat<D>(call.coefficients)
+                                                           : splat<D>(0.0);
+    const D certain = item.target_weight * call.keep64;
+    Result<D> r;
+    r.loss = lse * lse * call.z_loss;
+    if constexpr (kHasIndex) r.loss = certain * ((item.max - item.target_logit) + log_s) + r.loss;
+    if constexpr (kHasCoefficients) r.loss = (others * log_s + item.sums[kDistance]) + r.loss;
+    const D pull = others + lse * (2.0 * call.z_loss), unit = item.scale / s;
+    r.factor = (kHasIndex ? certain + pull : pull) * unit;
+    if constexpr (kHasIndex) {
+      r.target_gradient = (pull * item.target_term - certain * rest) * unit;
+      if constexpr (kHasCoefficients)
+        r.target_gradient =
+            r.target_gradient - item.scale * (item.target_weight * (double)call.spread);
+      if constexpr (kSoftcap) {
+        const D t = item.target_logit * call.inverse_cap64;
+        r.target_gradient = r.target_gradient * (one - t * t);
+      }
+    }
+    return r;
+  }
+
+  // d(result)/d(x_j) for j other than t.
+  template <class V>
+  MBK_FN static V gradient(const Call<Element<V>>& call, V term, V capped, V q, V factor, V scale) {
+    V g;
+    if constexpr (kHasCoefficients) {
+      g = multiply_add(term, factor, -(q * scale));
+    } else {
+      g = term * factor;
+    }
+    if constexpr (kSoftcap) {
+      const V t = capped * call.inverse_cap;
+      g = g * (splat<V>(1) - t * t);
+    }
+    return g;
+  }
+};
+
+struct CrossEntropy {
+  static constexpr const char* name = "cross_entropy";
+
+  // Calls f with the member of the family that the arguments ask for.
+  template <class F>
+  MBK_FN static void visit(const RowArgs& a, F f) {
+    if (!a.target_is_index) {
+      a.softcap != 0 ? f(SoftmaxCrossEntropy<Targets::kProbabilities, true>{})
+                     : f(SoftmaxCrossEntropy<Targets::kProbabilities, false>{});
+    } else if (a.label_smoothing != 0) {
+      a.softcap != 0 ? f(SoftmaxCrossEntropy<Targets::kSmoothedIndex, true>{})
+                     : f(SoftmaxCrossEntropy<Targets::kSmoothedIndex, false>{});
+    } else {
+      a.softcap != 0 ? f(SoftmaxCrossEntropy<Targets::kIndex, true>{})
+                     : f(SoftmaxCrossEntropy<Targets::kIndex, false>{});
+    }
+  }
+};
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,29 @@
+"""Batched losses and their gradients, fused, in place, and the same bits for every cut of a mini-batch."""
+
+import torch  # noqa: F401  first: it loads the OpenMP runtime whose threads the kernels use
+
+try:
+    from mbkern import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"mbkern: the compiled module mbkern._C cannot be loaded ({error}). Cause: the package is imported from its "
+        "source tree, or was built for another Python or system. Cure: leave the source directory and run "
+        "`pip install .` there with this Python; `python -m mbkern doctor` then says what was built."
+    ) from error
+
+from mbkern import autograd, functional, nn
+from mbkern._loss_and_grad import loss_and_grad
+from mbkern._loss_sum import LossSum
+from mbkern._losses import losses
+from mbkern._version import NUMERICS_VERSION, __version__
+
+__all__ = [
+    "NUMERICS_VERSION",
+    "LossSum",
+    "__version__",
+    "autograd",
+    "functional",
+    "loss_and_grad",
+    "losses",
+    "nn",
+]

@@ -1,0 +1,42 @@
+"""The command line, ``python -m mbkern <command>``: what is installed here, and does it work?
+
+Exit status: 0 all is well, 1 a check failed, 2 the command line was not understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mbkern import _doctor
+
+    return _doctor.run(as_json=args.json)
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from mbkern import _selftest
+
+    return _selftest.run(write_golden=args.write_golden)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mbkern", description="Look at this mbkern.")
+    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="print versions, devices, threads, and warnings")
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    selftest = commands.add_parser("selftest", help="recompute the golden digests on this machine")
+    selftest.add_argument("--write-golden", action="store_true", help=argparse.SUPPRESS)
+    selftest.set_defaults(run=_selftest)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = _parser().parse_args(argv)
+    status: int = args.run(args)
+    return status

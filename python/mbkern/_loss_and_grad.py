@@ -1,0 +1,229 @@
+"""Loss and gradient in one call, without autograd."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbkern._launch import (
+    Number,
+    PointwiseCall,
+    PointwiseOptions,
+    RowCall,
+    RowOptions,
+    check_output,
+    compute_dtype,
+    new_gradient,
+    scalar_argument,
+)
+from mbkern._loss_sum import LossSum
+from mbkern._losses import Loss, find
+from mbkern.functional import _check_reduction, _result_dtype, combine_weights
+
+Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
+ArgNums: TypeAlias = "int | str | tuple[int | str, ...]"
+
+_ARGUMENTS = ("input", "target")
+
+
+def loss_and_grad(
+    name: str,
+    input: Array,
+    target: Array,
+    *,
+    argnums: ArgNums = 0,
+    reduction: str = "mean",
+    grad_out: Any = None,
+    accumulate: bool = False,
+    scale: Number | None = None,
+    loss_sum: LossSum | None = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Compute a loss and its gradient in one pass, without autograd.
+
+    Args:
+        name: the loss, as in ``mbkern.functional``.
+        input, target: the loss's tensors, or NumPy arrays (used in place; results are arrays then).
+        argnums: which arguments to differentiate: an index or a name, or a tuple of them.
+        reduction: "none" (losses an item, and the gradient of their sum), "mean" or "sum".
+        grad_out: where the gradients go, in the structure of ``argnums``; None, there or within, is a
+            fresh tensor. May be the input itself: the gradient is then written over it.
+        accumulate: add to what is in ``grad_out`` (float32 buffers for float32, bfloat16 and float16
+            input; float64 for float64). Fresh gradients are returned for entries that are None.
+        scale: number or 0-dim tensor that multiplies the gradient, never the loss, before its rounding.
+        loss_sum: receives every item's term before any division; not for float64.
+        options: the loss's other options: ``weight``, ``sample_weight``, ``denominator``, ``loss_dtype``,
+            and for cross_entropy ``ignore_index``, ``label_smoothing``, ``z_loss``, ``softcap``.
+
+    Returns:
+        The loss (0-dim, or one an item), and the gradient or the tuple of gradients.
+    """
+    loss = find(name)
+    positions = _positions(loss, argnums)
+    numpy = isinstance(input, np.ndarray)
+    tensors = (_tensor(input, "input"), _tensor(target, "target"))
+    outs = _structure(grad_out, argnums, positions)
+    _check_reduction(reduction, options.get("denominator"))
+    options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    for tensor in (*tensors, *outs.values()):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; call it under "
+                "torch.no_grad() or with detached tensors"
+            )
+    run = _row if loss.kind == "row" else _pointwise
+    value, grads = run(loss, tensors, positions, outs, reduction, accumulate, scale, loss_sum, options)
+    result: Any = tuple(grads[p] for p in positions)
+    if numpy:
+        value, result = _array(value), tuple(_array(g) for g in result)
+    return value, (result if isinstance(argnums, tuple) else result[0])
+
+
+def _positions(loss: Loss, argnums: ArgNums) -> list[int]:
+    positions = []
+    for arg in argnums if isinstance(argnums, tuple) else (argnums,):
+        name = arg if isinstance(arg, str) else _ARGUMENTS[arg] if arg in (0, 1) else None
+        if name not in loss.differentiable:
+            raise ValueError(
+                f"mbkern: argnums {arg!r} is not a differentiable argument of {loss.name}: "
+                f"{', '.join(loss.differentiable)}"
+            )
+        positions.append(_ARGUMENTS.index(name))
+    if len(set(positions)) != len(positions) or not positions:
+        raise ValueError(f"mbkern: argnums {argnums!r} must name each argument once")
+    return positions
+
+
+def _structure(grad_out: Any, argnums: ArgNums, positions: list[int]) -> dict[int, Tensor | None]:
+    if grad_out is None:
+        return dict.fromkeys(positions)
+    outs = grad_out if isinstance(argnums, tuple) else (grad_out,)
+    if not isinstance(outs, (tuple, list)) or len(outs) != len(positions):
+        raise ValueError(f"mbkern: grad_out must have the structure of argnums={argnums!r}")
+    return {p: None if out is None else _tensor(out, "grad_out") for p, out in zip(positions, outs, strict=True)}
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    if isinstance(value, np.ndarray):
+        with warnings.catch_warnings():
+            # A read-only array is only read, unless it is an output, and that is refused here.
+            warnings.simplefilter("ignore", UserWarning)
+            if name == "grad_out" and not value.flags.writeable:
+                raise ValueError(f"mbkern: grad_out is a read-only array of shape {value.shape}")
+            return torch.from_numpy(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"mbkern: {name} must be a tensor or a NumPy array, not {type(value).__name__}")
+    return value
+
+
+def _array(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def _outputs(
+    tensors: tuple[Tensor, Tensor],
+    positions: list[int],
+    outs: Mapping[int, Tensor | None],
+    accumulate: bool,
+    others: tuple[Any, ...],
+) -> dict[int, Tensor]:
+    """The memory of each gradient: the caller's, checked, or fresh."""
+    grads: dict[int, Tensor] = {}
+    for p in positions:
+        out = outs[p]
+        if out is not None:
+            rest = [t for q, t in enumerate(tensors) if q != p] + [g for q, g in grads.items() if q != p]
+            check_output(out, "grad_out", tensors[p], accumulate, (*rest, *others))
+            grads[p] = out
+        elif accumulate:
+            grads[p] = new_gradient(tensors[p], compute_dtype(tensors[p].dtype)).zero_()
+        else:
+            grads[p] = new_gradient(tensors[p])
+    return grads
+
+
+def _common(options: dict[str, Any], loss_sum: LossSum | None, tensors: tuple[Tensor, ...]) -> Tensor | None:
+    if loss_sum is None:
+        return None
+    if any(t.dtype is torch.float64 for t in tensors):
+        raise TypeError("mbkern: loss_sum holds float32 terms exactly; float64 losses are refused")
+    return loss_sum.state
+
+
+def _unknown(name: str, options: dict[str, Any]) -> None:
+    if options:
+        raise TypeError(f"mbkern: {name} has no option {', '.join(map(repr, options))}")
+
+
+def _row(
+    loss: Loss,
+    tensors: tuple[Tensor, Tensor],
+    positions: list[int],
+    outs: Mapping[int, Tensor | None],
+    reduction: str,
+    accumulate: bool,
+    scale: Number | None,
+    loss_sum: LossSum | None,
+    options: dict[str, Any],
+) -> tuple[Any, dict[int, Tensor]]:
+    input, target = tensors
+    known = {f: options.pop(f) for f in RowOptions.__slots__ if f in options}  # type: ignore[attr-defined]
+    loss_dtype = _result_dtype(options.pop("loss_dtype", None), input)
+    _unknown(loss.name, options)
+    row = RowOptions(**known, reduction=reduction)
+    state = _common(options, loss_sum, (input,))
+    call = RowCall(loss.number, input, target, row)
+    grads = _outputs(tensors, positions, outs, accumulate, (call.weight, call.sample_weight))
+    argument, keep = scalar_argument(scale, "scale")
+    value, _ = call.run(
+        grad=grads[0], accumulate=accumulate, scale=argument, loss_dtype=loss_dtype, loss_sum=state
+    )
+    del keep
+    if outs[0] is not None and not accumulate and outs[0].data_ptr() == input.data_ptr():
+        torch.autograd.graph.increment_version(input)
+    return value, grads
+
+
+def _pointwise(
+    loss: Loss,
+    tensors: tuple[Tensor, Tensor],
+    positions: list[int],
+    outs: Mapping[int, Tensor | None],
+    reduction: str,
+    accumulate: bool,
+    scale: Number | None,
+    loss_sum: LossSum | None,
+    options: dict[str, Any],
+) -> tuple[Any, dict[int, Tensor]]:
+    input, target = tensors
+    if input.shape != target.shape:
+        raise ValueError(
+            f"mbkern: loss_and_grad needs input and target of one shape, not {tuple(input.shape)} and "
+            f"{tuple(target.shape)}; the gradient of a broadcast argument would be a sum"
+        )
+    weights = combine_weights(options.pop("weight", None), options.pop("sample_weight", None), input.shape)
+    both = torch.promote_types(input.dtype, target.dtype)
+    loss_dtype = _result_dtype(options.pop("loss_dtype", None), input) or both
+    pointwise = PointwiseOptions(weights, reduction, options.pop("denominator", None), options.pop("parameter", 0.0))
+    _unknown(loss.name, options)
+    state = _common(options, loss_sum, tensors)
+    call = PointwiseCall(loss.number, input, target, pointwise)
+    grads = _outputs(tensors, positions, outs, accumulate, (call.weight,))
+    argument, keep = scalar_argument(scale, "scale")
+    value, _ = call.run(
+        grads=(grads.get(0), grads.get(1)),
+        accumulate=accumulate,
+        scale=argument,
+        loss_dtype=loss_dtype,
+        loss_sum=state,
+    )
+    del keep
+    for p, out in outs.items():
+        if out is not None and out.data_ptr() == tensors[p].data_ptr():
+            torch.autograd.graph.increment_version(tensors[p])
+    return value, grads

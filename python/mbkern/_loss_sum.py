@@ -1,0 +1,80 @@
+"""The exact sum of the losses of a mini-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern import _launch
+from mbkern._tensors import describe, require_plain
+
+_LIMBS = 9
+
+
+class LossSum:
+    """An exact, order-free sum of fp32 losses, in 96 bytes of integers.
+
+    A call's own result is rounded, so adding results up depends on how a mini-batch was cut. Terms that go
+    through one LossSum (``loss_and_grad(..., loss_sum=acc)``) give the correctly rounded sum for every cut,
+    order, thread count and number of processes.
+
+    Method: Kulisch's long accumulator for binary32: 288 bits of fixed point in nine int64 limbs, and three
+    counters for NaN and the infinities.
+
+    Args:
+        device: where the state lives; it must be that of the losses.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.state = torch.zeros(_LIMBS + 3, dtype=torch.int64, device=device)
+        require_plain(self.state, "the state of a LossSum")
+
+    def add(self, values: Tensor) -> LossSum:
+        """Add every element of a float32, bfloat16 or float16 tensor; returns self."""
+        require_plain(values, "values")
+        if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"mbkern: LossSum adds float32 and 16-bit values exactly, not {values.dtype}")
+        _launch.exact_add(self.state, values.detach().float().contiguous())
+        return self
+
+    def merge(self, other: LossSum) -> LossSum:
+        """Add another sum to this one; returns self."""
+        _launch.exact_merge(self.state, other.state.clone())
+        return self
+
+    def all_reduce(self, group: Any = None) -> LossSum:
+        """Add up the sums of all ranks of a process group, on each of them: one all-reduce of integers."""
+        torch.distributed.all_reduce(self.state, op=torch.distributed.ReduceOp.SUM, group=group)
+        _launch.exact_merge(self.state, torch.zeros_like(self.state))  # carries
+        return self
+
+    def value(
+        self, denominator: _launch.Number | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return the sum, correctly rounded to ``dtype``, as a 0-dim tensor.
+
+        With ``denominator`` (a number or 0-dim tensor) the sum is rounded to fp64, divided, and rounded
+        to ``dtype``.
+        """
+        return _launch.exact_result(self.state, denominator, dtype)
+
+    def reset(self) -> LossSum:
+        """Start again from zero; returns self."""
+        self.state.zero_()
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state as a dict of one int64 tensor of 12 elements."""
+        return {"state": self.state.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a state that ``state_dict`` returned."""
+        loaded = state["state"]
+        if loaded.shape != self.state.shape or loaded.dtype != torch.int64:
+            raise ValueError(f"mbkern: the state of a LossSum is (12,) torch.int64, not {describe(loaded)}")
+        self.state.copy_(loaded)
+
+    def __repr__(self) -> str:
+        return f"LossSum({self.value(dtype=torch.float64).item()!r}, device={str(self.state.device)!r})"

@@ -1,0 +1,128 @@
+"""What a pointer may be taken of, and where a tensor's elements lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Storage types in the order of ``mbk::DType``.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+#: Types of class indices in the order of ``mbk::IndexType``.
+INDEX_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.int8: 3, torch.uint8: 4}
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+Layout = tuple[int, int, int]
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape, dtype and device of a tensor for an error message."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def require_plain(tensor: Tensor, name: str) -> Tensor:
+    """Return ``tensor`` if its memory may be read by address, or raise.
+
+    ``data_ptr()`` of a fake, meta or functorch tensor is 0 and raises nothing, so this is the guard
+    against a crash. A lazily negated view is materialised.
+    """
+    if type(tensor) not in _PLAIN:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"mbkern: {name} must be a tensor, not {type(tensor).__name__}")
+        raise TypeError(
+            f"mbkern: {name} is a {type(tensor).__name__}; tensor subclasses (fake, distributed, "
+            "user-defined) are not supported here: pass a plain torch.Tensor"
+        )
+    if _functorch_active() and _is_wrapped(tensor):
+        raise NotImplementedError(
+            f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...), which is not supported yet"
+        )
+    if tensor.device.type != "cpu":
+        raise NotImplementedError(
+            f"mbkern: {name} is on {tensor.device}; this build has kernels for CPU tensors only"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"mbkern: {name} has layout {tensor.layout}; only strided tensors are supported")
+    if tensor.is_neg():
+        return tensor.resolve_neg()
+    return tensor
+
+
+def require_dtype(tensor: Tensor, name: str) -> int:
+    """Return the number of a floating storage type, or raise."""
+    number = DTYPES.get(tensor.dtype)
+    if number is None:
+        raise TypeError(
+            f"mbkern: {name} is {tensor.dtype}; supported are float32, bfloat16, float16 and float64"
+        )
+    return number
+
+
+def item_layout(tensor: Tensor, class_dim: bool) -> Layout | None:
+    """Strides of (batch, merged other dimensions, class dimension), or None if those do not merge.
+
+    ``tensor`` is (C), (N, C) or (N, C, d1, ...) with ``class_dim``, else (), (N) or (N, d1, ...).
+    """
+    stride = tensor.stride()
+    dims = len(stride)
+    if class_dim:
+        if dims == 2:
+            return (stride[0], 0, stride[1])
+        if dims == 1:
+            return (0, 0, stride[0])
+    elif dims <= 1:
+        return (stride[0] if dims else 0, 0, 0)
+    inner = 0
+    expected = None
+    shape = tensor.shape
+    first = 2 if class_dim else 1
+    for d in range(dims - 1, first - 1, -1):
+        if shape[d] == 1:
+            continue
+        if expected is None:
+            inner = stride[d]
+        elif stride[d] != expected:
+            return None
+        expected = stride[d] * shape[d]
+    return (stride[0], inner, stride[1] if class_dim else 0)
+
+
+def has_internal_overlap(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor may share memory (expanded, or strided over itself)."""
+    needed = 0
+    pairs = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    for stride, size in pairs:
+        if size <= 1:
+            continue
+        if stride <= needed:
+            return True
+        needed += stride * (size - 1)
+    return False
+
+
+def byte_range(tensor: Tensor) -> tuple[int, int]:
+    """First and past-the-last address that the elements of a tensor lie in."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    span = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return start, start + (span + 1) * tensor.element_size()
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the byte ranges of two tensors meet."""
+    a0, a1 = byte_range(a)
+    b0, b1 = byte_range(b)
+    return a0 < b1 and b0 < a1
+
+
+def same_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements in the same places."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )

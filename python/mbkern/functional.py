@@ -1,0 +1,237 @@
+"""Drop-in losses with the names, arguments and results of ``torch.nn.functional``.
+
+Every function takes, besides torch's arguments,
+
+sample_weight:
+    one weight an item, broadcast to the shape of the unreduced loss; ``mean`` then divides by the sum of
+    the weights.
+denominator:
+    a number or 0-dim tensor that replaces the mean's divisor (``reduction="mean"`` only). With the item
+    count of the whole mini-batch here, micro-batches add up to its exact mean.
+inplace:
+    write the gradient over the input: no memory for a gradient, and the input is gone. Refused for leaves
+    that require grad.
+grad_scale:
+    a hint of the gradient that will come in (GradScaler's scale, for instance), so that 16-bit gradients
+    can be formed in the forward pass without underflow. Changes no value.
+loss_dtype:
+    the dtype of the result, if not torch's (the input's, or float32 under autocast).
+
+Inputs are float32, bfloat16, float16 or float64. 16-bit inputs are computed in float32 and rounded once.
+Errors: ValueError for shapes and option values, TypeError for dtypes and tensor types, IndexError for a
+class index out of range; nothing has been written then.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as _legacy
+
+from mbkern._launch import REDUCTIONS, Number, PointwiseCall, PointwiseOptions, RowCall, RowOptions
+from mbkern._losses import Loss, find
+from mbkern.autograd import PointwiseLoss, RowLoss
+
+__all__ = ["cross_entropy", "half_squared_error", "mse_loss"]
+
+_CROSS_ENTROPY = find("cross_entropy")
+_MSE_LOSS = find("mse_loss")
+_HALF_SQUARED_ERROR = find("half_squared_error")
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    sample_weight: Tensor | None = None,
+    inplace: bool = False,
+    grad_scale: Number | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    denominator: Number | None = None,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Cross-entropy of logits: :func:`torch.nn.functional.cross_entropy`, with loss and gradient in one pass.
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, ...), contiguous, channels_last or strided.
+        target: class indices, () or (N) or (N, d1, ...), of any integer dtype; or class probabilities of
+            the shape of ``input``.
+        weight: one weight a class, (C).
+        ignore_index: items with this class index count nothing, and their gradient is 0.
+        reduction: "none", "mean" or "sum". The mean divides by the sum over the items that are not
+            ignored of class weight times sample weight (class probabilities: the number of items).
+        label_smoothing: in [0, 1]; the share of the target that is spread over all classes.
+        z_loss: coefficient of the squared log-sum-exp that is added to each item's loss.
+        softcap: cap of ``softcap * tanh(input / softcap)``, applied to the logits first.
+        size_average, reduce: deprecated, as in torch.
+
+    The other arguments are those of the module. Differentiable in ``input`` and in class probabilities.
+
+    Source of the method: the term of the target class is kept apart from the sum of the others, so that
+    neither the loss log1p(R) nor the gradient -R / S cancels for confident logits (docs/numerics.md).
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    options = RowOptions(
+        weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, denominator
+    )
+    return row_loss(_CROSS_ENTROPY, input, target, options, grad_scale, inplace, loss_dtype)
+
+
+def row_loss(
+    loss: Loss,
+    input: Tensor,
+    target: Tensor,
+    options: RowOptions,
+    grad_scale: Number | None,
+    inplace: bool,
+    loss_dtype: torch.dtype | None,
+) -> Tensor:
+    """Compute any loss over rows of classes; the common end of the public functions."""
+    _check_reduction(options.reduction, options.denominator)
+    loss_dtype = _result_dtype(loss_dtype, input)
+    _refuse_weight_gradients(options.weight, options.sample_weight)
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        result: Tensor = RowLoss.apply(input, target, loss, options, grad_scale, inplace, loss_dtype)  # type: ignore[no-untyped-call]
+        return result
+    value, _ = RowCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
+    assert value is not None
+    return value
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    inplace: bool = False,
+    grad_scale: Number | None = None,
+    denominator: Number | None = None,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Squared error (input - target)^2: :func:`torch.nn.functional.mse_loss`.
+
+    Args:
+        input, target: tensors that broadcast to one shape; both differentiable.
+        weight: of the input's shape; ``mean`` divides by the sum of the weights.
+        reduction: "none", "mean" or "sum".
+
+    The other arguments are those of the module; an item is an element.
+    """
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(
+            f"mbkern: weight {tuple(weight.shape)} and input {tuple(input.shape)} must have the same shape"
+        )
+    return pointwise_loss(
+        _MSE_LOSS, input, target, size_average, reduce, reduction, weight, sample_weight, inplace, grad_scale,
+        denominator, loss_dtype,
+    )  # fmt: skip
+
+
+def half_squared_error(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    *,
+    sample_weight: Tensor | None = None,
+    inplace: bool = False,
+    grad_scale: Number | None = None,
+    denominator: Number | None = None,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Half the squared error, (input - target)^2 / 2, whose gradient is the residual.
+
+    Args:
+        input, target: tensors that broadcast to one shape; both differentiable.
+        reduction: "none", "mean" or "sum".
+
+    The other arguments are those of the module; an item is an element.
+    """
+    return pointwise_loss(
+        _HALF_SQUARED_ERROR, input, target, None, None, reduction, None, sample_weight, inplace, grad_scale,
+        denominator, loss_dtype,
+    )  # fmt: skip
+
+
+def pointwise_loss(
+    loss: Loss,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    inplace: bool,
+    grad_scale: Number | None,
+    denominator: Number | None,
+    loss_dtype: torch.dtype | None,
+    parameter: float = 0.0,
+) -> Tensor:
+    """Compute any element-wise loss; the common end of the public functions."""
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    _check_reduction(reduction, denominator)
+    _refuse_weight_gradients(weight, sample_weight)
+    if input.shape != target.shape:
+        if inplace:
+            raise ValueError(
+                f"mbkern: inplace=True needs input and target of one shape, not {tuple(input.shape)} and "
+                f"{tuple(target.shape)}"
+            )
+        input, target = torch.broadcast_tensors(input, target)
+    if loss_dtype is None:
+        both = torch.promote_types(input.dtype, target.dtype)
+        loss_dtype = _result_dtype(None, input) or both
+    weights = combine_weights(weight, sample_weight, input.shape)
+    options = PointwiseOptions(weights, reduction, denominator, parameter)
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        result: Tensor = PointwiseLoss.apply(input, target, loss, options, grad_scale, inplace, loss_dtype)  # type: ignore[no-untyped-call]
+        return result
+    value, _ = PointwiseCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
+    assert value is not None
+    return value
+
+
+def combine_weights(weight: Tensor | None, sample_weight: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Multiply torch's weight and ours into the one weight of each element."""
+    if weight is None or sample_weight is None:
+        return weight if sample_weight is None else sample_weight
+    return weight.detach() * sample_weight.detach().expand(shape)
+
+
+def _check_reduction(reduction: str, denominator: Number | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"mbkern: {reduction!r} is not a valid reduction: none, mean or sum")
+    if denominator is not None and reduction != "mean":
+        raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
+
+
+def _refuse_weight_gradients(*weights: Tensor | None) -> None:
+    for weight in weights:
+        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "mbkern: no gradient is computed for weights; detach them, or use torch.nn.functional"
+            )
+
+
+def _result_dtype(loss_dtype: torch.dtype | None, input: Tensor) -> torch.dtype | None:
+    """Return the dtype asked for, autocast's float32, or None for the input's."""
+    if loss_dtype is not None:
+        if loss_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}")
+        return loss_dtype
+    if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return None
