@@ -5,7 +5,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <array>
+#include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -21,73 +22,133 @@ namespace py = pybind11;
 namespace {
 
 using Address = std::uintptr_t;
-using Three = std::array<std::int64_t, 3>;
-// (value, address or 0, dtype): see mbk::Scalar.
-using ScalarTuple = std::tuple<double, Address, int>;
-// (reduction, has_denominator, denominator, address of the loss, its dtype, address of the loss sum)
-using ResultTuple = std::tuple<int, bool, ScalarTuple, Address, int, Address>;
 
 template <class T>
 T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
-mbk::Scalar scalar(const ScalarTuple& s) {
-  return {std::get<0>(s), at<const void>(std::get<1>(s)), static_cast<mbk::DType>(std::get<2>(s))};
-}
-mbk::Strides strides(const Three& s) { return {s[0], s[1], s[2]}; }
-mbk::Result result_of(const ResultTuple& r) {
-  return {static_cast<mbk::Reduction>(std::get<0>(r)), scalar(std::get<2>(r)), std::get<1>(r),
-          at<void>(std::get<3>(r)), static_cast<mbk::DType>(std::get<4>(r)),
-          at<mbk::ExactSumState>(std::get<5>(r))};
-}
 
-double row_loss(int loss, int dtype, std::int64_t items, std::int64_t inner_size, std::int64_t columns, Address input,
-                const Three& input_strides, Address grad, const Three& grad_strides, bool accumulate, Address target,
-                int target_type, const Three& target_strides, std::int64_t ignore_index, Address class_weight,
-                Address sample_weight, const Three& sample_weight_strides, double label_smoothing, double z_loss,
-                double softcap, const ScalarTuple& scale, Address item_scale, const Three& item_scale_strides,
-                Address losses, Address row_state, bool from_state, const ScalarTuple& divisor,
-                const ResultTuple& result, int threads) {
+// The fields of a call, in order, out of a flat tuple of ints and a flat tuple of floats: a
+// fraction of the time of as many arguments. _launch.py builds the tuples in the order in which
+// they are read here.
+class Fields {
+ public:
+  Fields(const py::tuple& integers, const py::tuple& numbers)
+      : integers_(integers), numbers_(numbers) {}
+  // Throws unless every field was read and was there, and was a number.
+  void finish() const {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (next_integer_ != PyTuple_GET_SIZE(integers_.ptr()) ||
+        next_number_ != PyTuple_GET_SIZE(numbers_.ptr()))
+      throw std::invalid_argument(
+          "mbkern._C: wrong number of fields; _launch.py and bindings.cpp differ");
+  }
+  std::int64_t integer() {
+    PyObject* field = get(integers_, next_integer_++);
+    return field ? PyLong_AsLongLong(field) : 0;
+  }
+  double number() {
+    PyObject* field = get(numbers_, next_number_++);
+    return field ? PyFloat_AsDouble(field) : 0;
+  }
+  bool boolean() { return integer() != 0; }
+  void* address() {
+    PyObject* field = get(integers_, next_integer_++);
+    return field ? PyLong_AsVoidPtr(field) : nullptr;
+  }
+  mbk::DType dtype() { return static_cast<mbk::DType>(integer()); }
+  mbk::Strides strides() {
+    const std::int64_t outer = integer(), inner = integer(), column = integer();
+    return {outer, inner, column};
+  }
+  mbk::Scalar scalar() {
+    const double value = number();
+    const void* pointer = address();
+    return {value, pointer, dtype()};
+  }
+  mbk::Result result() {
+    mbk::Result r{};
+    r.reduction = static_cast<mbk::Reduction>(integer());
+    r.has_denominator = boolean();
+    r.denominator = scalar();
+    r.loss = address();
+    r.loss_dtype = dtype();
+    r.loss_sum = static_cast<mbk::ExactSumState*>(address());
+    return r;
+  }
+
+ private:
+  static PyObject* get(const py::tuple& fields, Py_ssize_t i) {
+    return i < PyTuple_GET_SIZE(fields.ptr()) ? PyTuple_GET_ITEM(fields.ptr(), i) : nullptr;
+  }
+  const py::tuple &integers_, &numbers_;
+  Py_ssize_t next_integer_ = 0, next_number_ = 0;
+};
+
+double row_loss(const py::tuple& integers, const py::tuple& numbers) {
+  Fields f(integers, numbers);
   mbk::RowArgs a{};
-  a.items = items, a.inner_size = inner_size, a.columns = columns;
-  a.input = at<void>(input), a.input_strides = strides(input_strides);
-  a.grad = at<void>(grad), a.grad_strides = strides(grad_strides), a.accumulate = accumulate;
-  a.target = at<void>(target), a.target_strides = strides(target_strides);
+  const int loss = static_cast<int>(f.integer());
+  const mbk::DType dtype = f.dtype();
+  a.items = f.integer(), a.inner_size = f.integer(), a.columns = f.integer();
+  a.input = f.address(), a.input_strides = f.strides();
+  a.grad = f.address(), a.grad_strides = f.strides(), a.accumulate = f.boolean();
+  a.target = f.address();
+  const std::int64_t target_type = f.integer();  // -1: probabilities
   a.target_is_index = target_type >= 0;
   a.target_type = static_cast<mbk::IndexType>(target_type < 0 ? 0 : target_type);
-  a.ignore_index = ignore_index;
-  a.class_weight = at<void>(class_weight);
-  a.sample_weight = at<void>(sample_weight), a.sample_weight_strides = strides(sample_weight_strides);
-  a.label_smoothing = label_smoothing, a.z_loss = z_loss, a.softcap = softcap;
-  a.scale = scalar(scale), a.denominator = scalar(divisor);
-  a.item_scale = at<void>(item_scale), a.item_scale_strides = strides(item_scale_strides);
-  a.losses = at<void>(losses), a.row_state = at<void>(row_state), a.from_state = from_state;
-  a.threads = threads;
-  const mbk::Result r = result_of(result);
+  a.target_strides = f.strides(), a.ignore_index = f.integer();
+  a.class_weight = f.address();
+  a.sample_weight = f.address(), a.sample_weight_strides = f.strides();
+  a.label_smoothing = f.number(), a.z_loss = f.number(), a.softcap = f.number();
+  a.scale = f.scalar();
+  a.item_scale = f.address(), a.item_scale_strides = f.strides();
+  a.losses = f.address(), a.row_state = f.address(), a.from_state = f.boolean();
+  a.denominator = {f.number(), nullptr, mbk::DType::f64};
+  const mbk::Result r = f.result();
+  a.threads = static_cast<int>(f.integer());
+  f.finish();
+  const mbk::Backend& backend = mbk::current_backend();
   const py::gil_scoped_release release;
-  return mbk::run_row_loss(mbk::current_backend(), loss, static_cast<mbk::DType>(dtype), a, r);
+  return mbk::run_row_loss(backend, loss, dtype, a, r);
 }
 
-double pointwise_loss(int loss, bool in_double, const std::vector<std::int64_t>& shape,
-                      const std::array<Address, mbk::kViews>& data, const std::array<int, mbk::kViews>& dtypes,
-                      const std::vector<std::vector<std::int64_t>>& view_strides, bool accumulate, double parameter,
-                      const ScalarTuple& scale, const ResultTuple& result, int threads) {
+double pointwise_loss(const py::tuple& integers, const py::tuple& numbers, const py::tuple& shape,
+                      const py::list& view_strides) {
+  Fields f(integers, numbers);
   mbk::PointwiseArgs a{};
+  const int loss = static_cast<int>(f.integer());
+  const mbk::DType type = f.dtype();
   if (shape.size() > mbk::kMaxDims || view_strides.size() != mbk::kViews)
-    throw std::invalid_argument("mbkern: " + std::to_string(shape.size()) + " dimensions that cannot be merged; at most " +
-                                std::to_string(mbk::kMaxDims) + " are supported");
+    throw std::invalid_argument("mbkern: " + std::to_string(shape.size()) +
+                                " dimensions; at most " + std::to_string(mbk::kMaxDims) +
+                                " are supported for layouts that do not merge");
   a.dims = static_cast<int>(shape.size());
-  for (int d = 0; d < a.dims; ++d) a.shape[d] = shape[d];
+  for (int d = 0; d < a.dims; ++d) a.shape[d] = shape[d].cast<std::int64_t>();
   for (int v = 0; v < mbk::kViews; ++v) {
-    a.views[v].data = at<void>(data[v]);
-    a.views[v].dtype = static_cast<mbk::DType>(dtypes[v]);
-    if (data[v])
-      for (int d = 0; d < a.dims; ++d) a.views[v].strides[d] = view_strides[v].at(d);
+    a.views[v].data = f.address();
+    a.views[v].dtype = f.dtype();
+    if (!a.views[v].data) continue;
+    const py::tuple strides = view_strides[v];
+    for (int d = 0; d < a.dims; ++d) a.views[v].strides[d] = strides[d].cast<std::int64_t>();
   }
-  a.accumulate = accumulate, a.parameter = parameter, a.scale = scalar(scale), a.threads = threads;
-  const mbk::Result r = result_of(result);
+  a.accumulate = f.boolean(), a.parameter = f.number(), a.scale = f.scalar();
+  const mbk::Result r = f.result();
+  a.threads = static_cast<int>(f.integer());
+  f.finish();
+  const mbk::Backend& backend = mbk::current_backend();
   const py::gil_scoped_release release;
-  return mbk::run_pointwise_loss(mbk::current_backend(), loss, in_double ? mbk::DType::f64 : mbk::DType::f32, a, r);
+  return mbk::run_pointwise_loss(backend, loss, type, a, r);
+}
+
+double exact_result(Address state, const py::tuple& integers, const py::tuple& numbers) {
+  Fields f(integers, numbers);
+  const mbk::Result r = f.result();
+  f.finish();
+  const mbk::DefaultEnvironment environment;
+  const double divisor = mbk::divisor_of(r, 1);
+  mbk::store_result(r, *at<mbk::ExactSumState>(state), divisor);
+  return divisor;
 }
 
 template <class... L>
@@ -95,15 +156,16 @@ std::vector<std::string> names(mbk::MBK_ISA::LossList<L...>) {
   return {L::name...};
 }
 
-// Asks for huge pages under [address, address + bytes) before they are touched; a hint, errors are none.
+// Asks for huge pages under [address, address + bytes) before they are touched; a hint, errors are
+// none.
 void advise_huge_pages(Address address, std::size_t bytes) {
   const Address page = static_cast<Address>(sysconf(_SC_PAGESIZE));
   const Address first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
   if (last > first) madvise(at<void>(first), last - first, MADV_HUGEPAGE);
 }
 
-void elementary(const std::string& isa, const std::string& name, bool in_double, Address x, Address y,
-                std::int64_t n) {
+void elementary(const std::string& isa, const std::string& name, bool in_double, Address x,
+                Address y, std::int64_t n) {
   const mbk::Backend& backend = mbk::find_backend(isa);
   for (const mbk::Elementary* f = backend.elementary; f->name; ++f) {
     if (name != f->name) continue;
@@ -138,22 +200,24 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("pointwise_losses", [] { return names(mbk::MBK_ISA::PointwiseLosses{}); });
   m.def("elementary_functions", [] {
     std::vector<std::string> found;
-    for (const mbk::Elementary* f = mbk::current_backend().elementary; f->name; ++f) found.emplace_back(f->name);
+    for (const mbk::Elementary* f = mbk::current_backend().elementary; f->name; ++f)
+      found.emplace_back(f->name);
     return found;
   });
-  m.def("elementary", &elementary, py::arg("isa"), py::arg("name"), py::arg("in_double"), py::arg("x"), py::arg("y"),
-        py::arg("n"));
+  m.def("elementary", &elementary, py::arg("isa"), py::arg("name"), py::arg("in_double"),
+        py::arg("x"), py::arg("y"), py::arg("n"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
 
-  m.def("exact_value", [](Address s) { return mbk::exact_value(*at<mbk::ExactSumState>(s)); }, py::arg("state"));
   m.def(
-      "exact_result",
-      [](Address s, const ResultTuple& result) {
-        const mbk::DefaultEnvironment environment;
-        const mbk::Result r = result_of(result);
-        mbk::store_result(r, *at<mbk::ExactSumState>(s), mbk::divisor_of(r, 1));
+      "scalar_value",
+      [](Address address, int dtype) {
+        return mbk::read_scalar({0, at<void>(address), static_cast<mbk::DType>(dtype)});
       },
-      py::arg("state"), py::arg("result"));
+      py::arg("address"), py::arg("dtype"));
+  m.def(
+      "exact_value", [](Address s) { return mbk::exact_value(*at<mbk::ExactSumState>(s)); },
+      py::arg("state"));
+  m.def("exact_result", &exact_result, py::arg("state"), py::arg("integers"), py::arg("numbers"));
   m.def(
       "exact_merge",
       [](Address into, Address from) {
@@ -169,6 +233,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("state"), py::arg("values"), py::arg("n"));
 
-  m.def("row_loss", &row_loss);
-  m.def("pointwise_loss", &pointwise_loss);
+  m.def("row_loss", &row_loss, py::arg("integers"), py::arg("numbers"));
+  m.def("pointwise_loss", &pointwise_loss, py::arg("integers"), py::arg("numbers"),
+        py::arg("shape"), py::arg("view_strides"));
 }

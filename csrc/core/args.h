@@ -1,5 +1,6 @@
 #pragma once
-// Plain data that crosses from the binding to the kernels, on every device. Strides are in elements.
+// Plain data that crosses from the binding to the kernels, on every device. Strides are in
+// elements.
 #include <stdint.h>
 
 namespace mbk {
@@ -16,16 +17,17 @@ struct Scalar {
   DType dtype;          // of *pointer
 };
 
-// An exact sum of fp32 numbers: 288 bits of fixed point in nine limbs of 32 bits (each in an int64, so
-// that additions need no carry), and a count for each kind of term that is not a number to be summed.
-// Plain integers: merging is addition, in any order, over threads, devices and processes.
+// An exact sum of fp32 numbers: 288 bits of fixed point in nine limbs of 32 bits (each in an int64,
+// so that additions need no carry), and a count for each kind of term that is not a number to be
+// summed. Plain integers: merging is addition, in any order, over threads, devices and processes.
 struct ExactSumState {
   int64_t limb[9];  // value = sum limb[i] * 2^(32 i - 149)
   int64_t nan, positive_infinity, negative_infinity;
 };
 static_assert(sizeof(ExactSumState) == 96, "documented size");
 
-// Items are numbered i = outer * inner_size + inner: (N, C, d1, d2) has N * d1 * d2 items of C columns.
+// Items are numbered i = outer * inner_size + inner: (N, C, d1, d2) has N * d1 * d2 items of C
+// columns.
 struct Strides {
   int64_t outer, inner, column;
 };
@@ -39,15 +41,16 @@ struct RowArgs {
   Strides grad_strides;
   bool accumulate;  // grad += d, instead of grad = d
 
-  const void* target;  // class indices (column stride unused), or probabilities in the input's dtype
+  const void*
+      target;  // class indices (column stride unused), or probabilities in the input's dtype
   bool target_is_index;
   IndexType target_type;
   Strides target_strides;
   int64_t ignore_index;
 
   // Options. Arrays are in the type that the loss is computed in: fp32, or fp64 for fp64 input.
-  const void* class_weight;  // (columns), null: all one
-  double class_weight_sum;   // of all classes
+  const void* class_weight;   // (columns), null: all one
+  double class_weight_sum;    // of all classes
   const void* sample_weight;  // one an item, null: all one
   Strides sample_weight_strides;
   double label_smoothing, z_loss, softcap;  // softcap 0: none
@@ -69,25 +72,37 @@ struct RowArgs {
 // Work that is worth a thread of its own.
 inline constexpr int64_t kElementsPerTask = 32768;
 
-// Whether the lanes of a CPU kernel go across items instead of along the row: short rows, and layouts
-// where neighbouring items are neighbours in memory. Changes the speed, not one bit of the result.
+// Whether the lanes of a CPU kernel go across items instead of along the row: short rows, and
+// layouts where neighbouring items are neighbours in memory. Changes the speed, not one bit of the
+// result.
 inline constexpr int64_t kShortColumns = 512, kShortContiguousColumns = 64;
 inline bool lanes_across_items(const RowArgs& a) {
   return a.columns <= (a.input_strides.column == 1 ? kShortContiguousColumns : kShortColumns);
 }
 
-// Scratch of one thread for rows of `columns`, of a type of `size` bytes: the row itself, rounded up to
-// whole groups, and copies of the input, the probabilities and the gradient should those be strided; or
-// two tiles of vectors of items. Memory that is not touched costs nothing: a plain call uses one row.
+// Scratch of one thread for rows of `columns`, of a type of `size` bytes: the row itself, rounded
+// up to whole groups, and copies of the input, the probabilities and the gradient should those be
+// strided; or two tiles of vectors of items. Memory that is not touched costs nothing: a plain call
+// uses one row.
 inline constexpr int64_t row_scratch_bytes(int64_t columns, int64_t size) {
-  const int64_t rows = (columns + 63) / 64 * 64 * size * 4, tiles = columns <= kShortColumns ? columns * 128 : 0;
+  const int64_t rows = (columns + 63) / 64 * 64 * size * 4,
+                tiles = columns <= kShortColumns ? columns * 128 : 0;
   return (rows > tiles ? rows : tiles) + 64;
 }
 
-// Element-wise losses. Every tensor of a call is a view of the broadcast shape, whose dimensions the
-// binding has sorted and merged; a view that is absent has no data.
+// Element-wise losses. Every tensor of a call is a view of the broadcast shape, whose dimensions
+// the binding has sorted and merged; a view that is absent has no data.
 inline constexpr int kMaxDims = 8;
-enum PointwiseView { kInput, kTarget, kWeight, kItemScale, kLosses, kGradInput, kGradTarget, kViews };
+enum PointwiseView {
+  kInput,
+  kTarget,
+  kWeight,
+  kItemScale,
+  kLosses,
+  kGradInput,
+  kGradTarget,
+  kViews
+};
 
 struct View {
   void* data;
@@ -100,8 +115,8 @@ struct PointwiseArgs {
   int dims;
   int64_t shape[kMaxDims];
   View views[kViews];
-  bool accumulate;         // gradients are added to what is there
-  double parameter;        // the loss's own: beta, delta, margin
+  bool accumulate;            // gradients are added to what is there
+  double parameter;           // the loss's own: beta, delta, margin
   Scalar scale, denominator;  // d(result)/d(element) = scale * item_scale * weight / denominator
 
   int threads;
@@ -109,7 +124,8 @@ struct PointwiseArgs {
   double* partial_sums;   // one for each kPointwiseBlock elements
 };
 
-// Elements that a task of the element-wise loops covers; fp64 sums are taken block by block, in order.
+// Elements that a task of the element-wise loops covers; fp64 sums are taken block by block, in
+// order.
 inline constexpr int64_t kPointwiseBlock = 16384;
 
 }  // namespace mbk

@@ -1,6 +1,6 @@
 #pragma once
-// The one interface between the kernels and everything else: a table of functions per instruction set.
-// Each tier's table is the only symbol that the objects of its tier export.
+// The one interface between the kernels and everything else: a table of functions per instruction
+// set. Each tier's table is the only symbol that the objects of its tier export.
 #include <stdint.h>
 
 #include "core/args.h"
@@ -19,7 +19,7 @@ struct Elementary {
 
 struct Backend {
   const char* name;
-  RowFn (*row)(int loss, DType input);            // loss: its position in RowLosses
+  RowFn (*row)(int loss, DType input);             // loss: its position in RowLosses
   PointwiseFn (*pointwise)(int loss, DType type);  // type: computed in, f32 or f64
   void (*sum)(const PointwiseArgs&);               // of the view kLosses: exactly, into totals
   const Elementary* elementary;                    // ends with a null name

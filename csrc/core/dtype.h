@@ -1,7 +1,7 @@
 #pragma once
-// Storage types at load and store: nothing else knows about 16-bit formats. Widening is exact; narrowing
-// rounds once to nearest even in integer arithmetic or by F16C (AVX512-BF16's conversion flushes
-// denormals, so it is not used). A NaN that is stored must be canonical: see canonical().
+// Storage types at load and store: nothing else knows about 16-bit formats. Widening is exact;
+// narrowing rounds once to nearest even in integer arithmetic or by F16C (AVX512-BF16's conversion
+// flushes denormals, so it is not used). A NaN that is stored must be canonical: see canonical().
 #include "core/args.h"
 #include "core/lane.h"
 
@@ -28,19 +28,22 @@ using Compute = typename ComputeOf<S>::type;
 
 template <class V>
 MBK_FN V canonical(V x) {
-  const Element<V> nan = sizeof(Element<V>) == 4 ? (Element<V>)as_float((int32_t)0x7fc00000)
-                                                 : (Element<V>)as_float((int64_t)0x7ff8000000000000);
+  const Element<V> nan = sizeof(Element<V>) == 4
+                             ? (Element<V>)as_float((int32_t)0x7fc00000)
+                             : (Element<V>)as_float((int64_t)0x7ff8000000000000);
   return select(is_nan(x), splat<V>(nan), x);
 }
 
-// ---- one element ----------------------------------------------------------------------------------
+// ---- one element
+// ----------------------------------------------------------------------------------
 MBK_FN float widen(float x) { return x; }
 MBK_FN double widen(double x) { return x; }
 MBK_FN float widen(bf16 x) { return as_float((int32_t)((uint32_t)x.bits << 16)); }
 MBK_FN float widen(f16 x) {
   // Shift the exponent and mantissa into place, then rebias by one exact multiplication, which also
   // normalises denormals; the largest exponent stands for infinity and NaN.
-  const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13, sign = (uint32_t)(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13, sign = (uint32_t)(x.bits & 0x8000)
+                                                                       << 16;
   const float scaled = as_float((int32_t)magnitude) * 0x1p112f;
   const bool special = (x.bits & 0x7c00) == 0x7c00;
   return as_float((int32_t)((special ? magnitude | 0x70000000u : bits(scaled)) | sign));
@@ -135,20 +138,29 @@ MBK_FN void store(S* p, V v) {
 MBK_FN double read(const Scalar& s) {
   if (!s.pointer) return s.value;
   switch (s.dtype) {
-    case DType::f32: return *(const float*)s.pointer;
-    case DType::bf16: return widen(*(const bf16*)s.pointer);
-    case DType::f16: return widen(*(const f16*)s.pointer);
-    default: return *(const double*)s.pointer;
+    case DType::f32:
+      return *(const float*)s.pointer;
+    case DType::bf16:
+      return widen(*(const bf16*)s.pointer);
+    case DType::f16:
+      return widen(*(const f16*)s.pointer);
+    default:
+      return *(const double*)s.pointer;
   }
 }
 
 MBK_FN int64_t read_index(const void* p, IndexType type, int64_t offset) {
   switch (type) {
-    case IndexType::i64: return ((const int64_t*)p)[offset];
-    case IndexType::i32: return ((const int32_t*)p)[offset];
-    case IndexType::i16: return ((const int16_t*)p)[offset];
-    case IndexType::i8: return ((const int8_t*)p)[offset];
-    default: return ((const uint8_t*)p)[offset];
+    case IndexType::i64:
+      return ((const int64_t*)p)[offset];
+    case IndexType::i32:
+      return ((const int32_t*)p)[offset];
+    case IndexType::i16:
+      return ((const int16_t*)p)[offset];
+    case IndexType::i8:
+      return ((const int8_t*)p)[offset];
+    default:
+      return ((const uint8_t*)p)[offset];
   }
 }
 

@@ -1,6 +1,6 @@
 #pragma once
-// The floating-point environment of a kernel: round to nearest even, denormals kept, exceptions masked,
-// whatever the caller (or a neighbour built with -ffast-math) has set; restored on leaving.
+// The floating-point environment of a kernel: round to nearest even, denormals kept, exceptions
+// masked, whatever the caller (or a neighbour built with -ffast-math) has set; restored on leaving.
 #include <stdint.h>
 #if defined(__x86_64__)
 #include <immintrin.h>

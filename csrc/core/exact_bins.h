@@ -1,7 +1,8 @@
 #pragma once
-// The exact sum of many fp32 numbers at the speed of vectors: each is split, exactly, into a multiple of
-// 2^-16 and a rest that is a multiple of 2^-60, and both are summed in fp64, which stays exact for kFlush
-// additions; then the bins move to the long accumulator. Numbers outside [2^-36, 2^20) go there directly.
+// The exact sum of many fp32 numbers at the speed of vectors: each is split, exactly, into a
+// multiple of 2^-16 and a rest that is a multiple of 2^-60, and both are summed in fp64, which
+// stays exact for kFlush additions; then the bins move to the long accumulator. Numbers outside
+// [2^-36, 2^20) go there directly.
 #include "core/exact_sum.h"
 
 namespace mbk::MBK_ISA {
@@ -21,7 +22,8 @@ MBK_FN void add_integer(ExactSumState& s, int64_t value, int position) {
 
 struct ExactBins {
   static constexpr int kFlush = 512;
-  static constexpr int kCoarse = 16, kFine = 60;  // the bins hold multiples of 2^-kCoarse and 2^-kFine
+  static constexpr int kCoarse = 16,
+                       kFine = 60;  // the bins hold multiples of 2^-kCoarse and 2^-kFine
 
   ExactSumState& total;
   f64v coarse[kDoubleParts], fine[kDoubleParts];

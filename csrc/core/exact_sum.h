@@ -1,6 +1,7 @@
 #pragma once
-// The exact sum of fp32 numbers (Kulisch & Miranker's long accumulator for binary32) and its roundings.
-// Integer additions commute, so the value does not depend on order, threads, cuts or ranks.
+// The exact sum of fp32 numbers (Kulisch & Miranker's long accumulator for binary32) and its
+// roundings. Integer additions commute, so the value does not depend on order, threads, cuts or
+// ranks.
 #include "core/args.h"
 #include "core/lane.h"
 
@@ -50,10 +51,11 @@ MBK_FN void merge(ExactSumState& into, const ExactSumState& from) {
   normalise(into);
 }
 
-// The sum as double: rounded to nearest even, or to odd, from where any narrower type is reached by one
-// correct rounding (Boldo & Melquiond 2008).
+// The sum as double: rounded to nearest even, or to odd, from where any narrower type is reached by
+// one correct rounding (Boldo & Melquiond 2008).
 MBK_FN double round_exact(ExactSumState s, bool to_odd) {
-  if (s.nan || (s.positive_infinity && s.negative_infinity)) return as_float((int64_t)0x7ff8000000000000);
+  if (s.nan || (s.positive_infinity && s.negative_infinity))
+    return as_float((int64_t)0x7ff8000000000000);
   if (s.positive_infinity) return as_float((int64_t)0x7ff0000000000000);
   if (s.negative_infinity) return -as_float((int64_t)0x7ff0000000000000);
   normalise(s);
@@ -64,7 +66,8 @@ MBK_FN double round_exact(ExactSumState s, bool to_odd) {
   }
   int top = kLimbs - 1;
   while (top > 0 && s.limb[top] == 0) --top;
-  // The leading 64 bits, of which at least 33 + 1 are significant, and whether anything lies below them.
+  // The leading 64 bits, of which at least 33 + 1 are significant, and whether anything lies below
+  // them.
   uint64_t high = (uint64_t)s.limb[top], low = 0;
   if (high == 0) return 0.0;
   int exponent = 32 * top - 149;

@@ -1,14 +1,16 @@
 #pragma once
-// The lane type: what one instruction set computes at once, and the few operations that need its name.
+// The lane type: what one instruction set computes at once, and the few operations that need its
+// name.
 //
-// Everything above this file is written for "V", which is float or double (the scalar tier and CUDA) or
-// the vectors f32v and f64v of the ISA being compiled. + - * / < ?: and integer shifts come from the
-// compiler's vector extensions; only what those lack (fma, square root, partial access) is named here.
-// No function may be contracted, reordered or approximated: see docs/numerics.md.
+// Everything above this file is written for "V", which is float or double (the scalar tier and
+// CUDA) or the vectors f32v and f64v of the ISA being compiled. + - * / < ?: and integer shifts
+// come from the compiler's vector extensions; only what those lack (fma, square root, partial
+// access) is named here. No function may be contracted, reordered or approximated: see
+// docs/numerics.md.
 //
 // One definition rule: the build compiles these headers once per ISA with MBK_ISA defined, so every
-// symbol lives in namespace mbk::MBK_ISA and every function is inlined. No STL here: a weak template
-// instance compiled with AVX-512 could be the copy that the linker keeps for everybody.
+// symbol lives in namespace mbk::MBK_ISA and every function is inlined. No STL here: a weak
+// template instance compiled with AVX-512 could be the copy that the linker keeps for everybody.
 #include <stdint.h>
 #include <string.h>
 
@@ -114,13 +116,17 @@ MBK_FN f64v select(i64v m, f64v a, f64v b) { return m ? a : b; }
 MBK_FN i64v select(i64v m, i64v a, i64v b) { return m ? a : b; }
 
 #if defined(__AVX512F__)
-MBK_FN f32v fma(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+MBK_FN f32v fma(f32v a, f32v b, f32v c) {
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm512_sqrt_pd((__m512d)x); }
 MBK_FN bool any(i32v m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
 MBK_FN bool any(i64v m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
 #else
-MBK_FN f32v fma(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+MBK_FN f32v fma(f32v a, f32v b, f32v c) {
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm256_sqrt_ps((__m256)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm256_sqrt_pd((__m256d)x); }
 MBK_FN bool any(i32v m) { return _mm256_movemask_ps((__m256)m) != 0; }
@@ -136,7 +142,8 @@ typedef int64_t i64v;
 
 #endif
 
-// ---- what the lane types have in common ----------------------------------------------------------
+// ---- what the lane types have in common
+// ----------------------------------------------------------
 
 template <class V>
 struct LaneOf;  // element type, integer type of the same shape, lane count
@@ -208,8 +215,8 @@ template <class V>
 MBK_FN auto is_nan(V x) {
   return x != x;
 }
-// a * b + c where one rounding or two make no difference that is promised: fused in fp32; in fp64 two
-// roundings, because the x86-64 baseline has no fused operation and emulating it would be slow.
+// a * b + c where one rounding or two make no difference that is promised: fused in fp32; in fp64
+// two roundings, because the x86-64 baseline has no fused operation and emulating it would be slow.
 template <class V>
 MBK_FN V multiply_add(V a, V b, V c) {
   if constexpr (sizeof(Element<V>) == 4) {
@@ -236,7 +243,8 @@ MBK_FN Element<V> sum_lanes(V v) {
 #if MBK_SIMD
   } else if constexpr (sizeof(Element<V>) == 4) {
 #if defined(__AVX512F__)
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    const __m256 eight =
+        _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
 #else
     const __m256 eight = (__m256)v;
 #endif
@@ -245,7 +253,8 @@ MBK_FN Element<V> sum_lanes(V v) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
   } else {
 #if defined(__AVX512F__)
-    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+    const __m256d four =
+        _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
 #else
     const __m256d four = (__m256d)v;
 #endif

@@ -12,64 +12,78 @@ namespace mbk::MBK_ISA {
 inline constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
 inline constexpr double kLog2E = 0x1.71547652b82fep0;
 
+// x = n ln 2 + r. r = high - low is rounded; the two parts are not.
+template <class V>
+struct Reduced64 {
+  V high, low, r;
+  Int<V> power;  // n + bias in the low bits
+};
 template <class V, F64<V> = 0>
-MBK_FN Reduced<V> reduce_exp(V x, double bias = 0) {
+MBK_FN Reduced64<V> reduce_exp(V x, double bias = 0) {
   const V magic = splat<V>(0x1.8p52 + bias);
   const V t = x * splat<V>(kLog2E) + magic;
   const V n = t - magic;
-  return {(x - n * splat<V>(kLn2High)) - n * splat<V>(kLn2Low), as_int(t)};
+  const V high = x - n * splat<V>(kLn2High), low = n * splat<V>(kLn2Low);
+  return {high, low, high - low, as_int(t)};
 }
 // exp(r) = 1 + r (1 + r P(r))
 template <class V, F64<V> = 0>
-MBK_FN V exp_reduced(V r) {
+MBK_FN V exp_polynomial(V r) {
   return horner(r, splat<V>(0x1.ad9303ff16be2p-26), 0x1.28adfefa69a53p-22, 0x1.71df18e254781p-19,
                 0x1.a019995cdc802p-16, 0x1.a01a012ff2942p-13, 0x1.6c16c18477aefp-10,
                 0x1.1111111126b3p-7, 0x1.55555555506bap-5, 0x1.55555555554fep-3,
-                0x1.000000000000ap-1, 1.0, 1.0);
+                0x1.000000000000ap-1);
+}
+template <class V, F64<V> = 0>
+MBK_FN V exp_reduced(V r) {
+  return horner(r, exp_polynomial(r), 1.0, 1.0);
+}
+template <class V, F64<V> = 0>
+MBK_FN V scale_down(V p, Int<V> power) {
+  return as_float(wrapping_add(as_int(p), shift_left(power, 52))) * splat<V>(0x1p-64);
 }
 
 // exp(d) for d <= 0; exactly 0 for d < -700, for -inf and for NaN.
 template <class V, F64<V> = 0>
 MBK_FN V exp_nonpositive(V d) {
-  const Reduced<V> a = reduce_exp(d);
+  const Reduced64<V> a = reduce_exp(d);
   const V y = as_float(wrapping_add(as_int(exp_reduced(a.r)), shift_left(a.power, 52)));
   return select(d >= splat<V>(-700.0), y, splat<V>(0.0));
 }
 
 template <class V, F64<V> = 0>
 MBK_FN V exp(V x) {
-  const Reduced<V> a = reduce_exp(min(splat<V>(710.0), max(splat<V>(-746.0), x)));
+  const Reduced64<V> a = reduce_exp(min(splat<V>(710.0), max(splat<V>(-746.0), x)));
   const Int<V> half = shift_left(a.power, 51) & bits_of<V>(-__builtin_inf());
   const Int<V> rest = wrapping_sub(shift_left(a.power, 52), half);
   const V y = as_float(wrapping_add(as_int(exp_reduced(a.r)), rest));
   return canonical_nan(x, y * as_float(wrapping_add(half, bits_of<V>(1.0))));
 }
 
-template <class V, F64<V> = 0>
-MBK_FN V exp_minus_abs(V x) {
-  const Reduced<V> a = reduce_exp(max(splat<V>(-746.0), -abs(x)), 64);
-  const V y = as_float(wrapping_add(as_int(exp_reduced(a.r)), shift_left(a.power, 52)));
-  return y * splat<V>(0x1p-64);
-}
-
+// As in fp32; here expm1(r) takes the two parts of r one by one, which saves a rounding.
 template <class V, F64<V> = 0>
 MBK_FN V expm1(V x) {
-  const Reduced<V> a = reduce_exp(min(splat<V>(710.0), max(splat<V>(-40.0), x)), 1022);
+  const Reduced64<V> a = reduce_exp(min(splat<V>(710.0), max(splat<V>(-40.0), x)), 1022);
   const V P = horner(a.r, splat<V>(0x1.ae77778d8f664p-26), 0x1.28a28f518161p-22,
                      0x1.71de8109f7c6ep-19, 0x1.a019a6a16c1d3p-16, 0x1.a01a0177f21b9p-13,
                      0x1.6c16c17f2f17p-10, 0x1.1111111118831p-7, 0x1.555555555210cp-5,
                      0x1.555555555553bp-3, 0x1.0000000000005p-1);
-  const V p = a.r + a.r * a.r * P;
+  const V p = a.high + (a.r * a.r * P - a.low);
   const Int<V> power = shift_left(a.power, 52);  // the bits of 2^(n-1)
   const V inverse = as_float(wrapping_sub(bits_of<V>(0x1p1023), power));
   const V y = as_float(power) * (splat<V>(2.0) * p + (splat<V>(2.0) - inverse));
   return canonical_nan(x, or_sign(y, x));
 }
 
+// sigmoid(x) = b (1 - e / (1 + e)), e = exp(-|x|), with b = e where x < 0, else 1.
 template <class V, F64<V> = 0>
 MBK_FN V sigmoid(V x) {
-  const V e = exp_minus_abs(x), one = splat<V>(1.0);
-  return canonical_nan(x, select(x < splat<V>(0.0), e, one) / (one + e));
+  const Reduced64<V> a = reduce_exp(max(splat<V>(-746.0), -abs(x)), 64);
+  const V one = splat<V>(1.0);
+  const V p = one + (a.high + (a.r * a.r * exp_polynomial(a.r) - a.low));
+  const V e = scale_down(p, a.power);
+  const V b = select(x < splat<V>(0.0), e, one);
+  return canonical_nan(x, b - b * (e / (one + e)));
 }
 
 template <class V, F64<V> = 0>
@@ -103,8 +117,8 @@ MBK_FN V minus_exponent(Int<V> biased, V bias) {
   const V k = as_float(shift_right(biased, 52) | bits_of<V>(0x1p52));  // 2^52 + 1023 too large
   return (bias + splat<V>(0x1p52 + 1023)) - k;
 }
-// log(1 + f) + k ln 2, where log(1 + f) = 2 atanh(s) = f - s (f - z P(z)), s = f / (2 + f), z =
-// s^2.
+// log(1 + f) + k ln 2, where log(1 + f) = 2 atanh(s) = f - s (f - z P(z)), s = f / (2 + f) and
+// z = s^2.
 template <class V, F64<V> = 0>
 MBK_FN V log_reduced(V f, V minus_k) {
   const V s = f / (f + splat<V>(2.0));
@@ -141,7 +155,9 @@ MBK_FN V log1p(V x) {
 
 template <class V, F64<V> = 0>
 MBK_FN V softplus(V x) {
-  return canonical_nan(x, max(x, splat<V>(0.0)) + log1p_inside(exp_minus_abs(x)));
+  const Reduced64<V> a = reduce_exp(max(splat<V>(-746.0), -abs(x)), 64);
+  const V e = scale_down(exp_reduced(a.r), a.power);
+  return canonical_nan(x, max(x, splat<V>(0.0)) + log1p_inside(e));
 }
 
 }  // namespace mbk::MBK_ISA

@@ -5,8 +5,9 @@
 
 namespace mbk::MBK_ISA {
 
-// Columns are summed in aligned blocks of kBlock. In a block, column j belongs to lane j % kGroup; each
-// lane adds its columns in order, lanes are joined by halves, blocks by an exact sum (fp64: in order).
+// Columns are summed in aligned blocks of kBlock. In a block, column j belongs to lane j % kGroup;
+// each lane adds its columns in order, lanes are joined by halves, blocks by an exact sum (fp64: in
+// order).
 inline constexpr int kGroup = 64;
 inline constexpr int64_t kBlock = 1024;
 
@@ -33,7 +34,8 @@ MBK_FN int64_t item_target(const RowArgs& a, const ItemPosition& at) {
 template <class T>
 struct ItemScale {
   double scale, denominator;
-  MBK_FN explicit ItemScale(const RowArgs& a) : scale(read(a.scale)), denominator(read(a.denominator)) {}
+  MBK_FN explicit ItemScale(const RowArgs& a)
+      : scale(read(a.scale)), denominator(read(a.denominator)) {}
   MBK_FN double operator()(const RowArgs& a, const ItemPosition& at) const {
     return scale * (double)item_value<T>(a.item_scale, a.item_scale_strides, at) / denominator *
            (double)item_value<T>(a.sample_weight, a.sample_weight_strides, at);

@@ -1,5 +1,6 @@
 #pragma once
-// Views of any layout and storage type, a chunk at a time, as arrays of the type that is computed in.
+// Views of any layout and storage type, a chunk at a time, as arrays of the type that is computed
+// in.
 #include "core/args.h"
 #include "core/dtype.h"
 
@@ -48,8 +49,10 @@ MBK_PASS void read_as(const View& view, const Range& range, T* buffer) {
     int k = 0;
     if (stride == 1) {
       for (; k + lanes<Vector<T>> <= run; k += lanes<Vector<T>>) {
-        if constexpr (sizeof(T) == sizeof(Compute<S>)) store(buffer + first + k, load<Vector<T>>(from + k));
-        else break;
+        if constexpr (sizeof(T) == sizeof(Compute<S>))
+          store(buffer + first + k, load<Vector<T>>(from + k));
+        else
+          break;
       }
     }
     for (; k < run; ++k) buffer[first + k] = (T)widen(from[k * stride]);
@@ -90,17 +93,26 @@ MBK_FN T* in_place(const View& view, const Range& range) {
   return direct ? (T*)view.data + range.begin : nullptr;
 }
 
-// The chunk as an array of T: in place, or copied to the buffer, whose last vector is padded with 0.
+// The chunk as an array of T: in place, or copied to the buffer, whose last vector is padded with
+// 0.
 template <class T>
 MBK_FN const T* read_chunk(const View& view, const Range& range, T* buffer) {
   if (const T* direct = in_place<T>(view, range)) return direct;
-  for (int k = range.count / lanes<Vector<T>> * lanes<Vector<T>>; k < range.count + lanes<Vector<T>> && k < kChunk; ++k)
+  for (int k = range.count / lanes<Vector<T>> * lanes<Vector<T>>;
+       k < range.count + lanes<Vector<T>> && k < kChunk; ++k)
     buffer[k] = 0;
   switch (view.dtype) {
-    case DType::f32: read_as<T, float>(view, range, buffer); break;
-    case DType::bf16: read_as<T, bf16>(view, range, buffer); break;
-    case DType::f16: read_as<T, f16>(view, range, buffer); break;
-    default: read_as<T, double>(view, range, buffer);
+    case DType::f32:
+      read_as<T, float>(view, range, buffer);
+      break;
+    case DType::bf16:
+      read_as<T, bf16>(view, range, buffer);
+      break;
+    case DType::f16:
+      read_as<T, f16>(view, range, buffer);
+      break;
+    default:
+      read_as<T, double>(view, range, buffer);
   }
   return buffer;
 }
@@ -109,10 +121,17 @@ MBK_FN const T* read_chunk(const View& view, const Range& range, T* buffer) {
 template <bool kAccumulate, class T>
 MBK_FN void write_chunk(const View& view, const Range& range, const T* values) {
   switch (view.dtype) {
-    case DType::f32: write_as<kAccumulate, float>(view, range, values); break;
-    case DType::bf16: write_as<kAccumulate, bf16>(view, range, values); break;
-    case DType::f16: write_as<kAccumulate, f16>(view, range, values); break;
-    default: write_as<kAccumulate, double>(view, range, values);
+    case DType::f32:
+      write_as<kAccumulate, float>(view, range, values);
+      break;
+    case DType::bf16:
+      write_as<kAccumulate, bf16>(view, range, values);
+      break;
+    case DType::f16:
+      write_as<kAccumulate, f16>(view, range, values);
+      break;
+    default:
+      write_as<kAccumulate, double>(view, range, values);
   }
 }
 

@@ -15,7 +15,9 @@ namespace {
 
 struct Cpuid {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  Cpuid(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
+  Cpuid(unsigned leaf, unsigned subleaf) {
+    __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);
+  }
 };
 
 constexpr bool has_all(unsigned word, unsigned mask) { return (word & mask) == mask; }
@@ -82,8 +84,9 @@ const Backend& find_backend(const std::string& name) {
   }
   for (const Tier& tier : kTiers)
     if (name == tier.backend->name)
-      throw std::invalid_argument("mbkern: this processor or operating system does not support ISA '" + name +
-                                  "' (available: " + names + ")");
+      throw std::invalid_argument(
+          "mbkern: this processor or operating system does not support ISA '" + name +
+          "' (available: " + names + ")");
   throw std::invalid_argument("mbkern: unknown ISA '" + name + "' (available: " + names + ")");
 }
 

@@ -1,6 +1,6 @@
 #pragma once
-// Which instruction set runs: the best one that the processor and the operating system support, or the
-// one that MBKERN_ISA names.
+// Which instruction set runs: the best one that the processor and the operating system support, or
+// the one that MBKERN_ISA names.
 #include <string>
 #include <vector>
 

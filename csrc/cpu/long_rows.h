@@ -1,6 +1,6 @@
 #pragma once
-// Row losses with the lanes along the row: one item at a time, in three passes over a row that stays in
-// cache (maximum; terms and sums; gradient), so that each exponential is computed once.
+// Row losses with the lanes along the row: one item at a time, in three passes over a row that
+// stays in cache (maximum; terms and sums; gradient), so that each exponential is computed once.
 #include "core/exact_sum.h"
 #include "core/row_items.h"
 #include "cpu/parallel.h"
@@ -15,7 +15,8 @@ struct PaddedRow {
   int64_t tail;  // first column of the partial group, or past the end
   S padded[kGroup];
 
-  MBK_FN PaddedRow(const S* row, int64_t columns, S fill) : data(row), tail(columns / kGroup * kGroup) {
+  MBK_FN PaddedRow(const S* row, int64_t columns, S fill)
+      : data(row), tail(columns / kGroup * kGroup) {
     for (int k = 0; k < kGroup; ++k) padded[k] = fill;
     memcpy(padded, row + tail, (size_t)(columns - tail) * sizeof(S));
   }
@@ -38,7 +39,8 @@ struct Coefficients {
   T weight_tail[kGroup];
   In probability_tail[kGroup];
 
-  MBK_FN Coefficients(const RowArgs& a, const In* row) : weight((const T*)a.class_weight), probability(row) {
+  MBK_FN Coefficients(const RowArgs& a, const In* row)
+      : weight((const T*)a.class_weight), probability(row) {
     if constexpr (Loss::kHasCoefficients) {
       tail = a.columns / kGroup * kGroup;
       for (int k = 0; k < kGroup; ++k) {
@@ -130,10 +132,11 @@ struct RowSums {
     return sum_lanes(v[0]);
   }
 
-  // Pass 2: the sums of the row without the term of `target`, and, if wanted, the terms into `terms`.
+  // Pass 2: the sums of the row without the term of `target`, and, if wanted, the terms into
+  // `terms`.
   template <bool kKeep, class S>
-  MBK_PASS void sums(const PaddedRow<S>& x, T m, int64_t target, const Coefficients<Loss, In>& q, T* terms,
-                   T* tail_terms, const char* next, T (&result)[3]) const {
+  MBK_PASS void sums(const PaddedRow<S>& x, T m, int64_t target, const Coefficients<Loss, In>& q,
+                     T* terms, T* tail_terms, const char* next, T (&result)[3]) const {
     // The group of the target, with its logit replaced so that its term is 0.
     S patch[kGroup];
     const int64_t patched = target < 0 ? -1 : target / kGroup * kGroup;
@@ -144,7 +147,8 @@ struct RowSums {
     // Padding is -inf for the terms, but must be at a finite distance for the coefficients' sum.
     T near_tail[kGroup];
     if constexpr (Loss::kHasCoefficients)
-      for (int k = 0; k < kGroup; ++k) near_tail[k] = x.tail + k < args.columns ? widen(x.padded[k]) : m;
+      for (int k = 0; k < kGroup; ++k)
+        near_tail[k] = x.tail + k < args.columns ? widen(x.padded[k]) : m;
 
     BlockSum total[Loss::kSums];
     for (int64_t begin = 0, index = 0; begin < args.columns; begin += kBlock, ++index) {
@@ -160,18 +164,21 @@ struct RowSums {
           if constexpr (kKeep) store(to + k * kLanes, e);
           sum[k] = sum[k] + e;
           if constexpr (Loss::kHasCoefficients) {
-            const V logit = j == x.tail ? load<V>(near_tail + k * kLanes) : load<V>(x.data + j + k * kLanes);
-            Loss::add_coefficient(logit - m, q.at(call, j, k * kLanes), distance[k], coefficient[k]);
+            const V logit =
+                j == x.tail ? load<V>(near_tail + k * kLanes) : load<V>(x.data + j + k * kLanes);
+            Loss::add_coefficient(logit - m, q.at(call, j, k * kLanes), distance[k],
+                                  coefficient[k]);
           }
         }
       }
       total[Loss::kRest].add(join(sum), index, args.columns);
-      if constexpr (Loss::kSums > 1) total[Loss::kDistance].add(join(distance), index, args.columns);
-      if constexpr (Loss::kSums > 2) total[Loss::kCoefficients].add(join(coefficient), index, args.columns);
+      if constexpr (Loss::kSums > 1)
+        total[Loss::kDistance].add(join(distance), index, args.columns);
+      if constexpr (Loss::kSums > 2)
+        total[Loss::kCoefficients].add(join(coefficient), index, args.columns);
     }
     for (int k = 0; k < Loss::kSums; ++k) result[k] = total[k].total(args.columns);
   }
-
 };
 
 template <class Loss, class In, class Out, bool kAccumulate>
@@ -179,7 +186,8 @@ struct LongRow : RowSums<Loss, In> {
   typedef RowSums<Loss, In> Base;
   typedef typename Base::T T;
   typedef typename Base::V V;
-  using Base::args, Base::buffer, Base::call, Base::kLanes, Base::kUnroll, Base::maximum, Base::sums;
+  using Base::args, Base::buffer, Base::call, Base::kLanes, Base::kUnroll, Base::maximum,
+      Base::sums;
   // e_j can wait in the gradient's own memory where that has the right type and nothing to lose.
   static constexpr bool kTermsInGrad = __is_same(Out, T) && !kAccumulate;
 
@@ -187,10 +195,11 @@ struct LongRow : RowSums<Loss, In> {
 
   MBK_FN LongRow(const RowArgs& a, T* scratch) : Base(a, scratch), item_scale(a) {}
 
-  // Pass 3: the gradient, from kept terms or from logits. `tail_from` holds the last, partial group.
+  // Pass 3: the gradient, from kept terms or from logits. `tail_from` holds the last, partial
+  // group.
   template <bool kKept, bool kCanonical, class S>
   MBK_PASS void gradient(const S* from, const S* tail_from, T m, T factor, T scale,
-                       const Coefficients<Loss, In>& q, Out* grad, const char* next) const {
+                         const Coefficients<Loss, In>& q, Out* grad, const char* next) const {
     const int64_t tail = args.columns / kGroup * kGroup;
     const size_t tail_bytes = (size_t)(args.columns - tail) * sizeof(Out);
     Out tail_out[kGroup] = {};
@@ -218,7 +227,9 @@ struct LongRow : RowSums<Loss, In> {
       grad[j] = narrow<Out>(kAccumulate ? canonical((T)(widen(grad[j]) + value)) : value);
   }
 
-  MBK_FN T* state(int64_t i, int which) const { return (T*)args.row_state + which * args.items + i; }
+  MBK_FN T* state(int64_t i, int which) const {
+    return (T*)args.row_state + which * args.items + i;
+  }
   MBK_FN void save(int64_t i, T m, T rest, T coefficients) const {
     if (!args.row_state || args.from_state) return;
     *state(i, 0) = m;
@@ -226,10 +237,10 @@ struct LongRow : RowSums<Loss, In> {
     if (Loss::kSums > 2) *state(i, 2) = coefficients;
   }
 
-  // One item; returns its loss. `row`, `probabilities` and `grad` have unit stride; grad may be null, or
-  // the row itself.
-  MBK_FN T item(int64_t i, const ItemPosition& at, const In* row, const In* probabilities, Out* grad,
-                const char* next) const {
+  // One item; returns its loss. `row`, `probabilities` and `grad` have unit stride; grad may be
+  // null, or the row itself.
+  MBK_FN T item(int64_t i, const ItemPosition& at, const In* row, const In* probabilities,
+                Out* grad, const char* next) const {
     int64_t target = -1;
     if constexpr (Loss::kHasIndex) {
       target = item_target(args, at);
@@ -255,7 +266,8 @@ struct LongRow : RowSums<Loss, In> {
     }
     const Coefficients<Loss, In> q(args, probabilities);
     if constexpr (Loss::kHasSoftcap) {
-      return finish(i, at, PaddedRow<T>(buffer, args.columns, -(T)__builtin_inff()), m.value, target, q, grad, next);
+      return finish(i, at, PaddedRow<T>(buffer, args.columns, -(T)__builtin_inff()), m.value,
+                    target, q, grad, next);
     } else {
       return finish(i, at, x, m.value, target, q, grad, next);
     }
@@ -266,7 +278,8 @@ struct LongRow : RowSums<Loss, In> {
                   const Coefficients<Loss, In>& q, Out* grad, const char* next) const {
     constexpr bool kKeep = !Loss::kHasSoftcap;
     typename Loss::template Item<double> item;
-    const double sample_weight = (double)item_value<T>(args.sample_weight, args.sample_weight_strides, at);
+    const double sample_weight =
+        (double)item_value<T>(args.sample_weight, args.sample_weight_strides, at);
     item.max = (double)m;
     item.scale = item_scale(args, at);
     item.target_logit = item.target_term = 0;

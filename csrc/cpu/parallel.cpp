@@ -7,11 +7,12 @@
 
 #include "core/environment.h"
 
-// libgomp's entry points, also exported by libomp and libiomp5. Declared here, weak, instead of linked:
-// torch opens its runtime globally, so they resolve to the pool that torch uses, whatever its file is
-// called; with no runtime loaded they are null and loops run serially.
+// libgomp's entry points, also exported by libomp and libiomp5. Declared here, weak, instead of
+// linked: torch opens its runtime globally, so they resolve to the pool that torch uses, whatever
+// its file is called; with no runtime loaded they are null and loops run serially.
 extern "C" {
-__attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+__attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data, unsigned threads,
+                                         unsigned flags);
 __attribute__((weak)) int omp_get_thread_num();
 __attribute__((weak)) int omp_get_num_threads();
 }
@@ -54,7 +55,8 @@ void parallel_for(int64_t n, int64_t grain, int threads, void* context, Task tas
     task(context, 0, n, 0);
     return;
   }
-  // A few ranges a thread: enough to even out rows that cost nothing and threads that were descheduled.
+  // A few ranges a thread: enough to even out rows that cost nothing and threads that were
+  // descheduled.
   constexpr int kRangesPerThread = 8;
   const int64_t ranges = std::min<int64_t>(grains, int64_t{threads} * kRangesPerThread);
   Loop loop{n, (grains + ranges - 1) / ranges * grain, context, task};

@@ -50,11 +50,13 @@ void pointwise(const PointwiseArgs& a) {
       const T* x = read_chunk(views[kInput], range, chunk.input);
       const T* y = read_chunk(views[kTarget], range, chunk.target);
       const T* w = views[kWeight].data ? read_chunk(views[kWeight], range, chunk.weight) : nullptr;
-      const T* s = views[kItemScale].data ? read_chunk(views[kItemScale], range, chunk.item_scale) : nullptr;
+      const T* s =
+          views[kItemScale].data ? read_chunk(views[kItemScale], range, chunk.item_scale) : nullptr;
       // Where nothing needs converting, results go straight to their place.
       T* const direct_loss = losses.data ? in_place<T>(losses, range) : nullptr;
       T* const direct_dinput = dinput.data && !a.accumulate ? in_place<T>(dinput, range) : nullptr;
-      T* const direct_dtarget = dtarget.data && !a.accumulate ? in_place<T>(dtarget, range) : nullptr;
+      T* const direct_dtarget =
+          dtarget.data && !a.accumulate ? in_place<T>(dtarget, range) : nullptr;
       T* const loss_to = direct_loss ? direct_loss : chunk.loss;
       T* const dinput_to = direct_dinput ? direct_dinput : chunk.grad_input;
       T* const dtarget_to = direct_dtarget ? direct_dtarget : chunk.grad_target;

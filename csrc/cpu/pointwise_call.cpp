@@ -13,8 +13,9 @@ void swap_dims(PointwiseArgs& a, int d, int e) {
   for (View& v : a.views) std::swap(v.strides[d], v.strides[e]);
 }
 
-// Sorts dimensions by the strides of the input, outermost first, so that layouts such as channels_last
-// are walked in the order of memory; drops those of size 1; merges those that are one in every view.
+// Sorts dimensions by the strides of the input, outermost first, so that layouts such as
+// channels_last are walked in the order of memory; drops those of size 1; merges those that are one
+// in every view.
 void merge_dims(PointwiseArgs& a) {
   int dims = 0;
   for (int d = 0; d < a.dims; ++d)
@@ -84,7 +85,8 @@ double sum_of_weights(const Backend& backend, PointwiseArgs a, DType type) {
 
 }  // namespace
 
-double run_pointwise_loss(const Backend& backend, int loss, DType type, PointwiseArgs a, const Result& result) {
+double run_pointwise_loss(const Backend& backend, int loss, DType type, PointwiseArgs a,
+                          const Result& result) {
   const DefaultEnvironment environment;
   a.size = 1;
   for (int d = 0; d < a.dims; ++d) a.size *= a.shape[d];
@@ -92,7 +94,8 @@ double run_pointwise_loss(const Backend& backend, int loss, DType type, Pointwis
 
   double weights = static_cast<double>(a.size);
   const bool needs_weights = result.reduction == Reduction::mean && !result.has_denominator;
-  if (needs_weights && a.views[kWeight].data && a.size > 0) weights = sum_of_weights(backend, a, type);
+  if (needs_weights && a.views[kWeight].data && a.size > 0)
+    weights = sum_of_weights(backend, a, type);
   const double divisor = divisor_of(result, weights);
   a.denominator = {divisor, nullptr, DType::f64};
 

@@ -21,10 +21,18 @@ float round_to_odd(double x) {
 void store_rounded(const Result& r, double value) {
   value = canonical(value);
   switch (r.loss_dtype) {
-    case DType::f32: *static_cast<float*>(r.loss) = static_cast<float>(value); break;
-    case DType::bf16: *static_cast<bf16*>(r.loss) = narrow<bf16>(canonical(round_to_odd(value))); break;
-    case DType::f16: *static_cast<f16*>(r.loss) = narrow<f16>(canonical(round_to_odd(value))); break;
-    case DType::f64: *static_cast<double*>(r.loss) = value; break;
+    case DType::f32:
+      *static_cast<float*>(r.loss) = static_cast<float>(value);
+      break;
+    case DType::bf16:
+      *static_cast<bf16*>(r.loss) = narrow<bf16>(canonical(round_to_odd(value)));
+      break;
+    case DType::f16:
+      *static_cast<f16*>(r.loss) = narrow<f16>(canonical(round_to_odd(value)));
+      break;
+    case DType::f64:
+      *static_cast<double*>(r.loss) = value;
+      break;
   }
 }
 

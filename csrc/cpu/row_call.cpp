@@ -20,20 +20,21 @@ using namespace mbk::MBK_ISA;
 
 namespace {
 
-
 // The weight that an item has in the mean's divisor.
 template <class T>
 T item_weight(const RowArgs& a, const ItemPosition& at, int64_t target) {
-  const T w = a.class_weight && a.target_is_index ? static_cast<const T*>(a.class_weight)[target] : T{1};
+  const T w =
+      a.class_weight && a.target_is_index ? static_cast<const T*>(a.class_weight)[target] : T{1};
   return w * item_value<T>(a.sample_weight, a.sample_weight_strides, at);
 }
 
 [[noreturn]] void refuse_target(const RowArgs& a, int64_t item) {
   const ItemPosition at(a, item);
   const int64_t value = read_index(a.target, a.target_type, at.offset(a.target_strides));
-  throw std::out_of_range("mbkern: target " + std::to_string(value) + " at flat index " + std::to_string(item) +
-                          " is out of bounds: it is neither in [0, " + std::to_string(a.columns) +
-                          ") nor ignore_index (" + std::to_string(a.ignore_index) + ")");
+  throw std::out_of_range("mbkern: target " + std::to_string(value) + " at flat index " +
+                          std::to_string(item) + " is out of bounds: it is neither in [0, " +
+                          std::to_string(a.columns) + ") nor ignore_index (" +
+                          std::to_string(a.ignore_index) + ")");
 }
 
 // Checks every class index and adds up the weights: exactly for fp32, in order for fp64.
@@ -118,8 +119,8 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
   }
   constexpr size_t kAlignment = 64;
   const size_t scratch = static_cast<size_t>(row_scratch_bytes(a.columns, sizeof(T))) * a.threads;
-  const std::unique_ptr<char, Free> memory(
-      static_cast<char*>(std::aligned_alloc(kAlignment, (scratch + kAlignment - 1) / kAlignment * kAlignment)));
+  const std::unique_ptr<char, Free> memory(static_cast<char*>(
+      std::aligned_alloc(kAlignment, (scratch + kAlignment - 1) / kAlignment * kAlignment)));
   if (!memory) throw std::bad_alloc();
   a.scratch = memory.get();
 
@@ -140,7 +141,8 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
 
 }  // namespace
 
-double run_row_loss(const Backend& backend, int loss, DType input, RowArgs args, const Result& result) {
+double run_row_loss(const Backend& backend, int loss, DType input, RowArgs args,
+                    const Result& result) {
   return input == DType::f64 ? run<double>(backend, loss, input, args, result)
                              : run<float>(backend, loss, input, args, result);
 }

@@ -5,9 +5,11 @@
 
 namespace mbk {
 
-// `args` as the caller sees it: scale, item_scale, tensors, options; the denominator, totals, scratch and
-// class_weight_sum are filled in here. Returns the divisor that the gradient was divided by.
-// Throws std::out_of_range, before anything is written, for a class index outside [0, columns).
-double run_row_loss(const Backend& backend, int loss, DType input, RowArgs args, const Result& result);
+// `args` as the caller sees it: scale, item_scale, tensors, options; the denominator, totals,
+// scratch and class_weight_sum are filled in here. Returns the divisor that the gradient was
+// divided by. Throws std::out_of_range, before anything is written, for a class index outside [0,
+// columns).
+double run_row_loss(const Backend& backend, int loss, DType input, RowArgs args,
+                    const Result& result);
 
 }  // namespace mbk

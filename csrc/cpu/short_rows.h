@@ -1,7 +1,7 @@
 #pragma once
-// Row losses with the lanes across items: for rows too short to fill vectors, and for layouts such as
-// (N, C, H, W) where neighbouring items, not columns, are neighbours in memory. The arithmetic of an item
-// is that of long_rows.h, operation by operation, so the bits are the same.
+// Row losses with the lanes across items: for rows too short to fill vectors, and for layouts such
+// as (N, C, H, W) where neighbouring items, not columns, are neighbours in memory. The arithmetic
+// of an item is that of long_rows.h, operation by operation, so the bits are the same.
 #include "core/exact_sum.h"
 #include "core/row_items.h"
 #include "cpu/parallel.h"
@@ -42,7 +42,11 @@ struct ShortRows {
   V* const probabilities;  // (columns): of the target, then q_j
 
   MBK_FN ShortRows(const RowArgs& a, char* scratch)
-      : args(a), call(a), item_scale(a), tile((V*)scratch), probabilities((V*)scratch + a.columns) {}
+      : args(a),
+        call(a),
+        item_scale(a),
+        tile((V*)scratch),
+        probabilities((V*)scratch + a.columns) {}
 
   MBK_FN V join(V* sum) const {
     int count = args.columns < kGroup ? (int)args.columns : kGroup;
@@ -53,7 +57,9 @@ struct ShortRows {
     return sum[0];
   }
 
-  MBK_FN T* state(int64_t first, int which) const { return (T*)args.row_state + which * args.items + first; }
+  MBK_FN T* state(int64_t first, int which) const {
+    return (T*)args.row_state + which * args.items + first;
+  }
   MBK_FN V load_state(int64_t first, int count, int which) const {
     T v[kLanes] = {};
     memcpy(v, state(first, which), (size_t)count * sizeof(T));
@@ -75,7 +81,8 @@ struct ShortRows {
         const ItemPosition at(a, first + (l < count ? l : count - 1));
         index[l] = Loss::kHasIndex ? item_target(a, at) : -1;
         target[l] = (T)index[l];  // as a number of the lane type: columns are few
-        target_weight[l] = a.class_weight && index[l] >= 0 ? ((const T*)a.class_weight)[index[l]] : 1;
+        target_weight[l] =
+            a.class_weight && index[l] >= 0 ? ((const T*)a.class_weight)[index[l]] : 1;
         sample_weight[l] = item_value<T>(a.sample_weight, a.sample_weight_strides, at);
         scale[l] = rows.item_scale(a, at);
       }
@@ -138,7 +145,8 @@ struct ShortRows {
       if (Loss::kSums > 2) s.of[2] = load_state(first, count, 2);
     } else if (args.row_state) {
       save_state(first, count, 0, select(ignored != zero, zero, select(bad, not_a_number, m)));
-      save_state(first, count, 1, select(ignored != zero, zero, select(bad, not_a_number, s.of[Loss::kRest])));
+      save_state(first, count, 1,
+                 select(ignored != zero, zero, select(bad, not_a_number, s.of[Loss::kRest])));
       if (Loss::kSums > 2) save_state(first, count, 2, select(bad, not_a_number, s.of[2]));
     }
 
@@ -157,14 +165,17 @@ struct ShortRows {
       factor[part] = result.factor;
       target_gradient[part] = result.target_gradient;
     }
-    store(losses, select(ignored != zero, zero, canonical(select(bad, not_a_number, from_double<V>(loss)))));
+    store(losses, select(ignored != zero, zero,
+                         canonical(select(bad, not_a_number, from_double<V>(loss)))));
 
     if (want_gradient) {
-      const V f = from_double<V>(factor), k = from_double<V>(scale), at_target = from_double<V>(target_gradient);
+      const V f = from_double<V>(factor), k = from_double<V>(scale),
+              at_target = from_double<V>(target_gradient);
       for (int64_t j = 0; j < args.columns; ++j) {
         V e = tile[j];
         if constexpr (Loss::kHasSoftcap) e = Loss::term(e - m);
-        V g = Loss::gradient(call, e, tile[j], Loss::kHasCoefficients ? probabilities[j] : zero, f, k);
+        V g = Loss::gradient(call, e, tile[j], Loss::kHasCoefficients ? probabilities[j] : zero, f,
+                             k);
         if constexpr (Loss::kHasIndex) g = select(t == splat<V>((T)j), at_target, g);
         tile[j] = select(ignored != zero, zero, select(bad, not_a_number, g));
       }
@@ -179,23 +190,26 @@ void short_rows(const RowArgs& args) {
   typedef Vector<T> V;
   constexpr int kLanes = lanes<V>;
   auto body = [&args](int64_t begin, int64_t end, int thread) {
-    const ShortRows<Loss, T> rows(args, args.scratch + thread * row_scratch_bytes(args.columns, sizeof(T)));
+    const ShortRows<Loss, T> rows(
+        args, args.scratch + thread * row_scratch_bytes(args.columns, sizeof(T)));
     for (int64_t i = begin; i < end;) {
       // Tiles do not cross from one outer index to the next where that keeps neighbours together.
       int count = end - i < kLanes ? (int)(end - i) : kLanes;
       const int64_t left = args.inner_size - i % args.inner_size;
       if (args.inner_size >= kLanes && left < count) count = (int)left;
 
-      read_tile(rows.tile, (const In*)args.input, TilePlace<V>(args, i, count, args.input_strides), args.columns,
-                args.input_strides.column);
+      read_tile(rows.tile, (const In*)args.input, TilePlace<V>(args, i, count, args.input_strides),
+                args.columns, args.input_strides.column);
       if (!Loss::kHasIndex)
-        read_tile(rows.probabilities, (const In*)args.target, TilePlace<V>(args, i, count, args.target_strides),
-                  args.columns, args.target_strides.column);
+        read_tile(rows.probabilities, (const In*)args.target,
+                  TilePlace<V>(args, i, count, args.target_strides), args.columns,
+                  args.target_strides.column);
       T losses[kLanes];
       const V ignored = rows.items(i, count, args.grad != nullptr, losses);
       if (args.grad)
-        write_tile<kAccumulate>((Out*)args.grad, rows.tile, TilePlace<V>(args, i, count, args.grad_strides),
-                                args.columns, args.grad_strides.column, ignored);
+        write_tile<kAccumulate>((Out*)args.grad, rows.tile,
+                                TilePlace<V>(args, i, count, args.grad_strides), args.columns,
+                                args.grad_strides.column, ignored);
       for (int l = 0; l < count; ++l) {
         if (args.losses) ((T*)args.losses)[i + l] = losses[l];
         if constexpr (sizeof(T) == 4)

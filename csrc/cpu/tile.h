@@ -1,6 +1,6 @@
 #pragma once
-// Tiles of items for short_rows.h: a vector per column with an item in each lane, read from and written to
-// tensors of any layout and storage type.
+// Tiles of items for short_rows.h: a vector per column with an item in each lane, read from and
+// written to tensors of any layout and storage type.
 #include "core/row_items.h"
 
 namespace mbk::MBK_ISA {
@@ -13,7 +13,8 @@ struct TilePlace {
   int count;
   bool adjacent;  // a full vector of neighbours
 
-  MBK_PASS TilePlace(const RowArgs& a, int64_t first, int n, const Strides& s) : count(n), adjacent(n == lanes<V>) {
+  MBK_PASS TilePlace(const RowArgs& a, int64_t first, int n, const Strides& s)
+      : count(n), adjacent(n == lanes<V>) {
     for (int l = 0; l < lanes<V>; ++l) {
       offset[l] = ItemPosition(a, first + (l < n ? l : n - 1)).offset(s);
       adjacent = adjacent && offset[l] == offset[0] + l;
@@ -22,7 +23,8 @@ struct TilePlace {
 };
 
 template <class V, class S>
-MBK_PASS void read_tile(V* tile, const S* from, const TilePlace<V>& at, int64_t columns, int64_t stride) {
+MBK_PASS void read_tile(V* tile, const S* from, const TilePlace<V>& at, int64_t columns,
+                        int64_t stride) {
   if (at.adjacent) {
     from += at.offset[0];
     for (int64_t j = 0; j < columns; ++j) tile[j] = load<V>(from + j * stride);
@@ -37,7 +39,8 @@ MBK_PASS void read_tile(V* tile, const S* from, const TilePlace<V>& at, int64_t 
 
 // to = tile, or to += tile for the lanes with `keep` 0; canonical NaNs.
 template <bool kAccumulate, class V, class S>
-MBK_PASS void write_tile(S* to, V* tile, const TilePlace<V>& at, int64_t columns, int64_t stride, V keep) {
+MBK_PASS void write_tile(S* to, V* tile, const TilePlace<V>& at, int64_t columns, int64_t stride,
+                         V keep) {
   typedef Element<V> T;
   if (at.adjacent) {
     to += at.offset[0];

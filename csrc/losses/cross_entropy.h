@@ -17,9 +17,9 @@ namespace mbk::MBK_ISA {
 //   class index t:   q_j = (1 - eps) w_t [j = t] + eps/C w_j
 //   probabilities p: q_j = w_j ((1 - eps) p_j + eps/C)
 //
-// With a class index the term of t is left out of the sum, R = S - e_t, because everything that is small
-// when t is nearly certain is a function of R: log S = log1p(R), and p_t - 1 = -R / S, without
-// cancellation however near p_t is to 1.
+// With a class index the term of t is left out of the sum, R = S - e_t, because everything that is
+// small when t is nearly certain is a function of R: log S = log1p(R), and p_t - 1 = -R / S,
+// without cancellation however near p_t is to 1.
 enum class Targets { kIndex, kSmoothedIndex, kProbabilities };
 
 template <Targets kTargets, bool kSoftcap>
@@ -94,8 +94,9 @@ struct SoftmaxCrossEntropy {
     const D one = splat<D>(1.0), rest = item.sums[kRest];
     const D s = rest + item.target_term;
     // S - 1, exactly R where t is the maximum
-    const D excess = kHasIndex ? select(item.target_term == one, rest, (rest - 1.0) + item.target_term)
-                               : rest - 1.0;
+    const D excess = kHasIndex
+                         ? select(item.target_term == one, rest, (rest - 1.0) + item.target_term)
+                         : rest - 1.0;
     const D log_s = log1p(excess), lse = item.max + log_s;
     const D others = kTargets == Targets::kProbabilities   ? item.sums[kCoefficients]
                      : kTargets == Targets::kSmoothedIndex ? splat<D>(call.coefficients)

@@ -2,9 +2,8 @@
 
 from typing import TypeAlias
 
-_Strides: TypeAlias = tuple[int, int, int]
-_Scalar: TypeAlias = tuple[float, int, int]
-_Result: TypeAlias = tuple[int, bool, _Scalar, int, int, int]
+_Integers: TypeAlias = tuple[int, ...]
+_Numbers: TypeAlias = tuple[float, ...]
 
 def build_info() -> dict[str, str]: ...
 def isas() -> list[str]: ...
@@ -16,53 +15,15 @@ def pointwise_losses() -> list[str]: ...
 def elementary_functions() -> list[str]: ...
 def elementary(isa: str, name: str, in_double: bool, x: int, y: int, n: int) -> None: ...
 def advise_huge_pages(address: int, bytes: int) -> None: ...
+def scalar_value(address: int, dtype: int) -> float: ...
 def exact_value(state: int) -> float: ...
-def exact_result(state: int, result: _Result) -> None: ...
+def exact_result(state: int, integers: _Integers, numbers: _Numbers) -> float: ...
 def exact_merge(into: int, other: int) -> None: ...
 def exact_add(state: int, values: int, n: int) -> None: ...
-def row_loss(
-    loss: int,
-    dtype: int,
-    items: int,
-    inner_size: int,
-    columns: int,
-    input: int,
-    input_strides: _Strides,
-    grad: int,
-    grad_strides: _Strides,
-    accumulate: bool,
-    target: int,
-    target_type: int,
-    target_strides: _Strides,
-    ignore_index: int,
-    class_weight: int,
-    sample_weight: int,
-    sample_weight_strides: _Strides,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    scale: _Scalar,
-    item_scale: int,
-    item_scale_strides: _Strides,
-    losses: int,
-    row_state: int,
-    from_state: bool,
-    divisor: _Scalar,
-    result: _Result,
-    threads: int,
-    /,
-) -> float: ...
+def row_loss(integers: _Integers, numbers: _Numbers) -> float: ...
 def pointwise_loss(
-    loss: int,
-    in_double: bool,
-    shape: list[int] | tuple[int, ...],
-    data: list[int],
-    dtypes: list[int],
+    integers: _Integers,
+    numbers: _Numbers,
+    shape: tuple[int, ...],
     view_strides: list[tuple[int, ...]],
-    accumulate: bool,
-    parameter: float,
-    scale: _Scalar,
-    result: _Result,
-    threads: int,
-    /,
 ) -> float: ...

@@ -33,6 +33,7 @@ ScalarArgument: TypeAlias = tuple[float, int, int]
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 ONE: ScalarArgument = (1.0, 0, 0)
 _NO_LAYOUT: Layout = (0, 0, 0)
+_F64 = DTYPES[torch.float64]
 _HUGE_PAGE_BYTES = 4 << 20  # below, the system call costs more than the page faults it saves
 
 
@@ -43,13 +44,23 @@ def scalar_argument(value: Number | None, name: str) -> tuple[ScalarArgument, Te
     if isinstance(value, Tensor):
         tensor = require_plain(value.detach(), name)
         if tensor.dim() != 0:
-            raise ValueError(f"mbkern: {name} must be a number or a 0-dim tensor, not {describe(tensor)}")
+            raise ValueError(
+                f"mbkern: {name} must be a number or a 0-dim tensor, not {describe(tensor)}"
+            )
         if tensor.dtype not in DTYPES:
             if tensor.is_complex():
                 raise TypeError(f"mbkern: {name} is {tensor.dtype}; it must be a real number")
             tensor = tensor.to(torch.float64)
         return (0.0, tensor.data_ptr(), DTYPES[tensor.dtype]), tensor
     return (float(value), 0, 0), None
+
+
+def scalar_value(tensor: Tensor, name: str) -> float:
+    """Read a 0-dim CPU tensor; a fraction of the time of ``float(tensor)``."""
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        return float(tensor)
+    return _C.scalar_value(require_plain(tensor, name).data_ptr(), dtype)
 
 
 def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -66,12 +77,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def check_output(grad: Tensor, name: str, input: Tensor, accumulate: bool, others: tuple[Tensor | None, ...]) -> None:
+def check_output(
+    grad: Tensor, name: str, input: Tensor, accumulate: bool, others: tuple[Tensor | None, ...]
+) -> None:
     """Refuse an output that the gradient of ``input`` cannot be written to, with the reason."""
     require_plain(grad, name)
     wanted = compute_dtype(input.dtype) if accumulate else input.dtype
     if grad.shape != input.shape or grad.dtype != wanted:
-        raise ValueError(f"mbkern: {name} must be {tuple(input.shape)} {wanted}, not {describe(grad)}")
+        raise ValueError(
+            f"mbkern: {name} must be {tuple(input.shape)} {wanted}, not {describe(grad)}"
+        )
     if has_internal_overlap(grad):
         raise ValueError(
             f"mbkern: {name} has elements that share memory (shape {tuple(grad.shape)}, "
@@ -79,7 +94,9 @@ def check_output(grad: Tensor, name: str, input: Tensor, accumulate: bool, other
         )
     if share_memory(grad, input):
         if accumulate:
-            raise ValueError(f"mbkern: {name} shares memory with the input, which cannot be accumulated into")
+            raise ValueError(
+                f"mbkern: {name} shares memory with the input, which cannot be accumulated into"
+            )
         if not same_elements(grad, input):
             raise ValueError(f"mbkern: {name} overlaps the input without being the input")
     for other in others:
@@ -118,82 +135,53 @@ class RowCall:
         input = require_plain(input, "input")
         target = require_plain(target, "target")
         self.dtype = require_dtype(input, "input")
-        self.compute = compute_dtype(input.dtype)
-        dims = input.dim()
-        if dims == 0:
-            raise ValueError("mbkern: input must have a class dimension: (C), (N, C) or (N, C, d1, ...), not ()")
-        self.columns = input.shape[1 if dims > 1 else 0]
-        self._set_target(input, target)
-        layout = item_layout(input, True)
-        if layout is None:
-            input = input.contiguous()
-            layout = item_layout(input, True)
-            assert layout is not None
-        self.input, self.input_layout = input, layout
-        shape = self.shape
-        self.items = math.prod(shape)
-        self.inner = math.prod(shape[1:]) if len(shape) > 1 else 1
-        self._set_weights()
-
-    def _set_target(self, input: Tensor, target: Tensor) -> None:
+        self.compute = torch.float64 if self.dtype == _F64 else torch.float32
         shape = input.shape
         dims = len(shape)
-        self.shape = torch.Size(()) if dims == 1 else shape[:1] + shape[2:]
-        o = self.options
-        if target.shape == shape:
-            self.has_index = False
-            if not target.is_floating_point():
-                raise TypeError(
-                    f"mbkern: a target of the input's shape holds class probabilities and must be floating, "
-                    f"not {target.dtype}"
-                )
-            if o.ignore_index >= 0:
-                raise ValueError(
-                    f"mbkern: ignore_index={o.ignore_index} has no meaning for a target of class probabilities"
-                )
-            if target.dtype is not input.dtype:
-                target = target.to(input.dtype)
-            self.target_type = -1
+        if dims == 2:
+            items, self.columns = shape
+            self.shape, self.items, self.inner = shape[:1], items, 1
+        elif dims == 0:
+            raise ValueError(
+                "mbkern: input must have a class dimension: (C), (N, C) or (N, C, d1, ...), not ()"
+            )
         else:
-            self.has_index = True
-            if target.shape != self.shape:
-                raise ValueError(
-                    f"mbkern: target has shape {tuple(target.shape)}; for an input of {tuple(shape)} it must be "
-                    f"{tuple(self.shape)} (class indices) or {tuple(shape)} (class probabilities)"
-                )
+            self.columns = shape[1 if dims > 1 else 0]
+            self.shape = torch.Size(()) if dims == 1 else shape[:1] + shape[2:]
+            self.items, self.inner = math.prod(self.shape), math.prod(self.shape[1:])
+        self.has_index = target.shape != shape
+        if self.has_index:
             index_type = INDEX_TYPES.get(target.dtype)
-            if index_type is None:
-                raise TypeError(
-                    f"mbkern: class indices are {target.dtype}; supported are int64, int32, int16, int8 and uint8"
-                )
-            self.target_type = index_type
-        target_layout = item_layout(target, not self.has_index)
-        if target_layout is None:
-            target = target.contiguous()
-            target_layout = item_layout(target, not self.has_index)
-            assert target_layout is not None
-        self.target, self.target_layout = target, target_layout
+            if index_type is None or target.shape != self.shape:
+                _refuse_indices(target, shape, self.shape)
+            self.target_type: int = index_type  # type: ignore[assignment]
+        else:
+            target = _probabilities(target, input, options.ignore_index)
+            self.target_type = -1
+        if dims == 2 and self.has_index:  # the common case, without the calls
+            self.input, self.target = input, target
+            rows, columns = input.stride()
+            self.input_layout = (rows, 0, columns)
+            self.target_layout = (target.stride()[0], 0, 0)
+        else:
+            self.input, self.input_layout = _mergeable(input, True)
+            self.target, self.target_layout = _mergeable(target, not self.has_index)
 
-    def _set_weights(self) -> None:
-        o = self.options
         self.weight = self.sample_weight = None
         self.sample_layout = _NO_LAYOUT
-        if o.weight is not None:
-            weight = require_plain(o.weight, "weight")
-            require_dtype(weight, "weight")
-            if weight.shape != (self.columns,):
-                raise ValueError(
-                    f"mbkern: weight must have one entry for each of the {self.columns} classes, "
-                    f"not shape {tuple(weight.shape)}"
-                )
-            self.weight = weight.detach().to(self.compute).contiguous()
-        if o.sample_weight is not None:
-            weight = require_plain(o.sample_weight, "sample_weight").detach().to(self.compute)
-            self.sample_weight, self.sample_layout = self.per_item(weight, "sample_weight")
-        if not 0.0 <= o.label_smoothing <= 1.0:
-            raise ValueError(f"mbkern: label_smoothing must be in [0, 1], not {o.label_smoothing}")
-        if o.softcap is not None and not (0.0 < o.softcap < math.inf):
-            raise ValueError(f"mbkern: softcap must be positive and finite, not {o.softcap}")
+        if options.weight is not None:
+            self.weight = _class_weight(options.weight, self.columns, self.compute)
+        if options.sample_weight is not None:
+            weights = (
+                require_plain(options.sample_weight, "sample_weight").detach().to(self.compute)
+            )
+            self.sample_weight, self.sample_layout = self.per_item(weights, "sample_weight")
+        if not 0.0 <= options.label_smoothing <= 1.0:
+            raise ValueError(
+                f"mbkern: label_smoothing must be in [0, 1], not {options.label_smoothing}"
+            )
+        if options.softcap is not None and not 0.0 < options.softcap < math.inf:
+            raise ValueError(f"mbkern: softcap must be positive and finite, not {options.softcap}")
 
     def per_item(self, values: Tensor, name: str) -> tuple[Tensor, Layout]:
         """Broadcast one value an item to the shape of the unreduced loss."""
@@ -204,12 +192,7 @@ class RowCall:
                 f"mbkern: {name} has shape {tuple(values.shape)}, which does not broadcast to the shape of the "
                 f"unreduced loss, {tuple(self.shape)}"
             ) from None
-        layout = item_layout(values, False)
-        if layout is None:
-            values = values.contiguous()
-            layout = item_layout(values, False)
-            assert layout is not None
-        return values, layout
+        return _mergeable(values, False)
 
     def state_rows(self) -> int:
         """Saved values an item: the maximum, the sum of the other terms, the sum of the coefficients."""
@@ -245,41 +228,89 @@ class RowCall:
             else:
                 loss = torch.empty((), dtype=dtype)
                 loss_address = loss.data_ptr()
-        denominator, keep = scalar_argument(o.denominator, "denominator")
+        denominator, keep = (
+            (ONE, None) if o.denominator is None else scalar_argument(o.denominator, "denominator")
+        )
 
         target_grad = grad
-        grad_layout: Layout | None = _NO_LAYOUT
+        grad_layout = _NO_LAYOUT
         if grad is not None:
-            grad_layout = item_layout(grad, True)
-            if grad_layout is None:  # dimensions that do not merge: through a dense copy
-                grad = grad.contiguous()
-                grad_layout = item_layout(grad, True)
-        assert grad_layout is not None
-        item_layout_ = _NO_LAYOUT
+            if grad.stride() == input.stride():
+                grad_layout = self.input_layout
+            else:
+                grad, grad_layout = _mergeable(grad, True)
+        scale_layout = _NO_LAYOUT
         if item_scale is not None:
-            item_scale, item_layout_ = self.per_item(item_scale.to(self.compute), "the incoming gradient")
+            item_scale, scale_layout = self.per_item(
+                item_scale.to(self.compute), "the incoming gradient"
+            )
         weight, sample_weight = self.weight, self.sample_weight
         divisor = _C.row_loss(
-            self.number, self.dtype, self.items, self.inner, self.columns,
-            input.data_ptr(), self.input_layout,
-            grad.data_ptr() if grad is not None else 0, grad_layout, accumulate,
-            self.target.data_ptr(), self.target_type, self.target_layout, o.ignore_index,
-            weight.data_ptr() if weight is not None else 0,
-            sample_weight.data_ptr() if sample_weight is not None else 0, self.sample_layout,
-            o.label_smoothing, o.z_loss, o.softcap or 0.0,
-            scale, item_scale.data_ptr() if item_scale is not None else 0, item_layout_,
-            losses_address, state.data_ptr() if state is not None else 0, from_state, (divisor, 0, 0),
-            (REDUCTIONS[o.reduction], o.denominator is not None, denominator, loss_address, DTYPES[dtype],
-             loss_sum.data_ptr() if loss_sum is not None else 0),
-            torch.get_num_threads(),
+            (
+                self.number, self.dtype, self.items, self.inner, self.columns,
+                input.data_ptr(), *self.input_layout,
+                0 if grad is None else grad.data_ptr(), *grad_layout, accumulate,
+                self.target.data_ptr(), self.target_type, *self.target_layout, o.ignore_index,
+                0 if weight is None else weight.data_ptr(),
+                0 if sample_weight is None else sample_weight.data_ptr(), *self.sample_layout,
+                scale[1], scale[2],
+                0 if item_scale is None else item_scale.data_ptr(), *scale_layout,
+                losses_address, 0 if state is None else state.data_ptr(), from_state,
+                REDUCTIONS[o.reduction], o.denominator is not None, denominator[1], denominator[2],
+                loss_address, DTYPES[dtype], 0 if loss_sum is None else loss_sum.data_ptr(),
+                torch.get_num_threads(),
+            ),
+            (o.label_smoothing, o.z_loss, o.softcap or 0.0, scale[0], divisor, denominator[0]),
         )  # fmt: skip
         del keep
         if target_grad is not None and target_grad is not grad:
-            assert grad is not None
-            target_grad.copy_(grad)
+            target_grad.copy_(grad)  # type: ignore[arg-type]
         if losses is not None:
             return (losses if dtype is losses.dtype else losses.to(dtype)), divisor
         return loss, divisor
+
+
+def _mergeable(tensor: Tensor, class_dim: bool) -> tuple[Tensor, Layout]:
+    """Return the tensor and its layout; through a dense copy where dimensions do not merge."""
+    layout = item_layout(tensor, class_dim)
+    if layout is None:
+        tensor = tensor.contiguous()
+        layout = item_layout(tensor, class_dim)
+        assert layout is not None
+    return tensor, layout
+
+
+def _refuse_indices(target: Tensor, shape: torch.Size, wanted: torch.Size) -> None:
+    if target.shape != wanted:
+        raise ValueError(
+            f"mbkern: target has shape {tuple(target.shape)}; for an input of {tuple(shape)} it must be "
+            f"{tuple(wanted)} (class indices) or {tuple(shape)} (class probabilities)"
+        )
+    raise TypeError(
+        f"mbkern: class indices are {target.dtype}; supported are int64, int32, int16, int8 and uint8"
+    )
+
+
+def _probabilities(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
+    if not target.is_floating_point():
+        raise TypeError(
+            f"mbkern: a target of the input's shape holds class probabilities and must be floating, not {target.dtype}"
+        )
+    if ignore_index >= 0:
+        raise ValueError(
+            f"mbkern: ignore_index={ignore_index} has no meaning for a target of class probabilities"
+        )
+    return target if target.dtype is input.dtype else target.to(input.dtype)
+
+
+def _class_weight(weight: Tensor, columns: int, compute: torch.dtype) -> Tensor:
+    weight = require_plain(weight, "weight")
+    require_dtype(weight, "weight")
+    if weight.shape != (columns,):
+        raise ValueError(
+            f"mbkern: weight must have one entry for each of the {columns} classes, not shape {tuple(weight.shape)}"
+        )
+    return weight.detach().to(compute).contiguous()
 
 
 # ---- element-wise losses ------------------------------------------------------------------------------
@@ -300,7 +331,9 @@ class PointwiseCall:
 
     __slots__ = ("compute", "input", "number", "options", "shape", "target", "weight")
 
-    def __init__(self, number: int, input: Tensor, target: Tensor, options: PointwiseOptions) -> None:
+    def __init__(
+        self, number: int, input: Tensor, target: Tensor, options: PointwiseOptions
+    ) -> None:
         self.number = number
         self.options = options
         self.input = require_plain(input, "input")
@@ -346,21 +379,27 @@ class PointwiseCall:
                 losses = new_gradient(self.input, loss_dtype)
             else:
                 loss = torch.empty((), dtype=loss_dtype)
-        denominator, keep = scalar_argument(o.denominator if divisor is None else divisor, "denominator")
+        denominator, keep = scalar_argument(
+            o.denominator if divisor is None else divisor, "denominator"
+        )
         has_denominator = divisor is not None or o.denominator is not None
         if item_scale is not None:
             item_scale = item_scale.to(self.compute).expand(self.shape)
         views = (self.input, self.target, self.weight, item_scale, losses, grads[0], grads[1])
         shape, strides = _merge_dense(self.shape, views)
+        addresses: list[int] = []
+        for v in views:
+            addresses += (0, 0) if v is None else (v.data_ptr(), DTYPES[v.dtype])
         divisor = _C.pointwise_loss(
-            self.number, self.compute is torch.float64, shape,
-            [v.data_ptr() if v is not None else 0 for v in views],
-            [DTYPES[v.dtype] if v is not None else 0 for v in views],
-            strides, accumulate, o.parameter, scale,
-            (2 if divisor is not None else reduction, has_denominator, denominator,
-             loss.data_ptr() if loss is not None else 0, DTYPES[loss_dtype],
-             loss_sum.data_ptr() if loss_sum is not None else 0),
-            torch.get_num_threads(),
+            (
+                self.number, DTYPES[self.compute], *addresses, accumulate, scale[1], scale[2],
+                reduction if divisor is None else REDUCTIONS["mean"], has_denominator,
+                denominator[1], denominator[2], 0 if loss is None else loss.data_ptr(), DTYPES[loss_dtype],
+                0 if loss_sum is None else loss_sum.data_ptr(), torch.get_num_threads(),
+            ),
+            (o.parameter, scale[0], denominator[0]),
+            shape,
+            strides,
         )  # fmt: skip
         del keep
         return (losses if losses is not None else loss), divisor
@@ -378,7 +417,9 @@ def _merge_dense(
         if first.dim() == 4
         else first.is_contiguous()
     ):
-        return (first.numel(),), [(1,) if s or v is not None else () for s, v in zip(strides, views, strict=True)]
+        return (first.numel(),), [
+            (1,) if s or v is not None else () for s, v in zip(strides, views, strict=True)
+        ]
     return tuple(shape), strides
 
 
@@ -390,7 +431,19 @@ def exact_result(state: Tensor, denominator: Number | None, dtype: torch.dtype) 
     out = torch.empty((), dtype=dtype)
     argument, keep = scalar_argument(denominator, "denominator")
     reduction = REDUCTIONS["sum" if denominator is None else "mean"]
-    _C.exact_result(state.data_ptr(), (reduction, denominator is not None, argument, out.data_ptr(), DTYPES[dtype], 0))
+    _C.exact_result(
+        state.data_ptr(),
+        (
+            reduction,
+            denominator is not None,
+            argument[1],
+            argument[2],
+            out.data_ptr(),
+            DTYPES[dtype],
+            0,
+        ),
+        (argument[0],),
+    )
     del keep
     return out
 

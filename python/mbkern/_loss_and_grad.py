@@ -77,7 +77,9 @@ def loss_and_grad(
                 "torch.no_grad() or with detached tensors"
             )
     run = _row if loss.kind == "row" else _pointwise
-    value, grads = run(loss, tensors, positions, outs, reduction, accumulate, scale, loss_sum, options)
+    value, grads = run(
+        loss, tensors, positions, outs, reduction, accumulate, scale, loss_sum, options
+    )
     result: Any = tuple(grads[p] for p in positions)
     if numpy:
         value, result = _array(value), tuple(_array(g) for g in result)
@@ -105,7 +107,10 @@ def _structure(grad_out: Any, argnums: ArgNums, positions: list[int]) -> dict[in
     outs = grad_out if isinstance(argnums, tuple) else (grad_out,)
     if not isinstance(outs, (tuple, list)) or len(outs) != len(positions):
         raise ValueError(f"mbkern: grad_out must have the structure of argnums={argnums!r}")
-    return {p: None if out is None else _tensor(out, "grad_out") for p, out in zip(positions, outs, strict=True)}
+    return {
+        p: None if out is None else _tensor(out, "grad_out")
+        for p, out in zip(positions, outs, strict=True)
+    }
 
 
 def _tensor(value: Any, name: str) -> Tensor:
@@ -117,7 +122,9 @@ def _tensor(value: Any, name: str) -> Tensor:
                 raise ValueError(f"mbkern: grad_out is a read-only array of shape {value.shape}")
             return torch.from_numpy(value)
     if not isinstance(value, Tensor):
-        raise TypeError(f"mbkern: {name} must be a tensor or a NumPy array, not {type(value).__name__}")
+        raise TypeError(
+            f"mbkern: {name} must be a tensor or a NumPy array, not {type(value).__name__}"
+        )
     return value
 
 
@@ -137,7 +144,9 @@ def _outputs(
     for p in positions:
         out = outs[p]
         if out is not None:
-            rest = [t for q, t in enumerate(tensors) if q != p] + [g for q, g in grads.items() if q != p]
+            rest = [t for q, t in enumerate(tensors) if q != p] + [
+                g for q, g in grads.items() if q != p
+            ]
             check_output(out, "grad_out", tensors[p], accumulate, (*rest, *others))
             grads[p] = out
         elif accumulate:
@@ -147,7 +156,9 @@ def _outputs(
     return grads
 
 
-def _common(options: dict[str, Any], loss_sum: LossSum | None, tensors: tuple[Tensor, ...]) -> Tensor | None:
+def _common(
+    options: dict[str, Any], loss_sum: LossSum | None, tensors: tuple[Tensor, ...]
+) -> Tensor | None:
     if loss_sum is None:
         return None
     if any(t.dtype is torch.float64 for t in tensors):
@@ -206,10 +217,14 @@ def _pointwise(
             f"mbkern: loss_and_grad needs input and target of one shape, not {tuple(input.shape)} and "
             f"{tuple(target.shape)}; the gradient of a broadcast argument would be a sum"
         )
-    weights = combine_weights(options.pop("weight", None), options.pop("sample_weight", None), input.shape)
+    weights = combine_weights(
+        options.pop("weight", None), options.pop("sample_weight", None), input.shape
+    )
     both = torch.promote_types(input.dtype, target.dtype)
     loss_dtype = _result_dtype(options.pop("loss_dtype", None), input) or both
-    pointwise = PointwiseOptions(weights, reduction, options.pop("denominator", None), options.pop("parameter", 0.0))
+    pointwise = PointwiseOptions(
+        weights, reduction, options.pop("denominator", None), options.pop("parameter", 0.0)
+    )
     _unknown(loss.name, options)
     state = _common(options, loss_sum, tensors)
     call = PointwiseCall(loss.number, input, target, pointwise)

@@ -35,7 +35,9 @@ class LossSum:
         """Add every element of a float32, bfloat16 or float16 tensor; returns self."""
         require_plain(values, "values")
         if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"mbkern: LossSum adds float32 and 16-bit values exactly, not {values.dtype}")
+            raise TypeError(
+                f"mbkern: LossSum adds float32 and 16-bit values exactly, not {values.dtype}"
+            )
         _launch.exact_add(self.state, values.detach().float().contiguous())
         return self
 
@@ -73,7 +75,9 @@ class LossSum:
         """Take over a state that ``state_dict`` returned."""
         loaded = state["state"]
         if loaded.shape != self.state.shape or loaded.dtype != torch.int64:
-            raise ValueError(f"mbkern: the state of a LossSum is (12,) torch.int64, not {describe(loaded)}")
+            raise ValueError(
+                f"mbkern: the state of a LossSum is (12,) torch.int64, not {describe(loaded)}"
+            )
         self.state.copy_(loaded)
 
     def __repr__(self) -> str:

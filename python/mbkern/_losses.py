@@ -48,4 +48,6 @@ def find(name: str) -> Loss:
     try:
         return _LOSSES[name]
     except KeyError:
-        raise ValueError(f"mbkern: unknown loss {name!r}; available: {', '.join(_LOSSES)}") from None
+        raise ValueError(
+            f"mbkern: unknown loss {name!r}; available: {', '.join(_LOSSES)}"
+        ) from None

@@ -11,6 +11,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 INDEX_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.int8: 3, torch.uint8: 4}
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -28,9 +29,21 @@ def require_plain(tensor: Tensor, name: str) -> Tensor:
     ``data_ptr()`` of a fake, meta or functorch tensor is 0 and raises nothing, so this is the guard
     against a crash. A lazily negated view is materialised.
     """
+    if (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.layout is _STRIDED
+        and not tensor.is_neg()
+        and not _functorch_active()
+    ):
+        return tensor
+    return _explain(tensor, name)
+
+
+def _explain(tensor: Tensor, name: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"mbkern: {name} must be a tensor, not {type(tensor).__name__}")
     if type(tensor) not in _PLAIN:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"mbkern: {name} must be a tensor, not {type(tensor).__name__}")
         raise TypeError(
             f"mbkern: {name} is a {type(tensor).__name__}; tensor subclasses (fake, distributed, "
             "user-defined) are not supported here: pass a plain torch.Tensor"
@@ -39,15 +52,15 @@ def require_plain(tensor: Tensor, name: str) -> Tensor:
         raise NotImplementedError(
             f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...), which is not supported yet"
         )
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise NotImplementedError(
             f"mbkern: {name} is on {tensor.device}; this build has kernels for CPU tensors only"
         )
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"mbkern: {name} has layout {tensor.layout}; only strided tensors are supported")
-    if tensor.is_neg():
-        return tensor.resolve_neg()
-    return tensor
+    if tensor.layout is not _STRIDED:
+        raise TypeError(
+            f"mbkern: {name} has layout {tensor.layout}; only strided tensors are supported"
+        )
+    return tensor.resolve_neg()
 
 
 def require_dtype(tensor: Tensor, name: str) -> int:

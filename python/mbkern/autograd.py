@@ -8,12 +8,14 @@ item, so that the incoming gradient is applied in fp32 before the single roundin
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbkern._launch import (
+    ONE,
     Number,
     PointwiseCall,
     PointwiseOptions,
@@ -22,10 +24,11 @@ from mbkern._launch import (
     check_output,
     new_gradient,
     scalar_argument,
+    scalar_value,
 )
 from mbkern._losses import Loss
 
-__all__ = ["PointwiseLoss", "RowLoss"]
+__all__ = ["PointwiseLoss", "Request", "RowLoss"]
 
 _SECOND_BACKWARD = (
     "mbkern: trying to backward through the graph a second time, but the gradient formed in forward has been "
@@ -37,26 +40,24 @@ _DOUBLE_BACKWARD = (
 )
 
 
-def _keep_graph() -> bool:
-    """Whether the running backward was asked to retain the graph."""
-    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return bool(probe()) if probe is not None else True
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _refuse_double_backward(name: str) -> None:
-    # once_differentiable does not protect a root loss: its incoming gradient requires no gradient.
-    if torch.is_grad_enabled():
-        raise RuntimeError(_DOUBLE_BACKWARD.format(name=name))
+def _double_backward(loss: Loss) -> RuntimeError:
+    # Not once_differentiable: it asks whether the incoming gradient requires grad, and that of a root
+    # loss does not.
+    return RuntimeError(_DOUBLE_BACKWARD.format(name=loss.name))
 
 
 class _Formed:
     """A gradient formed in forward, and the factor it already holds."""
 
-    __slots__ = ("grad", "hint")
+    __slots__ = ("grad", "hint", "loss")
 
-    def __init__(self, grad: Tensor, hint: Number | None) -> None:
+    def __init__(self, grad: Tensor, hint: Number | None, loss: Loss) -> None:
         self.grad: Tensor | None = grad
         self.hint = hint
+        self.loss = loss
 
     def take(self, incoming: Tensor) -> Tensor:
         """Hand out the gradient times incoming / hint.
@@ -64,19 +65,21 @@ class _Formed:
         Our reference is dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
         clones any other.
         """
+        if torch.is_grad_enabled():
+            raise _double_backward(self.loss)
         grad = self.grad
         if grad is None:
             raise RuntimeError(_SECOND_BACKWARD)
-        if _keep_graph():
+        if _graph_is_kept():
             grad = grad.clone()
         else:
             self.grad = None
-        factor: Any = incoming if self.hint is None else incoming / self.hint
-        if grad.device.type == "cpu":
-            factor = float(factor)
-            if factor == 1.0:
-                return grad
-        return grad.mul_(factor)
+        if grad.is_cpu:
+            value = scalar_value(incoming, "the incoming gradient")
+            if self.hint is not None:
+                value /= float(self.hint)
+            return grad if value == 1.0 else grad.mul_(value)
+        return grad.mul_(incoming if self.hint is None else incoming / self.hint)
 
 
 def _bump_version(tensor: Tensor) -> None:
@@ -85,7 +88,9 @@ def _bump_version(tensor: Tensor) -> None:
 
 def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
     base = input._base
-    if (input.is_leaf and input.requires_grad) or (base is not None and base.is_leaf and base.requires_grad):
+    if (input.is_leaf and input.requires_grad) or (
+        base is not None and base.is_leaf and base.requires_grad
+    ):
         raise RuntimeError(
             "mbkern: inplace=True would overwrite a leaf that requires grad, or a view of one; pass the result of "
             "a computation, or a copy"
@@ -93,63 +98,72 @@ def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
     check_output(input, "input (inplace=True)", input.detach(), False, others)
 
 
-class RowLoss(torch.autograd.Function):
-    """Losses over rows of classes: ``RowLoss.apply(input, target, loss, options, extras...)``.
+@dataclass(slots=True)
+class Request:
+    """What a Function is asked for, besides its tensors.
 
-    Arguments of ``apply``: input, target (Tensors), loss (:class:`mbkern._losses.Loss`), options
-    (RowOptions), grad_scale (number, 0-dim tensor or None), inplace (bool), loss_dtype (dtype or None).
-    Returns the loss: 0-dim, or one an item for ``reduction="none"``.
+    Attributes:
+        loss: which loss.
+        options: its options: RowOptions or PointwiseOptions.
+        grad_scale: a hint of the incoming gradient: a number, a 0-dim tensor or None.
+        inplace: write the gradient over the input.
+        loss_dtype: the dtype of the result; None for the input's.
+    """
+
+    loss: Loss
+    options: Any
+    grad_scale: Number | None = None
+    inplace: bool = False
+    loss_dtype: torch.dtype | None = None
+
+
+class RowLoss(torch.autograd.Function):
+    """Losses over rows of classes: ``RowLoss.apply(input, target, request)``.
+
+    ``request`` is a :class:`Request` whose options are RowOptions. Returns the loss: 0-dim, or one an item
+    for ``reduction="none"``. Differentiable in the input and in class probabilities.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        loss: Loss,
-        options: RowOptions,
-        grad_scale: Number | None,
-        inplace: bool,
-        loss_dtype: torch.dtype | None,
-    ) -> Tensor:
-        call = RowCall(loss.number, input, target, options)
-        ctx.loss, ctx.formed, ctx.inplace = loss, None, inplace
-        needs_input, needs_target = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    def forward(ctx: Any, input: Tensor, target: Tensor, request: Request) -> Tensor:
+        options: RowOptions = request.options
+        call = RowCall(request.loss.number, input, target, options)
+        needs_input, needs_target, _ = ctx.needs_input_grad
+        hint, inplace = request.grad_scale, request.inplace
         if inplace:
             _check_inplace(input, (call.target, options.weight, options.sample_weight))
-        form = options.reduction != "none" and (call.compute is input.dtype or grad_scale is not None)
-        if needs_input and form and not needs_target:
-            scale, keep = scalar_argument(grad_scale, "grad_scale")
+        if options.reduction != "none" and needs_input and not needs_target and (
+            hint is not None or call.compute is input.dtype
+        ):  # fmt: skip
+            scale, keep = (ONE, None) if hint is None else scalar_argument(hint, "grad_scale")
             grad = input.detach() if inplace else new_gradient(input)
-            result, _ = call.run(grad=grad, scale=scale, loss_dtype=loss_dtype)
+            result, _ = call.run(grad=grad, scale=scale, loss_dtype=request.loss_dtype)
             del keep
-            ctx.formed = _Formed(grad, grad_scale)
+            ctx.formed = _Formed(grad, hint, request.loss)
             if inplace:
                 _bump_version(input)
-        elif needs_input or needs_target:
-            state = torch.empty((call.state_rows(), call.items), dtype=call.compute)
-            result, divisor = call.run(state=state, loss_dtype=loss_dtype)
-            ctx.options, ctx.divisor = options, divisor
-            ctx.save_for_backward(input, target, state, options.weight, options.sample_weight)
-        else:
-            result, _ = call.run(loss_dtype=loss_dtype)
-        assert result is not None
-        return result
+            return result  # type: ignore[return-value]
+        ctx.formed, ctx.request = None, request
+        state = torch.empty((call.state_rows(), call.items), dtype=call.compute)
+        result, ctx.divisor = call.run(state=state, loss_dtype=request.loss_dtype)
+        ctx.save_for_backward(input, target, state, options.weight, options.sample_weight)
+        return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_double_backward(ctx.loss.name)
-        rest = (None,) * 5
         if ctx.formed is not None:
-            return (ctx.formed.take(incoming), None, *rest)
+            return ctx.formed.take(incoming), None, None
+        request: Request = ctx.request
+        if torch.is_grad_enabled():
+            raise _double_backward(request.loss)
         input, target, state, weight, sample_weight = ctx.saved_tensors
-        options: RowOptions = ctx.options
-        call = RowCall(ctx.loss.number, input, target, options)
+        options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
+        call = RowCall(request.loss.number, input, target, options)
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
             grad_target = _gradient_of_probabilities(call, state, incoming, ctx.divisor)
         if ctx.needs_input_grad[0]:
-            overwrite = ctx.inplace and not _keep_graph()
+            overwrite = request.inplace and not _graph_is_kept()
             grad = input.detach() if overwrite else new_gradient(input)
             if options.reduction == "none":
                 call.run(grad=grad, item_scale=incoming, state=state, from_state=True)
@@ -159,10 +173,12 @@ class RowLoss(torch.autograd.Function):
                 del keep
             if overwrite:
                 _bump_version(input)
-        return (grad, grad_target, *rest)
+        return grad, grad_target, None
 
 
-def _gradient_of_probabilities(call: RowCall, state: Tensor, incoming: Tensor, divisor: float) -> Tensor:
+def _gradient_of_probabilities(
+    call: RowCall, state: Tensor, incoming: Tensor, divisor: float
+) -> Tensor:
     """d(result)/d(target) = (1 - eps) w_j (lse - x_j) times the item's factor, by torch operations."""
     options = call.options
     x = call.input.to(call.compute)
@@ -182,69 +198,68 @@ def _gradient_of_probabilities(call: RowCall, state: Tensor, incoming: Tensor, d
 
 
 class PointwiseLoss(torch.autograd.Function):
-    """Element-wise losses of an input and a target of one shape.
+    """Element-wise losses of one shape: ``PointwiseLoss.apply(input, target, request)``.
 
-    Arguments of ``apply``: input, target (Tensors), loss (:class:`mbkern._losses.Loss`), options
-    (PointwiseOptions), grad_scale (number, 0-dim tensor or None), inplace (bool), loss_dtype (dtype).
+    ``request`` is a :class:`Request` whose options are PointwiseOptions. Returns the loss: 0-dim, or of the
+    input's shape for ``reduction="none"``. Differentiable in the input and the target.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        loss: Loss,
-        options: PointwiseOptions,
-        grad_scale: Number | None,
-        inplace: bool,
-        loss_dtype: torch.dtype,
-    ) -> Tensor:
-        call = PointwiseCall(loss.number, input, target, options)
-        ctx.loss, ctx.inplace, ctx.formed = loss, inplace, None
+    def forward(ctx: Any, input: Tensor, target: Tensor, request: Request) -> Tensor:
+        options: PointwiseOptions = request.options
+        call = PointwiseCall(request.loss.number, input, target, options)
         needs = ctx.needs_input_grad[:2]
+        hint, inplace = request.grad_scale, request.inplace
+        loss_dtype = request.loss_dtype or input.dtype
         if inplace:
             _check_inplace(input, (target, options.weight))
         tensors = (input, target)
-        form = options.reduction != "none" and (
-            grad_scale is not None
+        if options.reduction != "none" and (
+            hint is not None
             or all(t.dtype is call.compute for t, need in zip(tensors, needs, strict=True) if need)
-        )
-        if any(needs) and form:
-            scale, keep = scalar_argument(grad_scale, "grad_scale")
+        ):
+            scale, keep = (ONE, None) if hint is None else scalar_argument(hint, "grad_scale")
             grads = _gradients(tensors, needs, inplace)
             result, _ = call.run(grads=grads, scale=scale, loss_dtype=loss_dtype)
             del keep
-            ctx.formed = tuple(_Formed(g, grad_scale) if g is not None else None for g in grads)
+            ctx.formed = tuple(
+                _Formed(g, hint, request.loss) if g is not None else None for g in grads
+            )
             if inplace and needs[0]:
                 _bump_version(input)
-        else:
-            result, divisor = call.run(loss_dtype=loss_dtype)
-            if any(needs):
-                ctx.options, ctx.divisor, ctx.loss_dtype = options, divisor, loss_dtype
-                ctx.save_for_backward(input, target, options.weight)
-        assert result is not None
-        return result
+            return result  # type: ignore[return-value]
+        ctx.formed, ctx.request = None, request
+        result, ctx.divisor = call.run(loss_dtype=loss_dtype)
+        ctx.save_for_backward(input, target, options.weight)
+        return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_double_backward(ctx.loss.name)
-        rest = (None,) * 5
         if ctx.formed is not None:
-            return (*(f.take(incoming) if f is not None else None for f in ctx.formed), *rest)
-        input, target, _ = ctx.saved_tensors
-        options: PointwiseOptions = ctx.options
-        call = PointwiseCall(ctx.loss.number, input, target, options)
-        overwrite = ctx.inplace and not _keep_graph()
+            return (*(f.take(incoming) if f is not None else None for f in ctx.formed), None)
+        request: Request = ctx.request
+        if torch.is_grad_enabled():
+            raise _double_backward(request.loss)
+        input, target, weight = ctx.saved_tensors
+        options: PointwiseOptions = replace(request.options, weight=weight)
+        call = PointwiseCall(request.loss.number, input, target, options)
+        overwrite = request.inplace and not _graph_is_kept()
         grads = _gradients((input, target), ctx.needs_input_grad[:2], overwrite)
         if options.reduction == "none":
-            call.run(want_loss=False, grads=grads, item_scale=incoming, loss_dtype=ctx.loss_dtype)
+            call.run(want_loss=False, grads=grads, item_scale=incoming, loss_dtype=input.dtype)
         else:
             scale, keep = scalar_argument(incoming, "the incoming gradient")
-            call.run(want_loss=False, grads=grads, scale=scale, divisor=ctx.divisor, loss_dtype=ctx.loss_dtype)
+            call.run(
+                want_loss=False,
+                grads=grads,
+                scale=scale,
+                divisor=ctx.divisor,
+                loss_dtype=input.dtype,
+            )
             del keep
         if overwrite and ctx.needs_input_grad[0]:
             _bump_version(input)
-        return (*grads, *rest)
+        return (*grads, None)
 
 
 def _gradients(
@@ -254,3 +269,24 @@ def _gradients(
     input, target = tensors
     first = (input.detach() if inplace else new_gradient(input)) if needs[0] else None
     return first, (new_gradient(target) if needs[1] else None)
+
+
+# Function.apply checks for torch.func transforms and unwraps its arguments, at a cost that a small loss
+# feels; where no transform is active the step below it is enough.
+_raw_row = super(torch.autograd.Function, RowLoss).apply
+_raw_pointwise = super(torch.autograd.Function, PointwiseLoss).apply
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def apply_row(input: Tensor, target: Tensor, request: Request) -> Tensor:
+    """``RowLoss.apply``, by the shortest way."""
+    result: Tensor = (RowLoss.apply if _functorch_active() else _raw_row)(input, target, request)
+    return result
+
+
+def apply_pointwise(input: Tensor, target: Tensor, request: Request) -> Tensor:
+    """``PointwiseLoss.apply``, by the shortest way."""
+    result: Tensor = (PointwiseLoss.apply if _functorch_active() else _raw_pointwise)(
+        input, target, request
+    )
+    return result

@@ -30,9 +30,11 @@ from torch.nn import _reduction as _legacy
 
 from mbkern._launch import REDUCTIONS, Number, PointwiseCall, PointwiseOptions, RowCall, RowOptions
 from mbkern._losses import Loss, find
-from mbkern.autograd import PointwiseLoss, RowLoss
+from mbkern.autograd import Request, apply_pointwise, apply_row
 
 __all__ = ["cross_entropy", "half_squared_error", "mse_loss"]
+
+_HALF = (torch.bfloat16, torch.float16)
 
 _CROSS_ENTROPY = find("cross_entropy")
 _MSE_LOSS = find("mse_loss")
@@ -80,7 +82,14 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     options = RowOptions(
-        weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, denominator
+        weight,
+        sample_weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        denominator,
     )
     return row_loss(_CROSS_ENTROPY, input, target, options, grad_scale, inplace, loss_dtype)
 
@@ -97,10 +106,10 @@ def row_loss(
     """Compute any loss over rows of classes; the common end of the public functions."""
     _check_reduction(options.reduction, options.denominator)
     loss_dtype = _result_dtype(loss_dtype, input)
-    _refuse_weight_gradients(options.weight, options.sample_weight)
+    if options.weight is not None or options.sample_weight is not None:
+        _refuse_weight_gradients(options.weight, options.sample_weight)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        result: Tensor = RowLoss.apply(input, target, loss, options, grad_scale, inplace, loss_dtype)  # type: ignore[no-untyped-call]
-        return result
+        return apply_row(input, target, Request(loss, options, grad_scale, inplace, loss_dtype))
     value, _ = RowCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
     assert value is not None
     return value
@@ -197,14 +206,17 @@ def pointwise_loss(
     weights = combine_weights(weight, sample_weight, input.shape)
     options = PointwiseOptions(weights, reduction, denominator, parameter)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        result: Tensor = PointwiseLoss.apply(input, target, loss, options, grad_scale, inplace, loss_dtype)  # type: ignore[no-untyped-call]
-        return result
+        return apply_pointwise(
+            input, target, Request(loss, options, grad_scale, inplace, loss_dtype)
+        )
     value, _ = PointwiseCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
     assert value is not None
     return value
 
 
-def combine_weights(weight: Tensor | None, sample_weight: Tensor | None, shape: torch.Size) -> Tensor | None:
+def combine_weights(
+    weight: Tensor | None, sample_weight: Tensor | None, shape: torch.Size
+) -> Tensor | None:
     """Multiply torch's weight and ours into the one weight of each element."""
     if weight is None or sample_weight is None:
         return weight if sample_weight is None else sample_weight
@@ -230,8 +242,10 @@ def _result_dtype(loss_dtype: torch.dtype | None, input: Tensor) -> torch.dtype 
     """Return the dtype asked for, autocast's float32, or None for the input's."""
     if loss_dtype is not None:
         if loss_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise TypeError(f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}")
+            raise TypeError(
+                f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}"
+            )
         return loss_dtype
-    if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.bfloat16, torch.float16):
+    if input.dtype in _HALF and torch.is_autocast_enabled(input.device.type):
         return torch.float32
     return None

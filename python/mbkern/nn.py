@@ -44,7 +44,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.denominator = denominator
         self.loss_dtype = loss_dtype
 
-    def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of logits ``input`` and ``target``."""
         return F.cross_entropy(
             input,
@@ -101,10 +103,17 @@ class MSELoss(_PointwiseModule):
         reduction = torch.nn.MSELoss(size_average, reduce, reduction).reduction
         super().__init__(
             reduction,
-            {"inplace": inplace, "grad_scale": grad_scale, "denominator": denominator, "loss_dtype": loss_dtype},
+            {
+                "inplace": inplace,
+                "grad_scale": grad_scale,
+                "denominator": denominator,
+                "loss_dtype": loss_dtype,
+            },
         )
 
-    def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of ``input`` against ``target``."""
         return F.mse_loss(input, target, reduction=self.reduction, **self._extras(sample_weight))
 
@@ -123,9 +132,16 @@ class HalfSquaredError(_PointwiseModule):
     ) -> None:
         super().__init__(
             reduction,
-            {"inplace": inplace, "grad_scale": grad_scale, "denominator": denominator, "loss_dtype": loss_dtype},
+            {
+                "inplace": inplace,
+                "grad_scale": grad_scale,
+                "denominator": denominator,
+                "loss_dtype": loss_dtype,
+            },
         )
 
-    def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of ``input`` against ``target``."""
         return F.half_squared_error(input, target, self.reduction, **self._extras(sample_weight))

@@ -1,0 +1,78 @@
+# Every target does its own set-up, in .venv and build/; needed are Python with venv, and a C++ compiler.
+#   make demo        a small training run, explained
+#   make test        all tests              make lint      style, types, stubs
+#   make bench       the microbenchmarks    make gpu-check what only a GPU can show
+#   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
+#   make full        all checks a CPU can do, with gcc and clang
+PYTHON ?= python3
+CLANG ?= $(firstword $(foreach v,22 21 20 19 18 17 16 15,$(shell command -v clang++-$v)) clang++)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+TOOLS := .venv/tools.stamp
+PACKAGE := .venv/package.stamp
+SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so')
+CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
+
+.PHONY: demo test bench gpu-check lint full exhaustive sanitize clang clean
+.DELETE_ON_ERROR:
+
+$(TOOLS): constraints.txt
+	$(PYTHON) -m venv .venv
+	python -m pip install -q -c constraints.txt cmake ninja
+	touch $@
+
+$(PACKAGE): $(TOOLS) $(SOURCES)
+	python -m pip install -q -c constraints.txt '.[test,lint,bench,demo]'
+	touch $@
+
+demo: $(PACKAGE)
+	python examples/demo.py
+
+test: $(PACKAGE)
+	python -m pytest tests -q
+
+bench: $(PACKAGE)
+	python bench/run.py
+
+gpu-check: $(PACKAGE)
+	@if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  python -m mbkern selftest && python -m pytest tests -q -m gpu; \
+	else echo 'no GPU: nothing checked'; fi
+
+lint: $(PACKAGE)
+	ruff check .
+	ruff format --check .
+	mypy --strict python/mbkern
+	clang-format --dry-run -Werror $(CXX_FILES)
+	python -m mypy.stubtest mbkern._C
+
+full: lint test exhaustive sanitize clang
+
+exhaustive: $(TOOLS)
+	$(CONFIGURE) -B build/native
+	cmake --build build/native
+	build/native/exhaustive
+
+# The extension runs in a Python that is not instrumented, so the runtimes are loaded before it; all
+# tests run but those of the binary itself, of a GPU, and the slow ones.
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
+sanitize: $(PACKAGE)
+	CXX=$(CXX) $(CONFIGURE) -B build/sanitize/native -DMBKERN_SANITIZE=ON
+	cmake --build build/sanitize/native
+	build/sanitize/native/core_test
+	CXX=$(CXX) MBKERN_CUDA=OFF python -m pip install -q --no-deps --upgrade . \
+	  --target build/sanitize/site --config-settings=build-dir=build/sanitize/module \
+	  --config-settings=cmake.define.MBKERN_SANITIZE=ON --config-settings=install.strip=false
+	PYTHONPATH=build/sanitize/site \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	python -m pytest tests -q --ignore=tests/test_binary.py -m 'not gpu and not slow'
+
+clang: $(TOOLS)
+	CXX=$(CLANG) $(CONFIGURE) -B build/clang
+	cmake --build build/clang
+	build/clang/core_test
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(PACKAGE)
