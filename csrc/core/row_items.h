@@ -15,8 +15,14 @@ struct ItemPosition {
   int64_t outer, inner;
   MBK_FN ItemPosition(const RowArgs& a, int64_t item)
       : outer(a.inner_size == 1 ? item : item / a.inner_size),
-        inner(a.inner_size == 1 ? 0 : item % a.inner_size) {}
+        inner(a.inner_size == 1 ? 0 : item - outer * a.inner_size) {}
   MBK_FN int64_t offset(const Strides& s) const { return outer * s.outer + inner * s.inner; }
+  MBK_FN void advance(const RowArgs& a) {  // to the next item, without a division
+    if (++inner == a.inner_size) {
+      inner = 0;
+      ++outer;
+    }
+  }
 };
 
 template <class T>
@@ -33,10 +39,15 @@ MBK_FN int64_t item_target(const RowArgs& a, const ItemPosition& at) {
 // d(result)/d(item's own loss), before the item's weight; the same order of operations everywhere.
 template <class T>
 struct ItemScale {
-  double scale, denominator;
+  double scale, denominator, common;  // common: of every item, if items have no factors of their own
+  bool same;
   MBK_FN explicit ItemScale(const RowArgs& a)
-      : scale(read(a.scale)), denominator(read(a.denominator)) {}
+      : scale(read(a.scale)),
+        denominator(read(a.denominator)),
+        common(scale / denominator),
+        same(!a.item_scale && !a.sample_weight) {}
   MBK_FN double operator()(const RowArgs& a, const ItemPosition& at) const {
+    if (same) return common;
     return scale * (double)item_value<T>(a.item_scale, a.item_scale_strides, at) / denominator *
            (double)item_value<T>(a.sample_weight, a.sample_weight_strides, at);
   }

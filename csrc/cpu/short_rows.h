@@ -77,14 +77,15 @@ struct ShortRows {
 
     MBK_FN Lanes(const ShortRows& rows, int64_t first, int count) {
       const RowArgs& a = rows.args;
+      ItemPosition at(a, first);
       for (int l = 0; l < kLanes; ++l) {
-        const ItemPosition at(a, first + (l < count ? l : count - 1));
         index[l] = Loss::kHasIndex ? item_target(a, at) : -1;
         target[l] = (T)index[l];  // as a number of the lane type: columns are few
         target_weight[l] =
             a.class_weight && index[l] >= 0 ? ((const T*)a.class_weight)[index[l]] : 1;
         sample_weight[l] = item_value<T>(a.sample_weight, a.sample_weight_strides, at);
         scale[l] = rows.item_scale(a, at);
+        if (l + 1 < count) at.advance(a);  // lanes without an item repeat the last
       }
     }
   };

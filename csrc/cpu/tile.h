@@ -15,9 +15,11 @@ struct TilePlace {
 
   MBK_PASS TilePlace(const RowArgs& a, int64_t first, int n, const Strides& s)
       : count(n), adjacent(n == lanes<V>) {
+    ItemPosition item(a, first);
     for (int l = 0; l < lanes<V>; ++l) {
-      offset[l] = ItemPosition(a, first + (l < n ? l : n - 1)).offset(s);
+      offset[l] = item.offset(s);
       adjacent = adjacent && offset[l] == offset[0] + l;
+      if (l + 1 < n) item.advance(a);  // lanes without an item repeat the last
     }
   }
 };
