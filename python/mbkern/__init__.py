@@ -1,4 +1,7 @@
-"""Batched losses and their gradients, fused, in place, and the same bits for every cut of a mini-batch."""
+"""Batched losses and their gradients, fused, in place.
+
+The results are the same bits for every cut of a mini-batch.
+"""
 
 import torch  # noqa: F401  first: it loads the OpenMP runtime whose threads the kernels use
 
@@ -6,9 +9,10 @@ try:
     from mbkern import _C  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"mbkern: the compiled module mbkern._C cannot be loaded ({error}). Cause: the package is imported from its "
-        "source tree, or was built for another Python or system. Cure: leave the source directory and run "
-        "`pip install .` there with this Python; `python -m mbkern doctor` then says what was built."
+        f"mbkern: the compiled module mbkern._C cannot be loaded ({error}). Cause: the package is "
+        "imported from its source tree, or was built for another Python or system. Cure: leave the "
+        "source directory and run `pip install .` there with this Python; `python -m mbkern "
+        "doctor` then says what was built."
     ) from error
 
 from mbkern import autograd, functional, nn

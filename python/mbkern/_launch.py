@@ -1,6 +1,7 @@
-"""From checked tensors to kernels: the only file that takes addresses.
+"""From checked tensors to kernels: what all launches share, row losses and exact sums.
 
-Every check is made here, before anything is written; the kernels below check only class indices.
+This file and ``_launch_pointwise`` are the only ones that take addresses for the kernels. Every
+check is made before anything is written; the kernels below check only class indices.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ import torch
 from torch import Tensor
 
 from mbkern import _C
+from mbkern._arguments import (
+    REDUCTIONS,
+    Number,
+    class_weight,
+    probabilities,
+    refuse_indices,
+)
 from mbkern._tensors import (
     DTYPES,
     INDEX_TYPES,
     Layout,
-    byte_range,
     describe,
-    has_internal_overlap,
     item_layout,
     require_dtype,
     require_plain,
-    same_elements,
-    share_memory,
 )
 
-Number: TypeAlias = "float | int | Tensor"
 ScalarArgument: TypeAlias = tuple[float, int, int]
 
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 ONE: ScalarArgument = (1.0, 0, 0)
 _NO_LAYOUT: Layout = (0, 0, 0)
 _F64 = DTYPES[torch.float64]
@@ -38,7 +40,7 @@ _HUGE_PAGE_BYTES = 4 << 20  # below, the system call costs more than the page fa
 
 
 def scalar_argument(value: Number | None, name: str) -> tuple[ScalarArgument, Tensor | None]:
-    """Turn a number or a 0-dim tensor into (value, address, dtype), and the tensor to keep alive."""
+    """Return a number or 0-dim tensor as (value, address, dtype), and the tensor to keep alive."""
     if value is None:
         return ONE, None
     if isinstance(value, Tensor):
@@ -72,39 +74,7 @@ def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return grad
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that a storage type is computed in."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def check_output(
-    grad: Tensor, name: str, input: Tensor, accumulate: bool, others: tuple[Tensor | None, ...]
-) -> None:
-    """Refuse an output that the gradient of ``input`` cannot be written to, with the reason."""
-    require_plain(grad, name)
-    wanted = compute_dtype(input.dtype) if accumulate else input.dtype
-    if grad.shape != input.shape or grad.dtype != wanted:
-        raise ValueError(
-            f"mbkern: {name} must be {tuple(input.shape)} {wanted}, not {describe(grad)}"
-        )
-    if has_internal_overlap(grad):
-        raise ValueError(
-            f"mbkern: {name} has elements that share memory (shape {tuple(grad.shape)}, "
-            f"strides {grad.stride()}); give it memory of its own"
-        )
-    if share_memory(grad, input):
-        if accumulate:
-            raise ValueError(
-                f"mbkern: {name} shares memory with the input, which cannot be accumulated into"
-            )
-        if not same_elements(grad, input):
-            raise ValueError(f"mbkern: {name} overlaps the input without being the input")
-    for other in others:
-        if other is not None and share_memory(grad, other):
-            raise ValueError(f"mbkern: {name} overlaps another argument, {describe(other)}")
-
-
-# ---- row losses ---------------------------------------------------------------------------------------
+# ---- row losses ----------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -125,8 +95,9 @@ class RowCall:
     """The checked, addressable form of one call of a row loss. Holds its tensors alive."""
 
     __slots__ = (
-        "columns", "compute", "dtype", "has_index", "inner", "input", "input_layout", "items", "number",
-        "options", "sample_layout", "sample_weight", "shape", "target", "target_layout", "target_type", "weight",
+        "columns", "compute", "dtype", "has_index", "inner", "input", "input_layout", "items",
+        "number", "options", "sample_layout", "sample_weight", "shape", "target", "target_layout",
+        "target_type", "weight",
     )  # fmt: skip
 
     def __init__(self, number: int, input: Tensor, target: Tensor, options: RowOptions) -> None:
@@ -153,10 +124,10 @@ class RowCall:
         if self.has_index:
             index_type = INDEX_TYPES.get(target.dtype)
             if index_type is None or target.shape != self.shape:
-                _refuse_indices(target, shape, self.shape)
+                refuse_indices(target, shape, self.shape)
             self.target_type: int = index_type  # type: ignore[assignment]
         else:
-            target = _probabilities(target, input, options.ignore_index)
+            target = probabilities(target, input, options.ignore_index)
             self.target_type = -1
         if dims == 2 and self.has_index:  # the common case, without the calls
             self.input, self.target = input, target
@@ -170,7 +141,7 @@ class RowCall:
         self.weight = self.sample_weight = None
         self.sample_layout = _NO_LAYOUT
         if options.weight is not None:
-            self.weight = _class_weight(options.weight, self.columns, self.compute)
+            self.weight = class_weight(options.weight, self.columns, self.compute)
         if options.sample_weight is not None:
             weights = (
                 require_plain(options.sample_weight, "sample_weight").detach().to(self.compute)
@@ -189,13 +160,13 @@ class RowCall:
             values = values.expand(self.shape)
         except RuntimeError:
             raise ValueError(
-                f"mbkern: {name} has shape {tuple(values.shape)}, which does not broadcast to the shape of the "
-                f"unreduced loss, {tuple(self.shape)}"
+                f"mbkern: {name} has shape {tuple(values.shape)}, which does not "
+                f"broadcast to the shape of the unreduced loss, {tuple(self.shape)}"
             ) from None
         return _mergeable(values, False)
 
     def state_rows(self) -> int:
-        """Saved values an item: the maximum, the sum of the other terms, the sum of the coefficients."""
+        """Saved values an item: maximum, sum of the other terms, sum of the coefficients."""
         return 2 if self.has_index else 3
 
     def run(
@@ -213,7 +184,8 @@ class RowCall:
     ) -> tuple[Tensor | None, float]:
         """Run the kernel; return the loss and the divisor of a mean.
 
-        ``from_state`` is the backward half: no loss, the gradient from the saved state, over ``divisor``.
+        ``from_state`` is the backward half: no loss, the gradient from the saved state, over
+        ``divisor``.
         """
         o = self.options
         input = self.input
@@ -280,150 +252,7 @@ def _mergeable(tensor: Tensor, class_dim: bool) -> tuple[Tensor, Layout]:
     return tensor, layout
 
 
-def _refuse_indices(target: Tensor, shape: torch.Size, wanted: torch.Size) -> None:
-    if target.shape != wanted:
-        raise ValueError(
-            f"mbkern: target has shape {tuple(target.shape)}; for an input of {tuple(shape)} it must be "
-            f"{tuple(wanted)} (class indices) or {tuple(shape)} (class probabilities)"
-        )
-    raise TypeError(
-        f"mbkern: class indices are {target.dtype}; supported are int64, int32, int16, int8 and uint8"
-    )
-
-
-def _probabilities(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
-    if not target.is_floating_point():
-        raise TypeError(
-            f"mbkern: a target of the input's shape holds class probabilities and must be floating, not {target.dtype}"
-        )
-    if ignore_index >= 0:
-        raise ValueError(
-            f"mbkern: ignore_index={ignore_index} has no meaning for a target of class probabilities"
-        )
-    return target if target.dtype is input.dtype else target.to(input.dtype)
-
-
-def _class_weight(weight: Tensor, columns: int, compute: torch.dtype) -> Tensor:
-    weight = require_plain(weight, "weight")
-    require_dtype(weight, "weight")
-    if weight.shape != (columns,):
-        raise ValueError(
-            f"mbkern: weight must have one entry for each of the {columns} classes, not shape {tuple(weight.shape)}"
-        )
-    return weight.detach().to(compute).contiguous()
-
-
-# ---- element-wise losses ------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class PointwiseOptions:
-    """What an element-wise loss is asked for, besides its input and target."""
-
-    weight: Tensor | None = None
-    reduction: str = "mean"
-    denominator: Number | None = None
-    parameter: float = 0.0
-
-
-class PointwiseCall:
-    """The checked form of one call of an element-wise loss: input and target of one (broadcast) shape."""
-
-    __slots__ = ("compute", "input", "number", "options", "shape", "target", "weight")
-
-    def __init__(
-        self, number: int, input: Tensor, target: Tensor, options: PointwiseOptions
-    ) -> None:
-        self.number = number
-        self.options = options
-        self.input = require_plain(input, "input")
-        self.target = require_plain(target, "target")
-        require_dtype(input, "input")
-        require_dtype(target, "target")
-        if input.shape != target.shape:
-            raise ValueError(
-                f"mbkern: input {tuple(input.shape)} and target {tuple(target.shape)} must be broadcast to one shape"
-            )
-        self.shape = input.shape
-        both = torch.promote_types(input.dtype, target.dtype)
-        self.compute = compute_dtype(both)
-        self.weight = None
-        if options.weight is not None:
-            weight = require_plain(options.weight, "weight").detach().to(self.compute)
-            try:
-                self.weight = weight.expand(self.shape)
-            except RuntimeError:
-                raise ValueError(
-                    f"mbkern: weight has shape {tuple(weight.shape)}, which does not broadcast to the shape of "
-                    f"the unreduced loss, {tuple(self.shape)}"
-                ) from None
-
-    def run(
-        self,
-        *,
-        want_loss: bool = True,
-        grads: tuple[Tensor | None, Tensor | None] = (None, None),
-        accumulate: bool = False,
-        scale: ScalarArgument = ONE,
-        item_scale: Tensor | None = None,
-        divisor: float | None = None,
-        loss_dtype: torch.dtype,
-        loss_sum: Tensor | None = None,
-    ) -> tuple[Tensor | None, float]:
-        """Run the kernel; return the loss and the divisor of a mean (``divisor``, if that is given)."""
-        o = self.options
-        reduction = REDUCTIONS[o.reduction]
-        losses = loss = None
-        if want_loss:
-            if reduction == 0:
-                losses = new_gradient(self.input, loss_dtype)
-            else:
-                loss = torch.empty((), dtype=loss_dtype)
-        denominator, keep = scalar_argument(
-            o.denominator if divisor is None else divisor, "denominator"
-        )
-        has_denominator = divisor is not None or o.denominator is not None
-        if item_scale is not None:
-            item_scale = item_scale.to(self.compute).expand(self.shape)
-        views = (self.input, self.target, self.weight, item_scale, losses, grads[0], grads[1])
-        shape, strides = _merge_dense(self.shape, views)
-        addresses: list[int] = []
-        for v in views:
-            addresses += (0, 0) if v is None else (v.data_ptr(), DTYPES[v.dtype])
-        divisor = _C.pointwise_loss(
-            (
-                self.number, DTYPES[self.compute], *addresses, accumulate, scale[1], scale[2],
-                reduction if divisor is None else REDUCTIONS["mean"], has_denominator,
-                denominator[1], denominator[2], 0 if loss is None else loss.data_ptr(), DTYPES[loss_dtype],
-                0 if loss_sum is None else loss_sum.data_ptr(), torch.get_num_threads(),
-            ),
-            (o.parameter, scale[0], denominator[0]),
-            shape,
-            strides,
-        )  # fmt: skip
-        del keep
-        return (losses if losses is not None else loss), divisor
-
-
-def _merge_dense(
-    shape: torch.Size, views: tuple[Tensor | None, ...]
-) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Shape and strides of the views; one dimension if all are laid out alike without gaps."""
-    strides = [v.stride() if v is not None else () for v in views]
-    first = views[0]
-    assert first is not None
-    if all(not s or s == strides[0] for s in strides) and (
-        first.is_contiguous() or first.is_contiguous(memory_format=torch.channels_last)
-        if first.dim() == 4
-        else first.is_contiguous()
-    ):
-        return (first.numel(),), [
-            (1,) if s or v is not None else () for s, v in zip(strides, views, strict=True)
-        ]
-    return tuple(shape), strides
-
-
-# ---- exact sums ---------------------------------------------------------------------------------------
+# ---- exact sums ----------------------------------------------------------------------------------
 
 
 def exact_result(state: Tensor, denominator: Number | None, dtype: torch.dtype) -> Tensor:
@@ -456,6 +285,3 @@ def exact_merge(into: Tensor, other: Tensor) -> None:
 def exact_add(state: Tensor, values: Tensor) -> None:
     """Add every element of a contiguous float32 tensor."""
     _C.exact_add(state.data_ptr(), values.data_ptr(), values.numel())
-
-
-__all__ = ["PointwiseCall", "PointwiseOptions", "RowCall", "RowOptions", "byte_range"]

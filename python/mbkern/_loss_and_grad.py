@@ -10,20 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbkern._launch import (
+from mbkern._arguments import (
     Number,
-    PointwiseCall,
-    PointwiseOptions,
-    RowCall,
-    RowOptions,
     check_output,
+    check_reduction,
     compute_dtype,
-    new_gradient,
-    scalar_argument,
+    result_dtype,
 )
+from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument
+from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
-from mbkern.functional import _check_reduction, _result_dtype, combine_weights
+from mbkern.functional import combine_weights
 
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 ArgNums: TypeAlias = "int | str | tuple[int | str, ...]"
@@ -51,14 +49,17 @@ def loss_and_grad(
         input, target: the loss's tensors, or NumPy arrays (used in place; results are arrays then).
         argnums: which arguments to differentiate: an index or a name, or a tuple of them.
         reduction: "none" (losses an item, and the gradient of their sum), "mean" or "sum".
-        grad_out: where the gradients go, in the structure of ``argnums``; None, there or within, is a
-            fresh tensor. May be the input itself: the gradient is then written over it.
-        accumulate: add to what is in ``grad_out`` (float32 buffers for float32, bfloat16 and float16
-            input; float64 for float64). Fresh gradients are returned for entries that are None.
-        scale: number or 0-dim tensor that multiplies the gradient, never the loss, before its rounding.
+        grad_out: where the gradients go, in the structure of ``argnums``; None, there or within,
+            is a fresh tensor. May be the input itself: the gradient is then written over it.
+        accumulate: add to what is in ``grad_out`` (float32 buffers for float32, bfloat16 and
+            float16 input; float64 for float64). Fresh gradients are returned for entries that are
+            None.
+        scale: number or 0-dim tensor that multiplies the gradient, never the loss, before its
+            rounding.
         loss_sum: receives every item's term before any division; not for float64.
-        options: the loss's other options: ``weight``, ``sample_weight``, ``denominator``, ``loss_dtype``,
-            and for cross_entropy ``ignore_index``, ``label_smoothing``, ``z_loss``, ``softcap``.
+        options: the loss's other options: ``weight``, ``sample_weight``, ``denominator``,
+            ``loss_dtype``, and for cross_entropy ``ignore_index``, ``label_smoothing``, ``z_loss``,
+            ``softcap``.
 
     Returns:
         The loss (0-dim, or one an item), and the gradient or the tuple of gradients.
@@ -68,13 +69,13 @@ def loss_and_grad(
     numpy = isinstance(input, np.ndarray)
     tensors = (_tensor(input, "input"), _tensor(target, "target"))
     outs = _structure(grad_out, argnums, positions)
-    _check_reduction(reduction, options.get("denominator"))
+    check_reduction(reduction, options.get("denominator"))
     options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     for tensor in (*tensors, *outs.values()):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; call it under "
-                "torch.no_grad() or with detached tensors"
+                "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; "
+                "call it under torch.no_grad() or with detached tensors"
             )
     run = _row if loss.kind == "row" else _pointwise
     value, grads = run(
@@ -183,8 +184,8 @@ def _row(
     options: dict[str, Any],
 ) -> tuple[Any, dict[int, Tensor]]:
     input, target = tensors
-    known = {f: options.pop(f) for f in RowOptions.__slots__ if f in options}  # type: ignore[attr-defined]
-    loss_dtype = _result_dtype(options.pop("loss_dtype", None), input)
+    known = {f: options.pop(f) for f in RowOptions.__slots__ if f in options}
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), input)
     _unknown(loss.name, options)
     row = RowOptions(**known, reduction=reduction)
     state = _common(options, loss_sum, (input,))
@@ -214,14 +215,14 @@ def _pointwise(
     input, target = tensors
     if input.shape != target.shape:
         raise ValueError(
-            f"mbkern: loss_and_grad needs input and target of one shape, not {tuple(input.shape)} and "
-            f"{tuple(target.shape)}; the gradient of a broadcast argument would be a sum"
+            f"mbkern: loss_and_grad needs input and target of one shape, not {tuple(input.shape)} "
+            f"and {tuple(target.shape)}; the gradient of a broadcast argument would be a sum"
         )
     weights = combine_weights(
         options.pop("weight", None), options.pop("sample_weight", None), input.shape
     )
     both = torch.promote_types(input.dtype, target.dtype)
-    loss_dtype = _result_dtype(options.pop("loss_dtype", None), input) or both
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), input) or both
     pointwise = PointwiseOptions(
         weights, reduction, options.pop("denominator", None), options.pop("parameter", 0.0)
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _launch
+from mbkern._arguments import Number
 from mbkern._tensors import describe, require_plain
 
 _LIMBS = 9
@@ -16,12 +17,12 @@ _LIMBS = 9
 class LossSum:
     """An exact, order-free sum of fp32 losses, in 96 bytes of integers.
 
-    A call's own result is rounded, so adding results up depends on how a mini-batch was cut. Terms that go
-    through one LossSum (``loss_and_grad(..., loss_sum=acc)``) give the correctly rounded sum for every cut,
-    order, thread count and number of processes.
+    A call's own result is rounded, so adding results up depends on how a mini-batch was cut. Terms
+    that go through one LossSum (``loss_and_grad(..., loss_sum=acc)``) give the correctly rounded
+    sum for every cut, order, thread count and number of processes.
 
-    Method: Kulisch's long accumulator for binary32: 288 bits of fixed point in nine int64 limbs, and three
-    counters for NaN and the infinities.
+    Method: Kulisch's long accumulator for binary32: 288 bits of fixed point in nine int64 limbs,
+    and three counters for NaN and the infinities.
 
     Args:
         device: where the state lives; it must be that of the losses.
@@ -47,18 +48,18 @@ class LossSum:
         return self
 
     def all_reduce(self, group: Any = None) -> LossSum:
-        """Add up the sums of all ranks of a process group, on each of them: one all-reduce of integers."""
+        """Add up the sums of all ranks of a group, on each of them: one all-reduce of integers."""
         torch.distributed.all_reduce(self.state, op=torch.distributed.ReduceOp.SUM, group=group)
         _launch.exact_merge(self.state, torch.zeros_like(self.state))  # carries
         return self
 
     def value(
-        self, denominator: _launch.Number | None = None, *, dtype: torch.dtype = torch.float32
+        self, denominator: Number | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Return the sum, correctly rounded to ``dtype``, as a 0-dim tensor.
 
-        With ``denominator`` (a number or 0-dim tensor) the sum is rounded to fp64, divided, and rounded
-        to ``dtype``.
+        With ``denominator`` (a number or 0-dim tensor) the sum is rounded to fp64, divided, and
+        rounded to ``dtype``.
         """
         return _launch.exact_result(self.state, denominator, dtype)
 
@@ -81,4 +82,7 @@ class LossSum:
         self.state.copy_(loaded)
 
     def __repr__(self) -> str:
-        return f"LossSum({self.value(dtype=torch.float64).item()!r}, device={str(self.state.device)!r})"
+        return (
+            f"LossSum({self.value(dtype=torch.float64).item()!r}, "
+            f"device={str(self.state.device)!r})"
+        )

@@ -50,7 +50,8 @@ def _explain(tensor: Tensor, name: str) -> Tensor:
         )
     if _functorch_active() and _is_wrapped(tensor):
         raise NotImplementedError(
-            f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...), which is not supported yet"
+            f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...), which is not "
+            "supported yet"
         )
     if not tensor.is_cpu:
         raise NotImplementedError(
@@ -68,7 +69,8 @@ def require_dtype(tensor: Tensor, name: str) -> int:
     number = DTYPES.get(tensor.dtype)
     if number is None:
         raise TypeError(
-            f"mbkern: {name} is {tensor.dtype}; supported are float32, bfloat16, float16 and float64"
+            f"mbkern: {name} is {tensor.dtype}; supported are float32, bfloat16, float16 and "
+            "float64"
         )
     return number
 

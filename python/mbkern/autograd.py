@@ -1,9 +1,10 @@
 """The autograd Functions behind ``mbkern.functional``: a loss is an argument, not a class.
 
-The gradient is formed in forward, in the same pass as the loss, where its factor is known well enough
-(fp32 and fp64, or a ``grad_scale`` hint), and multiplied by what the incoming gradient is more; otherwise
-(16-bit results, ``reduction="none"``) it is formed in backward from the logits and two saved numbers an
-item, so that the incoming gradient is applied in fp32 before the single rounding.
+The gradient is formed in forward, in the same pass as the loss, where its factor is known well
+enough (fp32 and fp64, or a ``grad_scale`` hint), and multiplied by what the incoming gradient is
+more; otherwise (16-bit results, ``reduction="none"``) it is formed in backward from the logits and
+two saved numbers an item, so that the incoming gradient is applied in fp32 before the single
+rounding.
 """
 
 from __future__ import annotations
@@ -14,29 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbkern._arguments import Number, check_output
 from mbkern._launch import (
     ONE,
-    Number,
-    PointwiseCall,
-    PointwiseOptions,
     RowCall,
     RowOptions,
-    check_output,
     new_gradient,
     scalar_argument,
     scalar_value,
 )
+from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss
 
 __all__ = ["PointwiseLoss", "Request", "RowLoss"]
 
 _SECOND_BACKWARD = (
-    "mbkern: trying to backward through the graph a second time, but the gradient formed in forward has been "
-    "handed out. Specify retain_graph=True in the first backward."
+    "mbkern: trying to backward through the graph a second time, but the gradient formed in "
+    "forward has been handed out. Specify retain_graph=True in the first backward."
 )
 _DOUBLE_BACKWARD = (
-    "mbkern: {name} was asked for a gradient that can itself be differentiated (create_graph=True), which it does "
-    "not support; use torch.nn.functional for second derivatives"
+    "mbkern: {name} was asked for a gradient that can itself be differentiated "
+    "(create_graph=True), which it does not support; use torch.nn.functional for second derivatives"
 )
 
 
@@ -44,8 +43,8 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 
 
 def _double_backward(loss: Loss) -> RuntimeError:
-    # Not once_differentiable: it asks whether the incoming gradient requires grad, and that of a root
-    # loss does not.
+    # Not once_differentiable: it asks whether the incoming gradient requires grad, and that of a
+    # root loss does not.
     return RuntimeError(_DOUBLE_BACKWARD.format(name=loss.name))
 
 
@@ -92,8 +91,8 @@ def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
         base is not None and base.is_leaf and base.requires_grad
     ):
         raise RuntimeError(
-            "mbkern: inplace=True would overwrite a leaf that requires grad, or a view of one; pass the result of "
-            "a computation, or a copy"
+            "mbkern: inplace=True would overwrite a leaf that requires grad, or a view of one; "
+            "pass the result of a computation, or a copy"
         )
     check_output(input, "input (inplace=True)", input.detach(), False, others)
 
@@ -120,8 +119,8 @@ class Request:
 class RowLoss(torch.autograd.Function):
     """Losses over rows of classes: ``RowLoss.apply(input, target, request)``.
 
-    ``request`` is a :class:`Request` whose options are RowOptions. Returns the loss: 0-dim, or one an item
-    for ``reduction="none"``. Differentiable in the input and in class probabilities.
+    ``request`` is a :class:`Request` whose options are RowOptions. Returns the loss: 0-dim, or one
+    an item for ``reduction="none"``. Differentiable in the input and in class probabilities.
     """
 
     @staticmethod
@@ -150,7 +149,7 @@ class RowLoss(torch.autograd.Function):
         return result  # type: ignore[return-value]
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.formed is not None:
             return ctx.formed.take(incoming), None, None
         request: Request = ctx.request
@@ -179,7 +178,7 @@ class RowLoss(torch.autograd.Function):
 def _gradient_of_probabilities(
     call: RowCall, state: Tensor, incoming: Tensor, divisor: float
 ) -> Tensor:
-    """d(result)/d(target) = (1 - eps) w_j (lse - x_j) times the item's factor, by torch operations."""
+    """d(result)/d(target) = (1 - eps) w_j (lse - x_j) times the item's factor, by torch."""
     options = call.options
     x = call.input.to(call.compute)
     if options.softcap is not None:
@@ -200,8 +199,8 @@ def _gradient_of_probabilities(
 class PointwiseLoss(torch.autograd.Function):
     """Element-wise losses of one shape: ``PointwiseLoss.apply(input, target, request)``.
 
-    ``request`` is a :class:`Request` whose options are PointwiseOptions. Returns the loss: 0-dim, or of the
-    input's shape for ``reduction="none"``. Differentiable in the input and the target.
+    ``request`` is a :class:`Request` whose options are PointwiseOptions. Returns the loss: 0-dim,
+    or of the input's shape for ``reduction="none"``. Differentiable in the input and the target.
     """
 
     @staticmethod
@@ -234,7 +233,7 @@ class PointwiseLoss(torch.autograd.Function):
         return result  # type: ignore[return-value]
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.formed is not None:
             return (*(f.take(incoming) if f is not None else None for f in ctx.formed), None)
         request: Request = ctx.request
@@ -271,8 +270,8 @@ def _gradients(
     return first, (new_gradient(target) if needs[1] else None)
 
 
-# Function.apply checks for torch.func transforms and unwraps its arguments, at a cost that a small loss
-# feels; where no transform is active the step below it is enough.
+# Function.apply checks for torch.func transforms and unwraps its arguments, at a cost that a small
+# loss feels; where no transform is active the step below it is enough.
 _raw_row = super(torch.autograd.Function, RowLoss).apply
 _raw_pointwise = super(torch.autograd.Function, PointwiseLoss).apply
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -280,13 +279,15 @@ _functorch_active = torch._C._are_functorch_transforms_active
 
 def apply_row(input: Tensor, target: Tensor, request: Request) -> Tensor:
     """``RowLoss.apply``, by the shortest way."""
-    result: Tensor = (RowLoss.apply if _functorch_active() else _raw_row)(input, target, request)
+    result: Tensor = (RowLoss.apply if _functorch_active() else _raw_row)(  # type: ignore[no-untyped-call]
+        input, target, request
+    )
     return result
 
 
 def apply_pointwise(input: Tensor, target: Tensor, request: Request) -> Tensor:
     """``PointwiseLoss.apply``, by the shortest way."""
-    result: Tensor = (PointwiseLoss.apply if _functorch_active() else _raw_pointwise)(
+    result: Tensor = (PointwiseLoss.apply if _functorch_active() else _raw_pointwise)(  # type: ignore[no-untyped-call]
         input, target, request
     )
     return result

@@ -3,23 +3,23 @@
 Every function takes, besides torch's arguments,
 
 sample_weight:
-    one weight an item, broadcast to the shape of the unreduced loss; ``mean`` then divides by the sum of
-    the weights.
+    one weight an item, broadcast to the shape of the unreduced loss; ``mean`` then divides by the
+    sum of the weights.
 denominator:
-    a number or 0-dim tensor that replaces the mean's divisor (``reduction="mean"`` only). With the item
-    count of the whole mini-batch here, micro-batches add up to its exact mean.
+    a number or 0-dim tensor that replaces the mean's divisor (``reduction="mean"`` only). With the
+    item count of the whole mini-batch here, micro-batches add up to its exact mean.
 inplace:
-    write the gradient over the input: no memory for a gradient, and the input is gone. Refused for leaves
-    that require grad.
+    write the gradient over the input: no memory for a gradient, and the input is gone. Refused for
+    leaves that require grad.
 grad_scale:
-    a hint of the gradient that will come in (GradScaler's scale, for instance), so that 16-bit gradients
-    can be formed in the forward pass without underflow. Changes no value.
+    a hint of the gradient that will come in (GradScaler's scale, for instance), so that 16-bit
+    gradients can be formed in the forward pass without underflow. Changes no value.
 loss_dtype:
     the dtype of the result, if not torch's (the input's, or float32 under autocast).
 
-Inputs are float32, bfloat16, float16 or float64. 16-bit inputs are computed in float32 and rounded once.
-Errors: ValueError for shapes and option values, TypeError for dtypes and tensor types, IndexError for a
-class index out of range; nothing has been written then.
+Inputs are float32, bfloat16, float16 or float64. 16-bit inputs are computed in float32 and rounded
+once. Errors: ValueError for shapes and option values, TypeError for dtypes and tensor types,
+IndexError for a class index out of range; nothing has been written then.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _legacy
 
-from mbkern._launch import REDUCTIONS, Number, PointwiseCall, PointwiseOptions, RowCall, RowOptions
+from mbkern._arguments import Number, check_reduction, result_dtype
+from mbkern._launch import RowCall, RowOptions
+from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss, find
 from mbkern.autograd import Request, apply_pointwise, apply_row
 
 __all__ = ["cross_entropy", "half_squared_error", "mse_loss"]
-
-_HALF = (torch.bfloat16, torch.float16)
 
 _CROSS_ENTROPY = find("cross_entropy")
 _MSE_LOSS = find("mse_loss")
@@ -59,12 +59,14 @@ def cross_entropy(
     denominator: Number | None = None,
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Cross-entropy of logits: :func:`torch.nn.functional.cross_entropy`, with loss and gradient in one pass.
+    """Cross-entropy of logits, with loss and gradient in one pass.
+
+    The counterpart of :func:`torch.nn.functional.cross_entropy`.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, ...), contiguous, channels_last or strided.
-        target: class indices, () or (N) or (N, d1, ...), of any integer dtype; or class probabilities of
-            the shape of ``input``.
+        target: class indices, () or (N) or (N, d1, ...), of any integer dtype; or class
+            probabilities of the shape of ``input``.
         weight: one weight a class, (C).
         ignore_index: items with this class index count nothing, and their gradient is 0.
         reduction: "none", "mean" or "sum". The mean divides by the sum over the items that are not
@@ -74,10 +76,12 @@ def cross_entropy(
         softcap: cap of ``softcap * tanh(input / softcap)``, applied to the logits first.
         size_average, reduce: deprecated, as in torch.
 
-    The other arguments are those of the module. Differentiable in ``input`` and in class probabilities.
+    The other arguments are those of the module. Differentiable in ``input`` and in class
+    probabilities.
 
-    Source of the method: the term of the target class is kept apart from the sum of the others, so that
-    neither the loss log1p(R) nor the gradient -R / S cancels for confident logits (docs/numerics.md).
+    Source of the method: the term of the target class is kept apart from the sum of the others, so
+    that neither the loss log1p(R) nor the gradient -R / S cancels for confident logits
+    (docs/numerics.md).
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
@@ -104,8 +108,8 @@ def row_loss(
     loss_dtype: torch.dtype | None,
 ) -> Tensor:
     """Compute any loss over rows of classes; the common end of the public functions."""
-    _check_reduction(options.reduction, options.denominator)
-    loss_dtype = _result_dtype(loss_dtype, input)
+    check_reduction(options.reduction, options.denominator)
+    loss_dtype = result_dtype(loss_dtype, input)
     if options.weight is not None or options.sample_weight is not None:
         _refuse_weight_gradients(options.weight, options.sample_weight)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -140,11 +144,12 @@ def mse_loss(
     """
     if weight is not None and weight.shape != input.shape:
         raise ValueError(
-            f"mbkern: weight {tuple(weight.shape)} and input {tuple(input.shape)} must have the same shape"
+            f"mbkern: weight {tuple(weight.shape)} and input {tuple(input.shape)} must have "
+            "the same shape"
         )
     return pointwise_loss(
-        _MSE_LOSS, input, target, size_average, reduce, reduction, weight, sample_weight, inplace, grad_scale,
-        denominator, loss_dtype,
+        _MSE_LOSS, input, target, size_average, reduce, reduction, weight, sample_weight, inplace,
+        grad_scale, denominator, loss_dtype,
     )  # fmt: skip
 
 
@@ -168,8 +173,8 @@ def half_squared_error(
     The other arguments are those of the module; an item is an element.
     """
     return pointwise_loss(
-        _HALF_SQUARED_ERROR, input, target, None, None, reduction, None, sample_weight, inplace, grad_scale,
-        denominator, loss_dtype,
+        _HALF_SQUARED_ERROR, input, target, None, None, reduction, None, sample_weight, inplace,
+        grad_scale, denominator, loss_dtype,
     )  # fmt: skip
 
 
@@ -191,18 +196,18 @@ def pointwise_loss(
     """Compute any element-wise loss; the common end of the public functions."""
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
-    _check_reduction(reduction, denominator)
+    check_reduction(reduction, denominator)
     _refuse_weight_gradients(weight, sample_weight)
     if input.shape != target.shape:
         if inplace:
             raise ValueError(
-                f"mbkern: inplace=True needs input and target of one shape, not {tuple(input.shape)} and "
-                f"{tuple(target.shape)}"
+                f"mbkern: inplace=True needs input and target of one shape, not "
+                f"{tuple(input.shape)} and {tuple(target.shape)}"
             )
-        input, target = torch.broadcast_tensors(input, target)
+        input, target = torch.broadcast_tensors(input, target)  # type: ignore[no-untyped-call]
     if loss_dtype is None:
         both = torch.promote_types(input.dtype, target.dtype)
-        loss_dtype = _result_dtype(None, input) or both
+        loss_dtype = result_dtype(None, input) or both
     weights = combine_weights(weight, sample_weight, input.shape)
     options = PointwiseOptions(weights, reduction, denominator, parameter)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -223,29 +228,10 @@ def combine_weights(
     return weight.detach() * sample_weight.detach().expand(shape)
 
 
-def _check_reduction(reduction: str, denominator: Number | None) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"mbkern: {reduction!r} is not a valid reduction: none, mean or sum")
-    if denominator is not None and reduction != "mean":
-        raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
-
-
 def _refuse_weight_gradients(*weights: Tensor | None) -> None:
     for weight in weights:
         if weight is not None and weight.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
-                "mbkern: no gradient is computed for weights; detach them, or use torch.nn.functional"
+                "mbkern: no gradient is computed for weights; detach them, or use "
+                "torch.nn.functional"
             )
-
-
-def _result_dtype(loss_dtype: torch.dtype | None, input: Tensor) -> torch.dtype | None:
-    """Return the dtype asked for, autocast's float32, or None for the input's."""
-    if loss_dtype is not None:
-        if loss_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise TypeError(
-                f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}"
-            )
-        return loss_dtype
-    if input.dtype in _HALF and torch.is_autocast_enabled(input.device.type):
-        return torch.float32
-    return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mbkern import functional as F
-from mbkern._launch import Number
+from mbkern._arguments import Number
 
 __all__ = ["CrossEntropyLoss", "HalfSquaredError", "MSELoss"]
 
@@ -16,8 +16,8 @@ __all__ = ["CrossEntropyLoss", "HalfSquaredError", "MSELoss"]
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` computed by :func:`mbkern.functional.cross_entropy`.
 
-    Takes torch's arguments, and by keyword those of the function; ``sample_weight``, which differs from
-    batch to batch, goes to the call instead.
+    Takes torch's arguments, and by keyword those of the function; ``sample_weight``, which differs
+    from batch to batch, goes to the call instead.
     """
 
     def __init__(

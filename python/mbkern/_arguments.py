@@ -1,0 +1,115 @@
+"""Checks of arguments that the entry points share; no addresses are taken here."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mbkern._tensors import (
+    describe,
+    has_internal_overlap,
+    require_dtype,
+    require_plain,
+    same_elements,
+    share_memory,
+)
+
+Number: TypeAlias = "float | int | Tensor"
+
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def check_reduction(reduction: str, denominator: Number | None) -> None:
+    """Refuse an unknown reduction, and a denominator that would not be used."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"mbkern: {reduction!r} is not a valid reduction: none, mean or sum")
+    if denominator is not None and reduction != "mean":
+        raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
+
+
+def result_dtype(loss_dtype: torch.dtype | None, input: Tensor) -> torch.dtype | None:
+    """Return the dtype asked for, autocast's float32, or None for the input's."""
+    if loss_dtype is not None:
+        if loss_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(
+                f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}"
+            )
+        return loss_dtype
+    if input.dtype in _HALF and torch.is_autocast_enabled(input.device.type):
+        return torch.float32
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that a storage type is computed in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def check_output(
+    grad: Tensor, name: str, input: Tensor, accumulate: bool, others: tuple[Tensor | None, ...]
+) -> None:
+    """Refuse an output that the gradient of ``input`` cannot be written to, with the reason."""
+    require_plain(grad, name)
+    wanted = compute_dtype(input.dtype) if accumulate else input.dtype
+    if grad.shape != input.shape or grad.dtype != wanted:
+        raise ValueError(
+            f"mbkern: {name} must be {tuple(input.shape)} {wanted}, not {describe(grad)}"
+        )
+    if has_internal_overlap(grad):
+        raise ValueError(
+            f"mbkern: {name} has elements that share memory (shape {tuple(grad.shape)}, "
+            f"strides {grad.stride()}); give it memory of its own"
+        )
+    if share_memory(grad, input):
+        if accumulate:
+            raise ValueError(
+                f"mbkern: {name} shares memory with the input, which cannot be accumulated into"
+            )
+        if not same_elements(grad, input):
+            raise ValueError(f"mbkern: {name} overlaps the input without being the input")
+    for other in others:
+        if other is not None and share_memory(grad, other):
+            raise ValueError(f"mbkern: {name} overlaps another argument, {describe(other)}")
+
+
+def refuse_indices(target: Tensor, shape: torch.Size, wanted: torch.Size) -> None:
+    """Say why ``target`` cannot be the class indices of an input of ``shape``."""
+    if target.shape != wanted:
+        raise ValueError(
+            f"mbkern: target has shape {tuple(target.shape)}; for an input of {tuple(shape)} it "
+            f"must be {tuple(wanted)} (class indices) or {tuple(shape)} (class probabilities)"
+        )
+    raise TypeError(
+        f"mbkern: class indices are {target.dtype}; supported are int64, int32, int16, int8 and "
+        "uint8"
+    )
+
+
+def probabilities(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
+    """Return class probabilities in the input's dtype, or raise."""
+    if not target.is_floating_point():
+        raise TypeError(
+            "mbkern: a target of the input's shape holds class probabilities and must be floating, "
+            f"not {target.dtype}"
+        )
+    if ignore_index >= 0:
+        raise ValueError(
+            f"mbkern: ignore_index={ignore_index} has no meaning for a target of class "
+            "probabilities"
+        )
+    return target if target.dtype is input.dtype else target.to(input.dtype)
+
+
+def class_weight(weight: Tensor, columns: int, compute: torch.dtype) -> Tensor:
+    """Return the class weights in the type computed in, or raise."""
+    weight = require_plain(weight, "weight")
+    require_dtype(weight, "weight")
+    if weight.shape != (columns,):
+        raise ValueError(
+            f"mbkern: weight must have one entry for each of the {columns} classes, not shape "
+            f"{tuple(weight.shape)}"
+        )
+    return weight.detach().to(compute).contiguous()
