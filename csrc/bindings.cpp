@@ -1,5 +1,5 @@
 // The Python module mbkern._C: plain functions over addresses and numbers. The only file that knows
-// pybind11; all checks of tensors are in python/mbkern/_launch.py, which is its only caller.
+// pybind11; all checks of tensors are in python/mbkern/_launch*.py, its only callers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/environment.h"
+#include "cpu/arrays.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "cpu/pointwise_call.h"
@@ -232,6 +233,23 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         mbk::exact_add(*at<mbk::ExactSumState>(s), at<float>(values), n);
       },
       py::arg("state"), py::arg("values"), py::arg("n"));
+
+  m.def(
+      "scale_array",
+      [](Address x, int dtype, std::int64_t n, double factor, int threads) {
+        const py::gil_scoped_release release;
+        mbk::scale_array(at<void>(x), static_cast<mbk::DType>(dtype), n, factor, threads);
+      },
+      py::arg("x"), py::arg("dtype"), py::arg("n"), py::arg("factor"), py::arg("threads"));
+  m.def(
+      "convert_array",
+      [](Address from, int from_dtype, Address to, int to_dtype, std::int64_t n, int threads) {
+        const py::gil_scoped_release release;
+        mbk::convert_array(at<void>(from), static_cast<mbk::DType>(from_dtype), at<void>(to),
+                           static_cast<mbk::DType>(to_dtype), n, threads);
+      },
+      py::arg("source"), py::arg("source_dtype"), py::arg("to"), py::arg("to_dtype"), py::arg("n"),
+      py::arg("threads"));
 
   m.def("row_loss", &row_loss, py::arg("integers"), py::arg("numbers"));
   m.def("pointwise_loss", &pointwise_loss, py::arg("integers"), py::arg("numbers"),

@@ -35,7 +35,9 @@ struct ExactBins {
 
   MBK_FN void add(f32v x) {
     const f32v a = abs(x);
-    const auto fits = (a < splat<f32v>(0x1p20f)) & ((a >= splat<f32v>(0x1p-36f)) | (a == f32v{}));
+    typedef Int<f32v> Mask;  // of one lane too, where a comparison is a bool
+    const Mask fits = (Mask)(a < splat<f32v>(0x1p20f)) &
+                      ((Mask)(a >= splat<f32v>(0x1p-36f)) | (Mask)(a == f32v{}));
     if (any(fits == 0)) {
       for (int l = 0; l < lanes<f32v>; ++l) mbk::MBK_ISA::add(total, get(x, l));
       return;

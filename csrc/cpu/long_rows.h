@@ -99,7 +99,7 @@ struct RowSums {
     for (int k = 1; k < kUnroll; ++k) m[0] = max(m[k], m[0]), nan[0] |= nan[k];
     T value = get(m[0], 0);
     for (int k = 1; k < kLanes; ++k) value = max(get(m[0], k), value);
-    return {value + 0, any(nan[0] != 0)};  // + 0: a maximum of -0 is that of +0
+    return {value + 0, any(nan[0])};  // + 0: a maximum of -0 is that of +0
   }
 
   // Joins the blocks of a row: exactly, or in order for fp64. One block needs no joining.

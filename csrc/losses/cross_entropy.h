@@ -103,7 +103,8 @@ struct SoftmaxCrossEntropy {
                                                            : splat<D>(0.0);
     const D certain = item.target_weight * call.keep64;
     Result<D> r;
-    r.loss = lse * lse * call.z_loss;
+    // Not lse * lse * 0: the square of an fp64 logit overflows.
+    r.loss = call.z_loss != 0 ? lse * lse * call.z_loss : splat<D>(0.0);
     if constexpr (kHasIndex) r.loss = certain * ((item.max - item.target_logit) + log_s) + r.loss;
     if constexpr (kHasCoefficients) r.loss = (others * log_s + item.sums[kDistance]) + r.loss;
     const D pull = others + lse * (2.0 * call.z_loss), unit = item.scale / s;

@@ -30,22 +30,35 @@ def check_reduction(reduction: str, denominator: Number | None) -> None:
         raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
 
 
-def result_dtype(loss_dtype: torch.dtype | None, input: Tensor) -> torch.dtype | None:
-    """Return the dtype asked for, autocast's float32, or None for the input's."""
+def result_dtype(loss_dtype: torch.dtype | None, input: Tensor, other: Tensor) -> torch.dtype:
+    """Return the dtype asked for, or torch's: promotion of both, under autocast to float32."""
     if loss_dtype is not None:
         if loss_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(
                 f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}"
             )
         return loss_dtype
-    if input.dtype in _HALF and torch.is_autocast_enabled(input.device.type):
+    dtype = input.dtype
+    if other.dtype is not dtype and other.is_floating_point():
+        dtype = torch.promote_types(dtype, other.dtype)
+    if dtype in _HALF and torch.is_autocast_enabled(input.device.type):
         return torch.float32
-    return None
+    return dtype
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that a storage type is computed in."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def combine_weights(
+    weight: Tensor | None, sample_weight: Tensor | None, shape: torch.Size
+) -> Tensor | None:
+    """Multiply torch's weight and ours into the one weight of each element, in 32 bits or more."""
+    if weight is None or sample_weight is None:
+        return weight if sample_weight is None else sample_weight
+    both = compute_dtype(torch.promote_types(weight.dtype, sample_weight.dtype))
+    return weight.detach().to(both) * sample_weight.detach().to(both).expand(shape)
 
 
 def check_output(
@@ -100,7 +113,12 @@ def probabilities(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
             f"mbkern: ignore_index={ignore_index} has no meaning for a target of class "
             "probabilities"
         )
-    return target if target.dtype is input.dtype else target.to(input.dtype)
+    if target.dtype is not input.dtype:
+        raise TypeError(
+            f"mbkern: class probabilities are {target.dtype} and the input is {input.dtype}; "
+            "they must have one dtype here"
+        )
+    return target
 
 
 def class_weight(weight: Tensor, columns: int, compute: torch.dtype) -> Tensor:

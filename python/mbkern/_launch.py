@@ -6,6 +6,7 @@ check is made before anything is written; the kernels below check only class ind
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -63,6 +64,33 @@ def scalar_value(tensor: Tensor, name: str) -> float:
     if dtype is None:
         return float(tensor)
     return _C.scalar_value(require_plain(tensor, name).data_ptr(), dtype)
+
+
+def scale_dense(tensor: Tensor, factor: float) -> Tensor:
+    """Multiply a tensor whose elements fill their memory, in place, rounding once."""
+    _C.scale_array(
+        tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel(), factor, torch.get_num_threads()
+    )
+    return tensor
+
+
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous tensor in another dtype, rounded once, with canonical NaNs."""
+    if tensor.dtype is dtype:
+        return tensor
+    out = torch.empty(tensor.shape, dtype=dtype)
+    _C.convert_array(
+        tensor.data_ptr(), DTYPES[tensor.dtype], out.data_ptr(), DTYPES[dtype], tensor.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def zeros_like(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Allocate a gradient of zeros, without torch's thread pool."""
+    grad = new_gradient(like, dtype)
+    ctypes.memset(grad.data_ptr(), 0, grad.nbytes)
+    return grad
 
 
 def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -238,7 +266,7 @@ class RowCall:
         if target_grad is not None and target_grad is not grad:
             target_grad.copy_(grad)  # type: ignore[arg-type]
         if losses is not None:
-            return (losses if dtype is losses.dtype else losses.to(dtype)), divisor
+            return converted(losses, dtype), divisor
         return loss, divisor
 
 
@@ -283,5 +311,6 @@ def exact_merge(into: Tensor, other: Tensor) -> None:
 
 
 def exact_add(state: Tensor, values: Tensor) -> None:
-    """Add every element of a contiguous float32 tensor."""
+    """Add every element of a tensor of at most 32 bits."""
+    values = converted(values.contiguous(), torch.float32)
     _C.exact_add(state.data_ptr(), values.data_ptr(), values.numel())

@@ -14,14 +14,14 @@ from mbkern._arguments import (
     Number,
     check_output,
     check_reduction,
+    combine_weights,
     compute_dtype,
     result_dtype,
 )
-from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument
+from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument, zeros_like
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
-from mbkern.functional import combine_weights
 
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 ArgNums: TypeAlias = "int | str | tuple[int | str, ...]"
@@ -151,7 +151,7 @@ def _outputs(
             check_output(out, "grad_out", tensors[p], accumulate, (*rest, *others))
             grads[p] = out
         elif accumulate:
-            grads[p] = new_gradient(tensors[p], compute_dtype(tensors[p].dtype)).zero_()
+            grads[p] = zeros_like(tensors[p], compute_dtype(tensors[p].dtype))
         else:
             grads[p] = new_gradient(tensors[p])
     return grads
@@ -185,7 +185,7 @@ def _row(
 ) -> tuple[Any, dict[int, Tensor]]:
     input, target = tensors
     known = {f: options.pop(f) for f in RowOptions.__slots__ if f in options}
-    loss_dtype = result_dtype(options.pop("loss_dtype", None), input)
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), input, target)
     _unknown(loss.name, options)
     row = RowOptions(**known, reduction=reduction)
     state = _common(options, loss_sum, (input,))
@@ -221,8 +221,7 @@ def _pointwise(
     weights = combine_weights(
         options.pop("weight", None), options.pop("sample_weight", None), input.shape
     )
-    both = torch.promote_types(input.dtype, target.dtype)
-    loss_dtype = result_dtype(options.pop("loss_dtype", None), input) or both
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), input, target)
     pointwise = PointwiseOptions(
         weights, reduction, options.pop("denominator", None), options.pop("parameter", 0.0)
     )

@@ -39,7 +39,7 @@ class LossSum:
             raise TypeError(
                 f"mbkern: LossSum adds float32 and 16-bit values exactly, not {values.dtype}"
             )
-        _launch.exact_add(self.state, values.detach().float().contiguous())
+        _launch.exact_add(self.state, values.detach())
         return self
 
     def merge(self, other: LossSum) -> LossSum:

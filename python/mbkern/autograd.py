@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mbkern._arguments import Number, check_output
 from mbkern._launch import (
-    ONE,
     RowCall,
     RowOptions,
     new_gradient,
     scalar_argument,
     scalar_value,
+    scale_dense,
 )
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss
@@ -51,12 +51,13 @@ def _double_backward(loss: Loss) -> RuntimeError:
 class _Formed:
     """A gradient formed in forward, and the factor it already holds."""
 
-    __slots__ = ("grad", "hint", "loss")
+    __slots__ = ("dense", "grad", "hint", "loss")
 
-    def __init__(self, grad: Tensor, hint: Number | None, loss: Loss) -> None:
+    def __init__(self, grad: Tensor, hint: float, loss: Loss, dense: bool) -> None:
         self.grad: Tensor | None = grad
         self.hint = hint
         self.loss = loss
+        self.dense = dense
 
     def take(self, incoming: Tensor) -> Tensor:
         """Hand out the gradient times incoming / hint.
@@ -73,12 +74,10 @@ class _Formed:
             grad = grad.clone()
         else:
             self.grad = None
-        if grad.is_cpu:
-            value = scalar_value(incoming, "the incoming gradient")
-            if self.hint is not None:
-                value /= float(self.hint)
-            return grad if value == 1.0 else grad.mul_(value)
-        return grad.mul_(incoming if self.hint is None else incoming / self.hint)
+        value = scalar_value(incoming, "the incoming gradient") / self.hint
+        if value == 1.0:
+            return grad
+        return scale_dense(grad, value) if self.dense else grad.mul_(value)
 
 
 def _bump_version(tensor: Tensor) -> None:
@@ -134,11 +133,12 @@ class RowLoss(torch.autograd.Function):
         if options.reduction != "none" and needs_input and not needs_target and (
             hint is not None or call.compute is input.dtype
         ):  # fmt: skip
-            scale, keep = (ONE, None) if hint is None else scalar_argument(hint, "grad_scale")
+            # Read now: GradScaler changes its scale in place.
+            factor = 1.0 if hint is None else float(hint)
+            scale = (factor, 0, 0)
             grad = input.detach() if inplace else new_gradient(input)
             result, _ = call.run(grad=grad, scale=scale, loss_dtype=request.loss_dtype)
-            del keep
-            ctx.formed = _Formed(grad, hint, request.loss)
+            ctx.formed = _Formed(grad, factor, request.loss, not inplace)
             if inplace:
                 _bump_version(input)
             return result  # type: ignore[return-value]
@@ -217,12 +217,13 @@ class PointwiseLoss(torch.autograd.Function):
             hint is not None
             or all(t.dtype is call.compute for t, need in zip(tensors, needs, strict=True) if need)
         ):
-            scale, keep = (ONE, None) if hint is None else scalar_argument(hint, "grad_scale")
+            # Read now: GradScaler changes its scale in place.
+            factor = 1.0 if hint is None else float(hint)
+            scale = (factor, 0, 0)
             grads = _gradients(tensors, needs, inplace)
             result, _ = call.run(grads=grads, scale=scale, loss_dtype=loss_dtype)
-            del keep
             ctx.formed = tuple(
-                _Formed(g, hint, request.loss) if g is not None else None for g in grads
+                None if g is None else _Formed(g, factor, request.loss, not inplace) for g in grads
             )
             if inplace and needs[0]:
                 _bump_version(input)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _legacy
 
-from mbkern._arguments import Number, check_reduction, result_dtype
+from mbkern._arguments import Number, check_reduction, combine_weights, result_dtype
 from mbkern._launch import RowCall, RowOptions
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss, find
@@ -109,7 +109,16 @@ def row_loss(
 ) -> Tensor:
     """Compute any loss over rows of classes; the common end of the public functions."""
     check_reduction(options.reduction, options.denominator)
-    loss_dtype = result_dtype(loss_dtype, input)
+    loss_dtype = result_dtype(loss_dtype, input, target)
+    if target.dtype is not input.dtype and target.is_floating_point():
+        # Class probabilities of another dtype: as in torch, in the promotion of both, by a copy.
+        if inplace:
+            raise TypeError(
+                f"mbkern: inplace=True needs class probabilities of the input's dtype, "
+                f"{input.dtype}, not {target.dtype}"
+            )
+        both = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(both), target.to(both)
     if options.weight is not None or options.sample_weight is not None:
         _refuse_weight_gradients(options.weight, options.sample_weight)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -205,9 +214,7 @@ def pointwise_loss(
                 f"{tuple(input.shape)} and {tuple(target.shape)}"
             )
         input, target = torch.broadcast_tensors(input, target)  # type: ignore[no-untyped-call]
-    if loss_dtype is None:
-        both = torch.promote_types(input.dtype, target.dtype)
-        loss_dtype = result_dtype(None, input) or both
+    loss_dtype = result_dtype(loss_dtype, input, target)
     weights = combine_weights(weight, sample_weight, input.shape)
     options = PointwiseOptions(weights, reduction, denominator, parameter)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -217,15 +224,6 @@ def pointwise_loss(
     value, _ = PointwiseCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
     assert value is not None
     return value
-
-
-def combine_weights(
-    weight: Tensor | None, sample_weight: Tensor | None, shape: torch.Size
-) -> Tensor | None:
-    """Multiply torch's weight and ours into the one weight of each element."""
-    if weight is None or sample_weight is None:
-        return weight if sample_weight is None else sample_weight
-    return weight.detach() * sample_weight.detach().expand(shape)
 
 
 def _refuse_weight_gradients(*weights: Tensor | None) -> None:
