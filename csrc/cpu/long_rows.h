@@ -23,9 +23,34 @@ struct PaddedRow {
   MBK_FN const S* group(int64_t j) const { return j == tail ? padded : data + j; }
 };
 
-// Fetches the lines of what is worked on next while this row is computed.
-MBK_FN void prefetch_group(const char* p, int64_t bytes) {
-  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 0, 2);
+// Copies a row whose columns are not next to each other.
+template <class S>
+MBK_PASS void gather(S* to, const S* from, int64_t stride, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] = from[j * stride];
+}
+template <class S>
+MBK_PASS void scatter(S* to, int64_t stride, const S* from, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j * stride] = from[j];
+}
+
+template <bool kAccumulate, class S>
+MBK_PASS void fill(S* grad, int64_t n, Compute<S> value) {
+  typedef Compute<S> T;
+  if (kAccumulate && value == 0) return;
+  for (int64_t j = 0; j < n; ++j)
+    grad[j] = narrow<S>(kAccumulate ? canonical((T)(widen(grad[j]) + value)) : value);
+}
+
+MBK_PASS float rounded(const ExactSumState& s) { return round_to_float(s); }
+
+// The rows that come after this one, fetched into the second-level cache while it is computed: the input
+// during the sums, memory for a gradient during the gradient. Null: nothing to fetch.
+struct NextRows {
+  const void *input, *grad;
+};
+MBK_FN void prefetch(const void* row, int64_t offset, int64_t bytes) {
+  if (!row) return;
+  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch((const char*)row + offset + k, 0, 2);
 }
 
 // q_j of the columns of a row, where the loss has them for every class. Padding has q = 0.
@@ -39,7 +64,7 @@ struct Coefficients {
   T weight_tail[kGroup];
   In probability_tail[kGroup];
 
-  MBK_FN Coefficients(const RowArgs& a, const In* row)
+  MBK_PASS Coefficients(const RowArgs& a, const In* row)
       : weight((const T*)a.class_weight), probability(row) {
     if constexpr (Loss::kHasCoefficients) {
       tail = a.columns / kGroup * kGroup;
@@ -121,7 +146,7 @@ struct RowSums {
       if constexpr (sizeof(T) == 8) {
         return single;
       } else {
-        return columns <= kBlock ? single : round_to_float(exact);
+        return columns <= kBlock ? single : rounded(exact);
       }
     }
   };
@@ -136,7 +161,7 @@ struct RowSums {
   // `terms`.
   template <bool kKeep, class S>
   MBK_PASS void sums(const PaddedRow<S>& x, T m, int64_t target, const Coefficients<Loss, In>& q,
-                     T* terms, T* tail_terms, const char* next, T (&result)[3]) const {
+                     T* terms, T* tail_terms, const NextRows& next, T (&result)[3]) const {
     // The group of the target, with its logit replaced so that its term is 0.
     S patch[kGroup];
     const int64_t patched = target < 0 ? -1 : target / kGroup * kGroup;
@@ -157,18 +182,18 @@ struct RowSums {
       for (int k = 0; k < kUnroll; ++k) sum[k] = distance[k] = coefficient[k] = V{};
       for (int64_t j = begin; j < end; j += kGroup) {
         const S* p = j == patched ? patch : x.group(j);
-        T* to = j == x.tail ? tail_terms : terms + j;
-        prefetch_group(next + j * (int64_t)sizeof(In), kGroup * sizeof(In));
+        T* const to = !kKeep ? nullptr : j == x.tail ? tail_terms : terms + j;
+        prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
         for (int k = 0; k < kUnroll; ++k) {
           const V e = Loss::term(load<V>(p + k * kLanes) - m);
-          if constexpr (kKeep) store(to + k * kLanes, e);
           sum[k] = sum[k] + e;
-          if constexpr (Loss::kHasCoefficients) {
+          if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
             const V logit =
                 j == x.tail ? load<V>(near_tail + k * kLanes) : load<V>(x.data + j + k * kLanes);
             Loss::add_coefficient(logit - m, q.at(call, j, k * kLanes), distance[k],
                                   coefficient[k]);
           }
+          if constexpr (kKeep) store(to + k * kLanes, e);
         }
       }
       total[Loss::kRest].add(join(sum), index, args.columns);
@@ -180,6 +205,13 @@ struct RowSums {
     for (int k = 0; k < Loss::kSums; ++k) result[k] = total[k].total(args.columns);
   }
 };
+
+// The end of a row.
+template <class Loss, class T>
+MBK_PASS typename Loss::template Result<double> finish_row(
+    const typename Loss::template Call<T>& call, const typename Loss::template Item<double>& item) {
+  return Loss::template finish<double>(call, item);
+}
 
 template <class Loss, class In, class Out, bool kAccumulate>
 struct LongRow : RowSums<Loss, In> {
@@ -199,7 +231,7 @@ struct LongRow : RowSums<Loss, In> {
   // group.
   template <bool kKept, bool kCanonical, class S>
   MBK_PASS void gradient(const S* from, const S* tail_from, T m, T factor, T scale,
-                         const Coefficients<Loss, In>& q, Out* grad, const char* next) const {
+                         const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
     const int64_t tail = args.columns / kGroup * kGroup;
     const size_t tail_bytes = (size_t)(args.columns - tail) * sizeof(Out);
     Out tail_out[kGroup] = {};
@@ -207,7 +239,8 @@ struct LongRow : RowSums<Loss, In> {
     for (int64_t j = 0; j < args.columns; j += kGroup) {
       const S* p = j == tail ? tail_from : from + j;
       Out* to = j == tail ? tail_out : grad + j;
-      prefetch_group(next + j * (int64_t)sizeof(In), kGroup * sizeof(In));
+      if constexpr (!kKept) prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
+      prefetch(next.grad, j * (int64_t)sizeof(Out), kGroup * sizeof(Out));
       for (int k = 0; k < kUnroll; ++k) {
         V e = load<V>(p + k * kLanes), capped = e, coefficient = V{};
         if constexpr (!kKept) e = Loss::term(e - m);
@@ -219,12 +252,6 @@ struct LongRow : RowSums<Loss, In> {
       }
     }
     memcpy(grad + tail, tail_out, tail_bytes);
-  }
-
-  MBK_FN void fill(Out* grad, T value) const {
-    if (kAccumulate && value == 0) return;
-    for (int64_t j = 0; j < args.columns; ++j)
-      grad[j] = narrow<Out>(kAccumulate ? canonical((T)(widen(grad[j]) + value)) : value);
   }
 
   MBK_FN T* state(int64_t i, int which) const {
@@ -240,12 +267,12 @@ struct LongRow : RowSums<Loss, In> {
   // One item; returns its loss. `row`, `probabilities` and `grad` have unit stride; grad may be
   // null, or the row itself.
   MBK_FN T item(int64_t i, const ItemPosition& at, const In* row, const In* probabilities,
-                Out* grad, const char* next) const {
+                Out* grad, const NextRows& next) const {
     int64_t target = -1;
     if constexpr (Loss::kHasIndex) {
       target = item_target(args, at);
       if (target < 0) {
-        if (grad) fill(grad, 0);
+        if (grad) fill<kAccumulate>(grad, args.columns, (T)0);
         save(i, 0, 0, 0);
         return 0;
       }
@@ -261,7 +288,7 @@ struct LongRow : RowSums<Loss, In> {
     if (m.nan || !(abs(m.value) < (T)__builtin_inff())) {
       const T nan = canonical((T)__builtin_nanf(""));
       save(i, nan, nan, nan);
-      if (grad) fill(grad, nan);
+      if (grad) fill<kAccumulate>(grad, args.columns, nan);
       return nan;
     }
     const Coefficients<Loss, In> q(args, probabilities);
@@ -275,7 +302,7 @@ struct LongRow : RowSums<Loss, In> {
 
   template <class S>
   MBK_FN T finish(int64_t i, const ItemPosition& at, const PaddedRow<S>& x, T m, int64_t target,
-                  const Coefficients<Loss, In>& q, Out* grad, const char* next) const {
+                  const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
     constexpr bool kKeep = !Loss::kHasSoftcap;
     typename Loss::template Item<double> item;
     const double sample_weight =
@@ -304,11 +331,12 @@ struct LongRow : RowSums<Loss, In> {
     }
     for (int k = 0; k < 3; ++k) item.sums[k] = (double)sum[k];
     save(i, m, sum[Loss::kRest], sum[2]);
-    const auto result = Loss::template finish<double>(call, item);
+    const auto result = finish_row<Loss>(call, item);
 
     if (grad) {
       const T factor = (T)result.factor, scale = (T)item.scale;
-      const T old = kAccumulate && target >= 0 ? (T)widen(grad[target]) : 0;
+      T at_target = (T)result.target_gradient;
+      if (kAccumulate && target >= 0) at_target = (T)widen(grad[target]) + at_target;
       const bool finite = abs(factor) < (T)__builtin_inff() && abs(scale) < (T)__builtin_inff();
       if (!kKeep || args.from_state) {
         if (finite)
@@ -321,17 +349,11 @@ struct LongRow : RowSums<Loss, In> {
         else
           gradient<true, true>(terms, kept_tail, m, factor, scale, q, grad, next);
       }
-      if (target >= 0) grad[target] = narrow<Out>(canonical((T)(old + (T)result.target_gradient)));
+      if (target >= 0) grad[target] = narrow<Out>(canonical(at_target));
     }
     return canonical((T)(result.loss * sample_weight));
   }
 };
-
-// Copies a row whose columns are not next to each other.
-template <class S>
-MBK_FN void gather(S* to, const S* from, int64_t stride, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] = from[j * stride];
-}
 
 template <class Loss, class In, class Out, bool kAccumulate>
 void long_rows(const RowArgs& args) {
@@ -345,13 +367,13 @@ void long_rows(const RowArgs& args) {
     for (int64_t i = begin; i < end; ++i) {
       const ItemPosition at(args, i), after(args, i + 1 < end ? i + 1 : i);
       const In* x = (const In*)args.input + at.offset(args.input_strides);
-      const char* next = (const char*)((const In*)args.input + after.offset(args.input_strides));
+      NextRows next{(const In*)args.input + after.offset(args.input_strides), nullptr};
       const In* probabilities = nullptr;
       Out* grad = args.grad ? (Out*)args.grad + at.offset(args.grad_strides) : nullptr;
       if (args.input_strides.column != 1) {
         gather((In*)strided, x, args.input_strides.column, columns);
         x = (const In*)strided;
-        next = (const char*)x;
+        next.input = nullptr;
       }
       if (!Loss::kHasIndex) {
         probabilities = (const In*)args.target + at.offset(args.target_strides);
@@ -365,9 +387,10 @@ void long_rows(const RowArgs& args) {
         grad = (Out*)(strided + 2 * padded);
         if (kAccumulate) gather(grad, to, args.grad_strides.column, columns);
       }
+      if (grad && grad == to && (const void*)to != (const void*)x)
+        next.grad = (const Out*)args.grad + after.offset(args.grad_strides);
       const T loss = row.item(i, at, x, probabilities, grad, next);
-      if (grad != to)
-        for (int64_t j = 0; j < columns; ++j) to[j * args.grad_strides.column] = grad[j];
+      if (grad != to) scatter(to, args.grad_strides.column, grad, columns);
       if (args.losses) ((T*)args.losses)[i] = loss;
       if constexpr (sizeof(T) == 4)
         if (args.totals) add(args.totals[thread], loss);
