@@ -27,6 +27,8 @@
 
 // A pass over a row: long enough to be called, and kept out of line so that it exists once.
 #define MBK_PASS __attribute__((noinline))
+// A pass that hardly any row needs: short rather than fast.
+#define MBK_RARE __attribute__((noinline, cold))
 
 #if !defined(__CUDACC__) && (defined(__AVX512F__) || defined(__AVX2__))
 #define MBK_SIMD 1

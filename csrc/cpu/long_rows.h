@@ -75,14 +75,15 @@ struct Coefficients {
       }
     }
   }
-  MBK_FN V at(const typename Loss::template Call<T>& call, int64_t group, int k) const {
-    V w, p = V{};
+  template <class W>
+  MBK_FN W at(const typename Loss::template Call<T>& call, int64_t group, int k) const {
+    W w, p = W{};
     if (group == tail) {
-      w = load<V>(weight_tail + k);
-      if constexpr (!Loss::kHasIndex) p = load<V>(probability_tail + k);
+      w = load<W>(weight_tail + k);
+      if constexpr (!Loss::kHasIndex) p = load<W>(probability_tail + k);
     } else {
-      w = weight ? load<V>(weight + group + k) : splat<V>(1);
-      if constexpr (!Loss::kHasIndex) p = load<V>(probability + group + k);
+      w = weight ? load<W>(weight + group + k) : splat<W>(1);
+      if constexpr (!Loss::kHasIndex) p = load<W>(probability + group + k);
     }
     return Loss::coefficient(call, w, p);
   }
@@ -157,6 +158,18 @@ struct RowSums {
     return sum_lanes(v[0]);
   }
 
+  template <class S>
+  MBK_PASS int64_t first_maximum(const PaddedRow<S>& x, T m) const {
+    for (int64_t j = 0;; j += kGroup) {
+      const S* p = x.group(j);
+      Int<V> found = Int<V>{};
+      for (int k = 0; k < kUnroll; ++k) found |= load<V>(p + k * kLanes) == m;
+      if (!any(found != 0)) continue;
+      for (int k = 0; k < kGroup; ++k)
+        if ((T)widen(p[k]) == m) return j + k;
+    }
+  }
+
   // Pass 2: the sums of the row without the term of `target`, and, if wanted, the terms into
   // `terms`.
   template <bool kKeep, class S>
@@ -190,7 +203,7 @@ struct RowSums {
           if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
             const V logit =
                 j == x.tail ? load<V>(near_tail + k * kLanes) : load<V>(x.data + j + k * kLanes);
-            Loss::add_coefficient(logit - m, q.at(call, j, k * kLanes), distance[k],
+            Loss::add_coefficient(logit - m, q.template at<V>(call, j, k * kLanes), distance[k],
                                   coefficient[k]);
           }
           if constexpr (kKeep) store(to + k * kLanes, e);
@@ -229,9 +242,20 @@ struct LongRow : RowSums<Loss, In> {
 
   // Pass 3: the gradient, from kept terms or from logits. `tail_from` holds the last, partial
   // group.
-  template <bool kKept, bool kCanonical, class S>
+  template <bool kKept, class S>
   MBK_PASS void gradient(const S* from, const S* tail_from, T m, T factor, T scale,
                          const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
+    gradient_in<V, kKept, false>(from, tail_from, m, factor, scale, q, grad, next);
+  }
+  // The same, one lane at a time, where a factor is not finite: only then can it make a NaN.
+  template <bool kKept, class S>
+  MBK_RARE void gradient_of_nan(const S* from, const S* tail_from, T m, T factor, T scale,
+                                const Coefficients<Loss, In>& q, Out* grad) const {
+    gradient_in<T, kKept, true>(from, tail_from, m, factor, scale, q, grad, NextRows{});
+  }
+  template <class W, bool kKept, bool kCanonical, class S>
+  MBK_FN void gradient_in(const S* from, const S* tail_from, T m, T factor, T scale,
+                          const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
     const int64_t tail = args.columns / kGroup * kGroup;
     const size_t tail_bytes = (size_t)(args.columns - tail) * sizeof(Out);
     Out tail_out[kGroup] = {};
@@ -241,14 +265,14 @@ struct LongRow : RowSums<Loss, In> {
       Out* to = j == tail ? tail_out : grad + j;
       if constexpr (!kKept) prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
       prefetch(next.grad, j * (int64_t)sizeof(Out), kGroup * sizeof(Out));
-      for (int k = 0; k < kUnroll; ++k) {
-        V e = load<V>(p + k * kLanes), capped = e, coefficient = V{};
+      for (int k = 0; k < kGroup; k += lanes<W>) {
+        W e = load<W>(p + k), capped = e, coefficient = W{};
         if constexpr (!kKept) e = Loss::term(e - m);
-        if constexpr (Loss::kHasCoefficients) coefficient = q.at(call, j, k * kLanes);
-        V g = Loss::gradient(call, e, capped, coefficient, splat<V>(factor), splat<V>(scale));
-        if constexpr (kAccumulate) g = load<V>(to + k * kLanes) + g;
+        if constexpr (Loss::kHasCoefficients) coefficient = q.template at<W>(call, j, k);
+        W g = Loss::gradient(call, e, capped, coefficient, splat<W>(factor), splat<W>(scale));
+        if constexpr (kAccumulate) g = load<W>(to + k) + g;
         if constexpr (kCanonical) g = canonical(g);
-        store(to + k * kLanes, g);
+        store(to + k, g);
       }
     }
     memcpy(grad + tail, tail_out, tail_bytes);
@@ -309,9 +333,12 @@ struct LongRow : RowSums<Loss, In> {
         (double)item_value<T>(args.sample_weight, args.sample_weight_strides, at);
     item.max = (double)m;
     item.scale = item_scale(args, at);
-    item.target_logit = item.target_term = 0;
-    item.target_weight = 1;
-    if constexpr (Loss::kHasIndex) {
+    item.target_logit = 0;
+    item.target_weight = item.target_term = 1;
+    int64_t apart = target;  // the column whose term is kept out of the sums
+    if constexpr (!Loss::kHasIndex) {
+      if (!args.from_state) apart = this->first_maximum(x, m);
+    } else {
       const T logit = widen(x.data[target]);
       item.target_logit = (double)logit;
       item.target_term = (double)Loss::term(logit - m);
@@ -325,9 +352,10 @@ struct LongRow : RowSums<Loss, In> {
       sum[Loss::kRest] = *state(i, 1);
       if (Loss::kSums > 2) sum[Loss::kCoefficients] = *state(i, 2);
     } else if (kKeep && grad) {
-      this->template sums<kKeep>(x, m, target, q, terms, kept_tail, next, sum);
+      this->template sums<kKeep>(x, m, apart, q, terms, kept_tail, next, sum);
+      if (!Loss::kHasIndex) (apart >= x.tail ? kept_tail[apart - x.tail] : terms[apart]) = 1;
     } else {
-      this->template sums<false>(x, m, target, q, (T*)nullptr, (T*)nullptr, next, sum);
+      this->template sums<false>(x, m, apart, q, (T*)nullptr, (T*)nullptr, next, sum);
     }
     for (int k = 0; k < 3; ++k) item.sums[k] = (double)sum[k];
     save(i, m, sum[Loss::kRest], sum[2]);
@@ -340,14 +368,14 @@ struct LongRow : RowSums<Loss, In> {
       const bool finite = abs(factor) < (T)__builtin_inff() && abs(scale) < (T)__builtin_inff();
       if (!kKeep || args.from_state) {
         if (finite)
-          gradient<false, false>(x.data, x.padded, m, factor, scale, q, grad, next);
+          gradient<false>(x.data, x.padded, m, factor, scale, q, grad, next);
         else
-          gradient<false, true>(x.data, x.padded, m, factor, scale, q, grad, next);
+          gradient_of_nan<false>(x.data, x.padded, m, factor, scale, q, grad);
       } else {
         if (finite)
-          gradient<true, false>(terms, kept_tail, m, factor, scale, q, grad, next);
+          gradient<true>(terms, kept_tail, m, factor, scale, q, grad, next);
         else
-          gradient<true, true>(terms, kept_tail, m, factor, scale, q, grad, next);
+          gradient_of_nan<true>(terms, kept_tail, m, factor, scale, q, grad);
       }
       if (target >= 0) grad[target] = narrow<Out>(canonical(at_target));
     }

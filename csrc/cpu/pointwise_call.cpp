@@ -98,6 +98,8 @@ double run_pointwise_loss(const Backend& backend, int loss, DType type, Pointwis
     weights = sum_of_weights(backend, a, type);
   const double divisor = divisor_of(result, weights);
   a.denominator = {divisor, nullptr, DType::f64};
+  // Read before anything is written: it may lie in the gradient's memory.
+  a.scale = {read_scalar(a.scale), nullptr, DType::f64};
 
   const bool reduces = (result.reduction != Reduction::none && result.loss) || result.loss_sum;
   ThreadTotals totals(a.threads);

@@ -106,6 +106,8 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
   const DefaultEnvironment environment;
   const double divisor = a.from_state ? read(a.denominator) : divisor_of(result, weights);
   a.denominator = {divisor, nullptr, DType::f64};
+  // Read before anything is written: it may lie in the gradient's memory.
+  a.scale = {read(a.scale), nullptr, DType::f64};
   a.class_weight_sum = a.label_smoothing != 0 ? sum_of_class_weights<T>(a) : 0;
 
   ThreadTotals totals(a.threads);

@@ -93,7 +93,8 @@ struct ShortRows {
   struct Sums {
     V of[3];
   };
-  MBK_FN Sums sums(V m, V target) const {
+  // The sums without the terms of the columns `apart`, by lane.
+  MBK_FN Sums sums(V m, V apart) const {
     Sums result{};
     V sum[kGroup], distance[kGroup], coefficient[kGroup];
     const int used = args.columns < kGroup ? (int)args.columns : kGroup;
@@ -101,7 +102,7 @@ struct ShortRows {
     for (int64_t j = 0; j < args.columns; ++j) {
       const int k = (int)(j % kGroup);
       const V d = tile[j] - m, e = Loss::term(d);
-      sum[k] = sum[k] + (Loss::kHasIndex ? select(target == splat<V>((T)j), V{}, e) : e);
+      sum[k] = sum[k] + select(apart == splat<V>((T)j), V{}, e);
       if constexpr (Loss::kHasCoefficients) {
         const V w = splat<V>(args.class_weight ? ((const T*)args.class_weight)[j] : (T)1);
         probabilities[j] = Loss::coefficient(call, w, probabilities[j]);
@@ -140,7 +141,12 @@ struct ShortRows {
     for (int l = 0; l < kLanes; ++l)
       target_logit[l] = ((const T*)tile)[(lane.index[l] < 0 ? 0 : lane.index[l]) * kLanes + l];
 
-    Sums s = sums(m, t);
+    V apart = t;
+    if constexpr (!Loss::kHasIndex) {  // the first maximum
+      for (int64_t j = args.columns - 1; j >= 0; --j)
+        apart = select(tile[j] == m, splat<V>((T)j), apart);
+    }
+    Sums s = sums(m, apart);
     if (args.from_state) {
       s.of[Loss::kRest] = load_state(first, count, 1);
       if (Loss::kSums > 2) s.of[2] = load_state(first, count, 2);
@@ -157,7 +163,7 @@ struct ShortRows {
       typename Loss::template Item<f64v> item;
       item.max = to_double(m, part);
       item.target_logit = Loss::kHasIndex ? to_double(logit, part) : f64v{};
-      item.target_term = Loss::kHasIndex ? to_double(term, part) : f64v{};
+      item.target_term = Loss::kHasIndex ? to_double(term, part) : splat<f64v>(1.0);
       item.target_weight = to_double(load<V>(lane.target_weight), part);
       item.scale = scale[part] = load<f64v>(lane.scale + part * lanes<f64v>);
       for (int k = 0; k < 3; ++k) item.sums[k] = to_double(s.of[k], part);

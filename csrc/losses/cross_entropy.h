@@ -19,7 +19,8 @@ namespace mbk::MBK_ISA {
 //
 // With a class index the term of t is left out of the sum, R = S - e_t, because everything that is
 // small when t is nearly certain is a function of R: log S = log1p(R), and p_t - 1 = -R / S,
-// without cancellation however near p_t is to 1.
+// without cancellation however near p_t is to 1. With probabilities the first maximum is kept apart
+// instead: its term is exactly 1, so S - 1 = R there too.
 enum class Targets { kIndex, kSmoothedIndex, kProbabilities };
 
 template <Targets kTargets, bool kSoftcap>
@@ -75,7 +76,7 @@ struct SoftmaxCrossEntropy {
   // Adds one column to the sums of the coefficients.
   template <class V>
   MBK_FN static void add_coefficient(V distance, V q, V& distances, V& coefficients) {
-    distances = distances - q * distance;
+    distances = multiply_add(-q, distance, distances);
     coefficients = coefficients + q;
   }
 
@@ -93,10 +94,8 @@ struct SoftmaxCrossEntropy {
   MBK_FN static Result<D> finish(const Call<T>& call, const Item<D>& item) {
     const D one = splat<D>(1.0), rest = item.sums[kRest];
     const D s = rest + item.target_term;
-    // S - 1, exactly R where t is the maximum
-    const D excess = kHasIndex
-                         ? select(item.target_term == one, rest, (rest - 1.0) + item.target_term)
-                         : rest - 1.0;
+    // S - 1, exactly R where the term kept apart is the maximum's
+    const D excess = select(item.target_term == one, rest, (rest - 1.0) + item.target_term);
     const D log_s = log1p(excess), lse = item.max + log_s;
     const D others = kTargets == Targets::kProbabilities   ? item.sums[kCoefficients]
                      : kTargets == Targets::kSmoothedIndex ? splat<D>(call.coefficients)

@@ -65,7 +65,8 @@ def check_output(
     grad: Tensor, name: str, input: Tensor, accumulate: bool, others: tuple[Tensor | None, ...]
 ) -> None:
     """Refuse an output that the gradient of ``input`` cannot be written to, with the reason."""
-    require_plain(grad, name)
+    if require_plain(grad, name) is not grad:
+        raise ValueError(f"mbkern: {name} is a negated view; it cannot be written to")
     wanted = compute_dtype(input.dtype) if accumulate else input.dtype
     if grad.shape != input.shape or grad.dtype != wanted:
         raise ValueError(
@@ -119,6 +120,14 @@ def probabilities(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
             "they must have one dtype here"
         )
     return target
+
+
+def weights_as(weight: Tensor, name: str, compute: torch.dtype) -> Tensor:
+    """Return weights (of any real dtype) in the type computed in, or raise."""
+    weight = require_plain(weight, name)
+    if weight.is_complex() or weight.is_quantized:
+        raise TypeError(f"mbkern: {name} is {weight.dtype}; weights are real numbers")
+    return weight.detach().to(compute)
 
 
 def class_weight(weight: Tensor, columns: int, compute: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from mbkern._arguments import (
     class_weight,
     probabilities,
     refuse_indices,
+    weights_as,
 )
 from mbkern._tensors import (
     DTYPES,
@@ -171,9 +172,7 @@ class RowCall:
         if options.weight is not None:
             self.weight = class_weight(options.weight, self.columns, self.compute)
         if options.sample_weight is not None:
-            weights = (
-                require_plain(options.sample_weight, "sample_weight").detach().to(self.compute)
-            )
+            weights = weights_as(options.sample_weight, "sample_weight", self.compute)
             self.sample_weight, self.sample_layout = self.per_item(weights, "sample_weight")
         if not 0.0 <= options.label_smoothing <= 1.0:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _C
-from mbkern._arguments import REDUCTIONS, Number, compute_dtype
+from mbkern._arguments import REDUCTIONS, Number, compute_dtype, weights_as
 from mbkern._launch import ONE, ScalarArgument, new_gradient, scalar_argument
 from mbkern._tensors import DTYPES, require_dtype, require_plain
 
@@ -51,7 +51,7 @@ class PointwiseCall:
         self.compute = compute_dtype(both)
         self.weight = None
         if options.weight is not None:
-            weight = require_plain(options.weight, "weight").detach().to(self.compute)
+            weight = weights_as(options.weight, "weight", self.compute)
             try:
                 self.weight = weight.expand(self.shape)
             except RuntimeError:

@@ -35,6 +35,7 @@ def require_plain(tensor: Tensor, name: str) -> Tensor:
         and tensor.layout is _STRIDED
         and not tensor.is_neg()
         and not _functorch_active()
+        and (tensor.data_ptr() or not tensor.numel())
     ):
         return tensor
     return _explain(tensor, name)
@@ -60,6 +61,10 @@ def _explain(tensor: Tensor, name: str) -> Tensor:
     if tensor.layout is not _STRIDED:
         raise TypeError(
             f"mbkern: {name} has layout {tensor.layout}; only strided tensors are supported"
+        )
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(
+            f"mbkern: {name} has no memory: {describe(tensor)}; its storage was freed, or never was"
         )
     return tensor.resolve_neg()
 

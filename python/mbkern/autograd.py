@@ -9,6 +9,7 @@ rounding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +47,14 @@ def _double_backward(loss: Loss) -> RuntimeError:
     # Not once_differentiable: it asks whether the incoming gradient requires grad, and that of a
     # root loss does not.
     return RuntimeError(_DOUBLE_BACKWARD.format(name=loss.name))
+
+
+def hint_value(hint: Number) -> float:
+    """Return grad_scale as a number that can be divided out again, or raise."""
+    value = float(hint)
+    if not math.isfinite(value) or value == 0.0:
+        raise ValueError(f"mbkern: grad_scale must be finite and not 0, it is {value}")
+    return value
 
 
 class _Formed:
@@ -134,7 +143,7 @@ class RowLoss(torch.autograd.Function):
             hint is not None or call.compute is input.dtype
         ):  # fmt: skip
             # Read now: GradScaler changes its scale in place.
-            factor = 1.0 if hint is None else float(hint)
+            factor = 1.0 if hint is None else hint_value(hint)
             scale = (factor, 0, 0)
             grad = input.detach() if inplace else new_gradient(input)
             result, _ = call.run(grad=grad, scale=scale, loss_dtype=request.loss_dtype)
@@ -186,7 +195,7 @@ def _gradient_of_probabilities(
     dim = 1 if x.dim() > 1 else 0
     shape = call.shape
     maximum, rest = state[0].reshape(shape), state[1].reshape(shape)
-    lse = maximum.double() + torch.log(rest.double())
+    lse = maximum.double() + torch.log1p(rest.double())
     scale = incoming.to(torch.float64).expand(shape) / divisor
     if call.sample_weight is not None:
         scale = scale * call.sample_weight
@@ -218,7 +227,7 @@ class PointwiseLoss(torch.autograd.Function):
             or all(t.dtype is call.compute for t, need in zip(tensors, needs, strict=True) if need)
         ):
             # Read now: GradScaler changes its scale in place.
-            factor = 1.0 if hint is None else float(hint)
+            factor = 1.0 if hint is None else hint_value(hint)
             scale = (factor, 0, 0)
             grads = _gradients(tensors, needs, inplace)
             result, _ = call.run(grads=grads, scale=scale, loss_dtype=loss_dtype)
