@@ -39,7 +39,8 @@ MBK_FN int64_t item_target(const RowArgs& a, const ItemPosition& at) {
 // d(result)/d(item's own loss), before the item's weight; the same order of operations everywhere.
 template <class T>
 struct ItemScale {
-  double scale, denominator, common;  // common: of every item, if items have no factors of their own
+  double scale, denominator,
+      common;  // common: of every item, if items have no factors of their own
   bool same;
   MBK_FN explicit ItemScale(const RowArgs& a)
       : scale(read(a.scale)),

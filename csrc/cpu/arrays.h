@@ -1,6 +1,6 @@
 #pragma once
-// Small operations on dense arrays that torch also has; ours because they work in a forked child, where
-// torch's thread pool hangs, and store one NaN.
+// Small operations on dense arrays that torch also has; ours because they work in a forked child,
+// where torch's thread pool hangs, and store one NaN.
 #include <stdint.h>
 
 #include "core/args.h"

@@ -43,8 +43,8 @@ MBK_PASS void fill(S* grad, int64_t n, Compute<S> value) {
 
 MBK_PASS float rounded(const ExactSumState& s) { return round_to_float(s); }
 
-// The rows that come after this one, fetched into the second-level cache while it is computed: the input
-// during the sums, memory for a gradient during the gradient. Null: nothing to fetch.
+// The rows that come after this one, fetched into the second-level cache while it is computed: the
+// input during the sums, memory for a gradient during the gradient. Null: nothing to fetch.
 struct NextRows {
   const void *input, *grad;
 };

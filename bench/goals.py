@@ -1,0 +1,154 @@
+"""What the first issue asks for, and whether it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.allocator import DEFAULT, RECYCLED
+from harness.results import Group, paired_ratio, summarise
+from suites import cross_entropy as ce
+from suites import exact_sum, host, memory, tiers, twin
+
+SLACK_MIB = 0.5  # the kernel counts resident pages in batches
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a ratio of two entries of a group (or, in bytes, on their difference).
+
+    Attributes:
+        what: as in the table of the issue.
+        suite: which groups it is about ...
+        where: ... and which of those.
+        numerator, denominator: names of the entries.
+        bound: at least this if ``at_least``, else at most.
+        difference: compare numerator - denominator instead of the ratio.
+    """
+
+    what: str
+    suite: str
+    numerator: str
+    denominator: str
+    bound: float
+    where: Callable[[Group], bool]
+    at_least: bool = True
+    difference: bool = False
+
+    @property
+    def reach(self) -> str:
+        unit = " MiB" if self.difference else "x"
+        return f"{'>=' if self.at_least else '<='} {self.bound:g}{unit}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal at one place. ``passed`` is None where nothing was measured."""
+
+    goal: Goal
+    group: Group
+    measured: str
+    passed: bool | None
+    close: bool = False  # the bound lies within the interval of the measurement
+    minima: str = "-"  # the ratio of the fastest samples: the better guide on a busy machine
+
+    @property
+    def text(self) -> str:
+        if self.passed is None:
+            return "not measured"
+        return ("pass" if self.passed else "FAIL") + (" (within noise)" if self.close else "")
+
+
+def _fp32(state: str, *columns: int) -> Callable[[Group], bool]:
+    return lambda g: g.dtype == "float32" and g.allocator == state and g.columns in columns
+
+
+def _against_torch() -> list[Goal]:
+    """Speed against torch: times of torch over times of mbkern."""
+    long = (32000, 128256)
+    table = [
+        ("fp32 in place, V >= 32000", ce.IN_PLACE, ce.TORCH, long, 3.5, 12.0),
+        ("fp32 autograd, V >= 32000", ce.AUTOGRAD, ce.TORCH, long, 2.5, 6.0),
+        ("fp32 in place, V = 1000", ce.IN_PLACE, ce.TORCH, (1000,), 3.0, 4.0),
+        ("fp32 autograd, V = 1000", ce.AUTOGRAD, ce.TORCH, (1000,), 2.0, 2.5),
+        ("fp32 autograd against torch.compile", ce.AUTOGRAD, ce.COMPILED, long, 1.8, 3.0),
+        ("(8, 21, 512, 512) in place", ce.IN_PLACE, ce.TORCH, (21,), 1.0, 1.0),
+        ("(8, 21, 512, 512) autograd", ce.AUTOGRAD, ce.TORCH, (21,), 1.0, 1.0),
+    ]
+    goals = []
+    for what, ours, theirs, columns, recycled, default in table:
+        for state, bound in ((RECYCLED, recycled), (DEFAULT, default)):
+            goals.append(Goal(what, ce.SUITE, theirs, ours, bound, _fp32(state, *columns)))
+    for what, ours, bound in (("in place", ce.IN_PLACE, 3.0), ("autograd", ce.AUTOGRAD, 2.0)):
+        goals.append(
+            Goal(
+                f"bf16 {what}, V >= 32000", ce.SUITE, ce.TORCH, ours, bound,
+                lambda g: g.dtype == "bfloat16" and g.allocator == DEFAULT,
+            )
+        )  # fmt: skip
+    return goals
+
+
+def _against_the_machine() -> list[Goal]:
+    """Upper bounds on time, price and memory."""
+
+    def limit(long: bool) -> Callable[[Group], bool]:
+        return lambda g: (
+            g.dtype == "float32"
+            and g.threads == 1
+            and (g.columns >= 32000 if long else g.columns == 1000)
+        )
+
+    goals = [
+        Goal("in place / bare exp, V >= 32000", ce.SUITE, ce.IN_PLACE, ce.LIMIT, 1.8, limit(True),
+             at_least=False),
+        Goal("in place / bare exp, V = 1000", ce.SUITE, ce.IN_PLACE, ce.LIMIT, 2.5, limit(False),
+             at_least=False),
+        Goal("AVX2 / AVX-512, in place", tiers.SUITE, "avx2", "avx512", 1.6, lambda g: True,
+             at_least=False),
+        Goal("host time, forward + backward", host.SUITE, host.MBKERN, host.TORCH, 1.0,
+             lambda g: "cross_entropy" in g.case and g.case.endswith(host.BOTH), at_least=False),
+        Goal("exact sum: share of streaming speed", exact_sum.SUITE, exact_sum.PLAIN,
+             exact_sum.EXACT, 0.85, lambda g: "from memory" in g.case),
+        Goal("reproducible / plain, V >= 4096", twin.SUITE, twin.CANONICAL, twin.PLAIN, 1.05,
+             lambda g: g.columns >= 4096 or not g.columns, at_least=False),
+    ]  # fmt: skip
+    goals += [
+        Goal(f"memory above the promise, {way}", memory.SUITE, way, memory.PROMISED + way,
+             SLACK_MIB, lambda g: True, at_least=False, difference=True)
+        for way in (ce.IN_PLACE, ce.AUTOGRAD)
+    ]  # fmt: skip
+    return goals
+
+
+GOALS = (*_against_torch(), *_against_the_machine())
+
+
+def judge(groups: list[Group]) -> list[Verdict]:
+    """Every goal at every place that it speaks of."""
+    return [
+        _judge(goal, group)
+        for goal in GOALS
+        for group in groups
+        if group.suite == goal.suite and goal.where(group)
+    ]
+
+
+def _judge(goal: Goal, group: Group) -> Verdict:
+    if goal.difference:
+        above, below = group.entry(goal.numerator), group.entry(goal.denominator)
+        if above is None or below is None or not (above.samples and below.samples):
+            return Verdict(goal, group, "-", None)
+        value = summarise(above.samples).median - summarise(below.samples).median
+        return Verdict(goal, group, f"{value:+.2f} MiB", value <= goal.bound)
+    ratio = paired_ratio(group, goal.numerator, goal.denominator)
+    if ratio is None:
+        entries = [group.entry(name) for name in (goal.numerator, goal.denominator)]
+        wrong = [e.name for e in entries if e is not None and not e.correct]
+        if wrong:
+            return Verdict(goal, group, f"{wrong[0]} is wrong", False)
+        return Verdict(goal, group, "-", None)
+    passed = ratio.median >= goal.bound if goal.at_least else ratio.median <= goal.bound
+    measured = f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
+    close = ratio.low <= goal.bound <= ratio.high
+    return Verdict(goal, group, measured, passed, close, f"{ratio.of_minima:.2f}x")

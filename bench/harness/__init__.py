@@ -1,0 +1,1 @@
+"""How the benchmarks measure: timing, allocator states, machine, statistics, tables."""

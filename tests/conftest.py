@@ -1,0 +1,30 @@
+"""What tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mbkern import _C
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with each instruction set of this machine."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    assert _C.isa() == request.param
+    yield request.param
+    assert _C.isa() == request.param, "the test has changed the instruction set"
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small tensors: a second thread only waits, and slows torch down fivefold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

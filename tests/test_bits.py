@@ -1,0 +1,196 @@
+"""The same bits for every cut of the batch, thread count, instruction set and layout.
+
+With ``reduction="sum"``, or a mean with one ``denominator``. None of more than 10^8 elements of
+gradients may differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mbkern
+from mbkern import _C
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+compared = 0  # gradient elements, in this session
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    integer = INTEGER[a.element_size()]
+    assert a.dtype == b.dtype
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    isa, threads = _C.isa(), torch.get_num_threads()
+    yield
+    _C.set_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def cuts(n: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Sizes of the pieces: whole, single rows, about five pieces of ten, ragged."""
+    yield [n]
+    yield [1] * n
+    yield [10] * (n // 10) + [n % 10] * (n % 10 > 0)
+    for _ in range(2):
+        ends = torch.randint(1, n + 1, (6,), generator=generator).unique().tolist()
+        yield [b - a for a, b in itertools.pairwise([0, *ends[: -1 if ends[-1] == n else None], n])]
+
+
+def pieces(
+    name: str, x: Tensor, target: Tensor, sizes: list[int], options: dict[str, object]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Unreduced losses, gradient of the mean with one denominator, and the exact sum."""
+    sample_weight = options.get("sample_weight")
+    total = mbkern.LossSum() if x.dtype is not torch.float64 else None
+    losses, grads, begin = [], [], 0
+    for size in sizes:
+        part = slice(begin, begin + size)
+        begin += size
+        if sample_weight is not None:
+            options = {**options, "sample_weight": sample_weight[part]}
+        loss, _ = mbkern.loss_and_grad(name, x[part], target[part], reduction="none", **options)
+        _, grad = mbkern.loss_and_grad(
+            name, x[part], target[part], denominator=57.0, loss_sum=total, **options
+        )
+        losses.append(loss)
+        grads.append(grad)
+    assert begin == len(x)
+    return torch.cat(losses), torch.cat(grads), total.state if total is not None else None
+
+
+def check(name: str, x: Tensor, target: Tensor, seed: int, **options: object) -> None:
+    global compared
+    generator = torch.Generator().manual_seed(seed)
+    first = None
+    for isa, threads in itertools.product(_C.isas(), (1, 2, 3)):
+        _C.set_isa(isa)
+        torch.set_num_threads(threads)
+        every = list(cuts(len(x), generator))
+        # The scalar tier is slow where it emulates fma: one cut for each number of threads.
+        for sizes in every[threads : threads + 1] if isa == "scalar" else every:
+            results = pieces(name, x, target, sizes, options)
+            first = first or results
+            for got, want, what in zip(results, first, ("loss", "gradient", "sum"), strict=True):
+                same = want is None or same_bits(got, want)
+                assert same, f"{what}: {isa}, {threads} threads, cut {sizes}"
+            compared += x.numel()
+
+
+SHAPES = [(64, 3), (50, 10), (57, 33), (64, 64), (61, 65), (37, 513), (50, 1024), (33, 4099)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuts_threads_and_isas(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(shape[0])
+    x = (3 * torch.randn(shape, generator=generator)).to(dtype)
+    x[::5] *= 4  # rows with few terms that matter
+    target = torch.randint(shape[1], shape[:1], generator=generator)
+    target[3::11] = -100
+    check("cross_entropy", x, target, shape[0])
+
+
+OPTIONS = {
+    "weights": {"weight": True, "sample_weight": True},
+    "smoothing": {"label_smoothing": 0.1, "z_loss": 1e-3},
+    "softcap": {"softcap": 20.0, "label_smoothing": 0.1},
+    "probabilities": {"label_smoothing": 0.1, "weight": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [21, 1500])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_options(kind: str, columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    compute = torch.promote_types(dtype, torch.float32)
+    x = (3 * torch.randn(43, columns, generator=generator)).to(dtype)
+    target = torch.randint(columns, (43,), generator=generator)
+    if kind == "probabilities":
+        target = torch.rand(43, columns, generator=generator).to(dtype)
+    options = dict(OPTIONS[kind])
+    for name, size in (("weight", columns), ("sample_weight", 43)):
+        if name in options:
+            options[name] = torch.rand(size, generator=generator).to(compute)
+    check("cross_entropy", x, target, columns, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["mse_loss", "half_squared_error"])
+def test_elementwise(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(50, 1201, generator=generator).to(dtype) for _ in range(2))
+    check(name, x, y, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_hundred_million_elements(dtype: torch.dtype) -> None:
+    """Rows drawn anew, until enough has been compared (all dtypes together: > 10^8)."""
+    generator = torch.Generator().manual_seed(0)
+    begin = compared
+    for seed in itertools.count():
+        columns = int(torch.randint(130, 30000, (), generator=generator))
+        x = torch.randn(17, columns, generator=generator).mul_(1 + seed % 7).to(dtype)
+        target = torch.randint(columns, (17,), generator=generator)
+        check("cross_entropy", x, target, seed)
+        if compared - begin > 26_000_000:
+            break
+
+
+@pytest.mark.parametrize("columns", [7, 64, 65, 300, 512, 513, 1100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", *OPTIONS])
+def test_layouts(kind: str, dtype: torch.dtype, columns: int) -> None:
+    """Lanes along the row or across items, contiguous or strided: the same bits."""
+    generator = torch.Generator().manual_seed(columns)
+    compute = torch.promote_types(dtype, torch.float32)
+    options = dict(OPTIONS.get(kind, {}))
+    rows = (4 * torch.randn(24, columns, generator=generator)).to(dtype)  # (2 * 3 * 4, C)
+    rows[5] = float("nan")
+    rows[7, 1] = float("inf")
+    target = torch.randint(columns, (24,), generator=generator)
+    target[3] = -100
+    if kind == "probabilities":
+        target = torch.rand(24, columns, generator=generator).to(dtype)
+    if "weight" in options:
+        options["weight"] = torch.rand(columns, generator=generator).to(compute)
+    per_item = torch.rand(24, generator=generator).to(compute)
+    if "sample_weight" in options:
+        options["sample_weight"] = per_item
+
+    def as_images(t: Tensor) -> Tensor:
+        return t.view(2, 3, 4, *t.shape[1:]).permute(0, 3, 1, 2) if t.dim() > 1 else t.view(2, 3, 4)
+
+    want = mbkern.loss_and_grad("cross_entropy", rows, target, reduction="none", **options)
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        images = as_images(rows)  # channels_last in memory
+        image_options = dict(options)
+        if "sample_weight" in options:
+            image_options["sample_weight"] = as_images(per_item)
+        last, transposed = rows.t().contiguous().t(), as_images(rows).contiguous()
+        for x, t, o in (
+            (rows, target, options),
+            (last, target, options),
+            (images, as_images(target), image_options),
+            (transposed, as_images(target).contiguous(), image_options),
+            (transposed.flatten(2), as_images(target).flatten(-2), flat(image_options)),
+        ):
+            got = mbkern.loss_and_grad("cross_entropy", x, t, reduction="none", **o)
+            grad = got[1].movedim(1, -1).reshape(24, columns)
+            assert same_bits(got[0].reshape(24), want[0]), f"loss: {isa}, {x.stride()}"
+            assert same_bits(grad, want[1]), f"gradient: {isa}, {x.stride()}"
+
+
+def flat(options: dict[str, object]) -> dict[str, object]:
+    weight = options.get("sample_weight")
+    return options if weight is None else {**options, "sample_weight": weight.flatten(1)}

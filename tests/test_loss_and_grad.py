@@ -1,0 +1,474 @@
+"""mbkern.loss_and_grad: loss and gradient in one call, into memory of the caller's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, DTYPES, REDUCTIONS, Case
+from torch import Tensor
+
+import mbkern
+from mbkern import LossSum, loss_and_grad
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+PAIRS = [case for case in CASES if case.differentiable == ("input", "target")]
+NARROW = DTYPES[:3]
+SHAPES = ((6, 70), (9, 5), (2, 300, 3), (40,))
+
+
+def through_autograd(case: Case, x: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Loss and gradients; of the sum for reduction none."""
+    x = x.detach().requires_grad_()
+    target = target.detach().requires_grad_(target.is_floating_point())
+    loss = case.function(x, target, **options)
+    leaves = [x, target] if target.requires_grad else [x]
+    return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+
+@every_case
+def test_same_bits_as_autograd(case: Case) -> None:
+    """Every option and reduction; the gradient is that of a plain call."""
+    for variation, dtype, reduction in itertools.product(case.variations, case.dtypes, REDUCTIONS):
+        for shape in SHAPES:
+            s = case.sample(shape, dtype, variation)
+            loss, grad, *_ = through_autograd(
+                case, s.input, s.target, reduction=reduction, **s.options
+            )
+            got = loss_and_grad(case.name, s.input, s.target, reduction=reduction, **s.options)
+            label = f"{variation.name} {dtype} {reduction} {shape}"
+            assert got[0].dtype is loss.dtype, label
+            assert torch.equal(got[0].nan_to_num(), loss.nan_to_num()), label
+            assert torch.equal(got[1], grad), label
+
+
+@every_case
+def test_argnums(case: Case) -> None:
+    """An index, a name, or a tuple of them; the gradients come in the same structure."""
+    s = case.sample((6, 70), torch.float32)
+    _, *grads = through_autograd(case, s.input, s.target)
+    for argnums in (0, "input", (0,), ("input",)):
+        _, got = loss_and_grad(case.name, s.input, s.target, argnums=argnums)
+        assert isinstance(got, tuple) == isinstance(argnums, tuple)
+        assert torch.equal(got[0] if isinstance(got, tuple) else got, grads[0])
+    if case in PAIRS:
+        for argnums in (
+            1,
+            "target",
+            (1,),
+            (0, 1),
+            ("target", 0),
+            ("input", "target"),
+            (1, "input"),
+        ):
+            _, got = loss_and_grad(case.name, s.input, s.target, argnums=argnums)
+            wanted = argnums if isinstance(argnums, tuple) else (argnums,)
+            got = got if isinstance(argnums, tuple) else (got,)
+            assert len(got) == len(wanted)
+            for arg, grad in zip(wanted, got, strict=True):
+                assert torch.equal(grad, grads[arg in (1, "target")]), argnums
+
+
+@every_case
+def test_grad_out(case: Case) -> None:
+    """The caller's memory, of any layout, is written whole and returned."""
+    for dtype, shape in itertools.product(case.dtypes, SHAPES):
+        s = case.sample(shape, dtype)
+        want = loss_and_grad(case.name, s.input, s.target)
+        poison = torch.full(shape, float("nan"), dtype=dtype)
+        gaps = torch.full((*shape, 2), float("nan"), dtype=dtype)
+        for out in (poison, poison.mT.contiguous().mT if len(shape) > 1 else poison, gaps[..., 1]):
+            out.fill_(float("nan"))
+            loss, grad = loss_and_grad(case.name, s.input, s.target, grad_out=out)
+            assert grad.data_ptr() == out.data_ptr()
+            assert torch.equal(out, want[1]), (dtype, shape, out.stride())
+            assert torch.equal(loss, want[0])
+            (grad,) = loss_and_grad(case.name, s.input, s.target, argnums=(0,), grad_out=(out,))[1]
+            assert grad.data_ptr() == out.data_ptr()
+            (grad,) = loss_and_grad(case.name, s.input, s.target, argnums=(0,), grad_out=(None,))[1]
+            assert torch.equal(grad, want[1])
+        assert gaps[..., 0].isnan().all(), "what lies between the elements was written"
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_grad_out_of_both(case: Case) -> None:
+    """An entry None is a fresh gradient; the order is that of argnums."""
+    s = case.sample((6, 70), torch.float32)
+    want = loss_and_grad(case.name, s.input, s.target, argnums=(0, 1))[1]
+    for argnums in ((0, 1), (1, 0)):
+        out = torch.empty(6, 70)
+        for outs in ((out, None), [None, out], (out, torch.empty(6, 70))):
+            _, grads = loss_and_grad(case.name, s.input, s.target, argnums=argnums, grad_out=outs)
+            for arg, given, grad in zip(argnums, outs, grads, strict=True):
+                assert given is None or given.data_ptr() == grad.data_ptr()
+                assert torch.equal(grad, want[arg])
+
+
+@every_case
+def test_over_the_input(case: Case) -> None:
+    for dtype, reduction, shape in itertools.product(case.dtypes, REDUCTIONS, SHAPES):
+        s = case.sample(shape, dtype)
+        for view in (
+            s.input.clone(),
+            s.input.mT.contiguous().mT if len(shape) > 1 else s.input + 0,
+        ):
+            loss, grad = loss_and_grad(case.name, view, s.target, reduction=reduction)
+            version = view._version
+            got = loss_and_grad(case.name, view, s.target, reduction=reduction, grad_out=view)
+            assert got[1].data_ptr() == view.data_ptr()
+            assert torch.equal(view, grad), (dtype, reduction, view.stride())
+            assert torch.equal(got[0], loss)
+            assert view._version > version, "an earlier save must notice"
+
+
+def test_over_the_input_in_inference_mode() -> None:
+    """Inference tensors have no version counter."""
+    for case in CASES:
+        s = case.sample((6, 70), torch.float32)
+        want = loss_and_grad(case.name, s.input, s.target)[1]
+        with torch.inference_mode():
+            x = s.input.clone()
+            loss_and_grad(case.name, x, s.target, grad_out=x)
+            assert torch.equal(x, want), case.name
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_over_both_arguments(case: Case) -> None:
+    s = case.sample((6, 70), torch.float32)
+    want = loss_and_grad(case.name, s.input, s.target, argnums=(0, 1))[1]
+    x, y = s.input.clone(), s.target.clone()
+    versions = x._version, y._version
+    loss_and_grad(case.name, x, y, argnums=(1, 0), grad_out=(y, x))
+    assert torch.equal(x, want[0])
+    assert torch.equal(y, want[1])
+    assert x._version > versions[0]
+    assert y._version > versions[1]
+
+
+@every_case
+def test_accumulate(case: Case) -> None:
+    """buffer + fp32 gradient, one addition and one rounding an element, bit by bit."""
+    random = torch.Generator().manual_seed(3)
+    for variation, dtype, shape in itertools.product(case.variations, case.dtypes, SHAPES):
+        s = case.sample(shape, dtype, variation)
+        compute = torch.float64 if dtype is torch.float64 else torch.float32
+        wide = s.to(compute)
+        for reduction, scale in (("sum", None), ("mean", 0.3), ("none", torch.tensor(-3.0))):
+            options = {"reduction": reduction, "scale": scale}
+            _, grad = loss_and_grad(case.name, wide.input, wide.target, **options, **wide.options)
+            start = torch.randn(shape, generator=random, dtype=compute)
+            flat = torch.full((*shape, 2), float("nan"), dtype=compute)
+            for buffer in (start.clone(), flat[..., 0].copy_(start)):
+                _, got = loss_and_grad(
+                    case.name, s.input, s.target, **options, **s.options,
+                    accumulate=True, grad_out=buffer,
+                )  # fmt: skip
+                label = f"{variation.name} {dtype} {shape} {reduction}"
+                assert got.data_ptr() == buffer.data_ptr(), label
+                assert torch.equal(buffer, start + grad), label
+            assert flat[..., 1].isnan().all(), "what lies between the elements was written"
+            fresh = loss_and_grad(
+                case.name, s.input, s.target, **options, **s.options, accumulate=True
+            )
+            assert fresh[1].dtype is compute, label
+            assert torch.equal(fresh[1], torch.zeros_like(grad) + grad), label
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_accumulate_both(case: Case) -> None:
+    for dtype in NARROW:
+        s = case.sample((6, 70), dtype)
+        wide = s.to(torch.float32)
+        _, grads = loss_and_grad(case.name, wide.input, wide.target, argnums=(0, 1))
+        buffer = torch.ones(6, 70)
+        _, (fresh, got) = loss_and_grad(
+            case.name, s.input, s.target, argnums=(1, 0), grad_out=(None, buffer), accumulate=True
+        )
+        assert torch.equal(fresh, grads[1])
+        assert got.data_ptr() == buffer.data_ptr()
+        assert torch.equal(buffer, 1 + grads[0])
+
+
+@every_case
+def test_scale(case: Case) -> None:
+    """A number or 0-dim tensor times the gradient, before its one rounding; never the loss."""
+    for dtype, reduction in itertools.product(case.dtypes, REDUCTIONS):
+        s = case.sample((6, 70), dtype)
+        compute = torch.float64 if dtype is torch.float64 else torch.float32
+        loss, grad = loss_and_grad(case.name, s.input, s.target, reduction=reduction)
+        wide = s.to(compute)
+        for value in (2.0, -0.5, 3.7, 0, 1e4):
+            _, exact = loss_and_grad(
+                case.name, wide.input, wide.target, reduction=reduction, scale=value
+            )
+            for scale in (value, torch.tensor(value, dtype=torch.float64), np.float64(value)):
+                got = loss_and_grad(case.name, s.input, s.target, reduction=reduction, scale=scale)
+                assert torch.equal(got[0], loss)
+                assert torch.equal(got[1], exact.to(dtype)), (dtype, reduction, scale)
+            if value == 2.0 and compute is dtype:
+                assert torch.equal(exact, grad * 2)
+
+
+@every_case
+def test_numpy(case: Case) -> None:
+    """Arrays are used where they lie, and results are arrays."""
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        s = case.sample((6, 70), dtype)
+        want = loss_and_grad(case.name, s.input, s.target)
+        x, target = s.input.numpy().copy(), s.target.numpy().copy()
+        loss, grad = loss_and_grad(case.name, x, target)
+        assert isinstance(loss, np.ndarray)
+        assert isinstance(grad, np.ndarray)
+        assert (loss.shape, loss.dtype, grad.dtype) == ((), x.dtype, x.dtype)
+        assert np.array_equal(loss, want[0].numpy())
+        assert np.array_equal(grad, want[1].numpy())
+        strided = np.empty((70, 6), x.dtype).T
+        for out in (np.empty_like(x), strided, x.copy()[:, :]):
+            got = loss_and_grad(case.name, x, target, argnums=(0,), grad_out=(out,))[1][0]
+            assert np.shares_memory(got, out)
+            assert np.array_equal(out, want[1].numpy())
+        x.flags.writeable = target.flags.writeable = False
+        assert np.array_equal(loss_and_grad(case.name, x, target)[1], want[1].numpy())
+        weight = np.linspace(0.5, 1, 6, dtype=x.dtype).reshape(6, *(1,) * (target.ndim - 1))
+        weighted = loss_and_grad(case.name, x, target, sample_weight=weight)[0]
+        other = loss_and_grad(case.name, s.input, s.target, sample_weight=torch.from_numpy(weight))[
+            0
+        ]
+        assert np.array_equal(weighted, other.numpy())
+        x = x.copy()
+        inside = loss_and_grad(case.name, x, target, grad_out=x)[1]
+        assert np.shares_memory(inside, x)
+        assert np.array_equal(x, want[1].numpy())
+
+
+@every_case
+def test_loss_sum(case: Case) -> None:
+    """Every item's fp32 term, whatever the reduction and divisor; the correctly rounded sum."""
+    for variation, dtype in itertools.product(case.variations, NARROW):
+        s = case.sample((9, 5), dtype, variation)
+        terms = loss_and_grad(
+            case.name, s.input, s.target, reduction="none", loss_dtype=torch.float32, **s.options
+        )[0]
+        total = sum(map(Fraction, terms.flatten().tolist()), Fraction())
+        for reduction, denominator in (("none", None), ("sum", None), ("mean", None), ("mean", 7)):
+            acc = LossSum()
+            loss_and_grad(
+                case.name, s.input, s.target, **s.options,
+                reduction=reduction, denominator=denominator, loss_sum=acc, scale=3,
+            )  # fmt: skip
+            label = f"{variation.name} {dtype} {reduction} / {denominator}"
+            assert acc.value(dtype=torch.float64).item() == float(total), label
+            loss = acc.value().item()
+            assert loss == np.float32(math.fsum(terms.flatten().tolist())), label
+    loss_and_grad(case.name, s.input, s.target, **s.options, loss_sum=acc)
+    assert acc.value(dtype=torch.float64).item() == float(2 * total), "a second call adds"
+
+
+@every_case
+def test_loss_of_every_cut(case: Case) -> None:
+    """Through one LossSum the loss of a mini-batch is the same bits however it is cut."""
+    s = case.sample((40, 130), torch.float32)
+    whole = LossSum()
+    loss = loss_and_grad(case.name, s.input, s.target, reduction="sum", loss_sum=whole)[0]
+    assert torch.equal(whole.value(), loss)
+    for sizes in ([1] * 40, [7, 33], [13, 13, 14], [0, 40]):
+        cut = LossSum()
+        for x, target in zip(s.input.split(sizes), s.target.split(sizes), strict=True):
+            loss_and_grad(case.name, x, target, reduction="mean", denominator=40, loss_sum=cut)
+        assert torch.equal(cut.state, whole.state), sizes
+        assert torch.equal(cut.value(40), whole.value(40))
+
+
+def test_the_list_of_losses() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown loss 'cross_entorpy'; available: cross_entropy, "
+    ):
+        loss_and_grad("cross_entorpy", torch.ones(2, 3), torch.ones(2, 3))
+    assert [loss.name for loss in mbkern.losses()]
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+X = torch.arange(12.0).reshape(3, 4)
+T = torch.tensor([0, 3, 1])
+P = torch.full((3, 4), 0.25)
+MEMORY = torch.arange(40.0)
+
+# What changes of loss_and_grad("cross_entropy", X, T, grad_out=..., loss_sum=...), and the error.
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "name": ({"name": "nll"}, ValueError, "unknown loss 'nll'; available: cross_entropy"),
+    "option": ({"smoothing": 0.1}, TypeError, "cross_entropy has no option 'smoothing'"),
+    "reduction": ({"reduction": "avg"}, ValueError, "'avg' is not a valid reduction: none, mean"),
+    "denominator": (
+        {"reduction": "sum", "denominator": 3}, ValueError,
+        "denominator goes with reduction='mean', not 'sum'",
+    ),
+    "denominator shape": (
+        {"denominator": torch.ones(2)}, ValueError,
+        r"denominator must be a number or a 0-dim tensor, not \(2,\) torch.float32",
+    ),
+    "scale shape": (
+        {"scale": torch.ones(1)}, ValueError,
+        r"scale must be a number or a 0-dim tensor, not \(1,\) torch.float32",
+    ),
+    "complex scale": ({"scale": torch.tensor(1j)}, TypeError, "scale is torch.complex64"),
+    "argnums": ({"argnums": 2}, ValueError, "argnums 2 is not a differentiable argument of cross_"),
+    "argnums name": ({"argnums": "logits"}, ValueError, "argnums 'logits' is not a differentiable"),
+    "argnums twice": (
+        {"argnums": (0, "input"), "grad_out": (None, None)}, ValueError,
+        r"argnums \(0, 'input'\) must name each argument once",
+    ),
+    "no argnums": ({"argnums": (), "grad_out": ()}, ValueError, r"argnums \(\) must name each"),
+    "structure": ({"argnums": (0,)}, ValueError, r"the structure of argnums=\(0,\)"),
+    "input": ({"input": [1.0]}, TypeError, "input must be a tensor or a NumPy array, not list"),
+    "target": ({"target": 3}, TypeError, "target must be a tensor or a NumPy array, not int"),
+    "grad_out": ({"grad_out": 3}, TypeError, "grad_out must be a tensor or a NumPy array, not int"),
+    "scalar input": (
+        {"input": torch.tensor(1.0), "target": torch.tensor(0)}, ValueError,
+        "input must have a class dimension",
+    ),
+    "input dtype": ({"input": X.int()}, TypeError, "input is torch.int32; supported are float32"),
+    "complex input": ({"input": X.to(torch.complex64)}, TypeError, "input is torch.complex64"),
+    "target shape": (
+        {"target": torch.zeros(4, dtype=torch.long)}, ValueError,
+        r"target has shape \(4,\); for an input of \(3, 4\) it must be \(3,\) .* or \(3, 4\)",
+    ),
+    "target dtype": ({"target": T.float()}, TypeError, "class indices are torch.float32; "),
+    "bool target": ({"target": T > 0}, TypeError, "class indices are torch.bool; supported"),
+    "integer probabilities": (
+        {"target": P.long()}, TypeError, "class probabilities and must be floating, not torch.int",
+    ),
+    "ignored probability": (
+        {"target": P, "ignore_index": 2}, ValueError,
+        "ignore_index=2 has no meaning for a target of class probabilities",
+    ),
+    "class too large": (
+        {"target": torch.tensor([0, 4, 9])}, IndexError,
+        r"target 4 at flat index 1 is out of bounds: .*\[0, 4\) nor ignore_index \(-100\)",
+    ),
+    "class of another ignore_index": (
+        {"target": torch.tensor([0, 1, -100]), "ignore_index": -1}, IndexError,
+        r"target -100 at flat index 2 .* nor ignore_index \(-1\)",
+    ),
+    "weight shape": (
+        {"weight": torch.ones(3)}, ValueError,
+        r"weight must have one entry for each of the 4 classes, not shape \(3,\)",
+    ),
+    "weight dtype": ({"weight": torch.ones(4).int()}, TypeError, "weight is torch.int32"),
+    "weight type": ({"weight": [1.0] * 4}, TypeError, "weight must be a tensor, not list"),
+    "sample weight shape": (
+        {"sample_weight": torch.ones(4)}, ValueError,
+        r"sample_weight has shape \(4,\), which does not broadcast to .* loss, \(3,\)",
+    ),
+    "smoothing": ({"label_smoothing": 1.5}, ValueError, r"must be in \[0, 1\], not 1.5"),
+    "smoothing NaN": ({"label_smoothing": float("nan")}, ValueError, r"in \[0, 1\], not nan"),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, not 0.0"),
+    "softcap inf": ({"softcap": float("inf")}, ValueError, "positive and finite, not inf"),
+    "loss_dtype": ({"loss_dtype": torch.int32}, TypeError, "loss_dtype must be a floating dtype"),
+    "requires grad": (
+        {"input": X.clone().requires_grad_()}, RuntimeError, "an argument requires grad; call ",
+    ),
+    "out shape": (
+        {"grad_out": torch.zeros(4, 3)}, ValueError,
+        r"grad_out must be \(3, 4\) torch.float32, not \(4, 3\) torch.float32 on cpu",
+    ),
+    "buffer dtype": (
+        {"input": X.half(), "grad_out": torch.zeros(3, 4).half(), "accumulate": True}, ValueError,
+        r"grad_out must be \(3, 4\) torch.float32, not \(3, 4\) torch.float16",
+    ),
+    "read-only": (
+        {"grad_out": np.broadcast_to(np.float32(0), (3, 4))}, ValueError,
+        r"grad_out is a read-only array of shape \(3, 4\)",
+    ),
+    "expanded": (
+        {"grad_out": torch.zeros(4).expand(3, 4)}, ValueError,
+        r"elements that share memory \(shape \(3, 4\), strides \(0, 1\)\)",
+    ),
+    "overlap": (
+        {"input": MEMORY[:12].view(3, 4), "grad_out": MEMORY[4:16].view(3, 4)}, ValueError,
+        "grad_out overlaps the input without being the input",
+    ),
+    "over the target": (
+        {"target": P, "grad_out": P}, ValueError, r"grad_out overlaps another argument, \(3, 4\)",
+    ),
+    "accumulate over the input": (
+        {"input": MEMORY[:12].view(3, 4), "grad_out": MEMORY[:12].view(3, 4), "accumulate": True},
+        ValueError, "shares memory with the input, which cannot be accumulated into",
+    ),
+    "fp64 with loss_sum": (
+        {"input": X.double(), "grad_out": None}, TypeError, "float64 losses are refused",
+    ),
+    "broadcast": (
+        {"name": "mse_loss", "target": P[0]}, ValueError, r"one shape, not \(3, 4\) and \(4,\)",
+    ),
+    "index target": ({"name": "mse_loss", "target": P.int()}, TypeError, "target is torch.int32"),
+    "element weight shape": (
+        {"name": "mse_loss", "target": P, "sample_weight": torch.ones(3)}, ValueError,
+        r"has shape \(3,\), which does not broadcast to .* loss, \(3, 4\)",
+    ),
+    "foreign option": (
+        {"name": "mse_loss", "target": P, "z_loss": 0.1}, TypeError, "has no option 'z_loss'",
+    ),
+    "outputs over each other": (
+        {"name": "mse_loss", "target": P, "argnums": (0, 1),
+         "grad_out": (MEMORY[:12].view(3, 4), MEMORY[11:23].view(3, 4))},
+        ValueError, "grad_out overlaps another argument",
+    ),
+    "swapped outputs": (
+        {"name": "mse_loss", "target": P, "argnums": (0, 1), "grad_out": (P, X)},
+        ValueError, "grad_out overlaps another argument",
+    ),
+    "fp64 target with loss_sum": (
+        {"name": "mse_loss", "target": P.double()}, TypeError, "float64 losses are refused",
+    ),
+}  # fmt: skip
+
+
+def memory(value: Any) -> bytes:
+    """All of the memory that a tensor, array or LossSum lies in."""
+    value = value.state if isinstance(value, LossSum) else value
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    storage = value.detach().untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    """The message names the argument and its value, and nothing has been written."""
+    changed, error, message = REFUSED[what]
+    options: dict[str, Any] = {
+        "name": "cross_entropy",
+        "input": X,
+        "target": T,
+        "grad_out": torch.full((3, 4), 7.0),
+        "loss_sum": LossSum().add(torch.tensor([1.5])),
+        **changed,
+    }
+    flat = [v for o in options.values() for v in (o if isinstance(o, tuple) else (o,))]
+    watched = [v for v in flat if isinstance(v, (Tensor, np.ndarray, LossSum))]
+    before = [memory(v) for v in watched]
+    with pytest.raises(error, match=f"^mbkern: .*{message}"):
+        loss_and_grad(**options)
+    assert [memory(v) for v in watched] == before, "something was written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bad_class_leaves_everything(dtype: torch.dtype) -> None:
+    """However many good rows come before it, and whatever the output is."""
+    x, target = torch.zeros(600, 1000, dtype=dtype), torch.zeros(600, dtype=torch.long)
+    target[[417, 599]] = torch.tensor([1000, -5])
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    acc = None if dtype is torch.float64 else LossSum().add(torch.ones(1))
+    for out, accumulate in ((torch.ones_like(x), False), (x, False), (x.to(wide) + 1, True)):
+        before = [memory(v) for v in (x, out, acc) if v is not None]
+        with pytest.raises(IndexError, match="target 1000 at flat index 417 is out of bounds"):
+            loss_and_grad(
+                "cross_entropy", x, target, grad_out=out, accumulate=accumulate, loss_sum=acc
+            )
+        assert [memory(v) for v in (x, out, acc) if v is not None] == before

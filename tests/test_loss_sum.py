@@ -1,0 +1,244 @@
+"""LossSum is the correctly rounded sum for every order, cut, and number of processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mbkern
+
+
+def exact(values: Tensor) -> Fraction:
+    return sum((Fraction(v) for v in values.double().flatten().tolist()), Fraction(0))
+
+
+def rounded(value: Fraction, mantissa: int, smallest: int, largest: int) -> float:
+    """To nearest even in a binary format: bits of its significand, exponents of its ends."""
+    if value == 0:
+        return 0.0
+    magnitude = abs(value)
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    if Fraction(2) ** exponent > magnitude:
+        exponent -= 1
+    unit = Fraction(2) ** (max(exponent, smallest) - mantissa + 1)
+    result = round(magnitude / unit) * unit  # Fraction rounds ties to even
+    if result >= Fraction(2) ** (largest + 1):
+        return math.copysign(math.inf, value)
+    return math.copysign(float(result), value)
+
+
+FORMATS = {
+    torch.float64: (53, -1022, 1023),
+    torch.float32: (24, -126, 127),
+    torch.float16: (11, -14, 15),
+    torch.bfloat16: (8, -126, 127),
+}
+
+
+def assert_exact(total: mbkern.LossSum, values: Tensor) -> None:
+    value = exact(values)
+    for dtype, parameters in FORMATS.items():
+        got = total.value(dtype=dtype)
+        assert got.dtype is dtype
+        assert got.item() == rounded(value, *parameters), dtype
+
+
+def test_the_reference_itself() -> None:
+    """Against the conversions of the machine."""
+    for bits in range(0, 1 << 31, 99_999_989):
+        x = np.array([bits], dtype=np.uint32).view(np.float32)[0]
+        if np.isfinite(x):
+            assert rounded(Fraction(float(x)), *FORMATS[torch.float32]) == x
+    for x in np.random.default_rng(0).standard_normal(300) * 10.0 ** np.arange(-50, 50, 1 / 3):
+        with np.errstate(over="ignore"):
+            assert rounded(Fraction(x), *FORMATS[torch.float32]) == np.float32(x)
+            assert rounded(Fraction(x), *FORMATS[torch.float16]) == np.float16(x)
+
+
+def wide(n: int, seed: int) -> Tensor:
+    """fp32 numbers of every exponent and sign."""
+    g = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 0x7F800000, (n,), generator=g, dtype=torch.int32)
+    signs = torch.randint(0, 2, (n,), generator=g, dtype=torch.int32) * -0x80000000
+    return (bits | signs.to(torch.int32)).view(torch.float32)
+
+
+SETS = {
+    "losses": torch.rand(100_003, generator=torch.Generator().manual_seed(1)) * 12,
+    "every exponent": wide(20_011, 2),
+    "large mixes": torch.tensor([1e38, -1e38, 1.0, 3e38, -3e38, 1e-45, -1.0, 1e-38] * 999 + [5.0]),
+    "overflow": torch.full((4099,), 3e38),
+    "denormals": torch.full((65_537,), 1e-45),
+    "ties": torch.tensor([2.0**24, 1.0, 2.0**-30, -(2.0**-30)] * 3),
+    "above a tie": torch.tensor([2.0**24, 1.0, 1e-45]),
+    "below a tie": torch.tensor([2.0**24, 1.0, -1e-45]),
+    "tie of float64": torch.tensor([2.0**53, 1.0, 1e-45]),
+    "cancelled": torch.tensor([1e38, 1e-45, -1e38]),
+    "zeros": torch.tensor([-0.0] * 5),
+    "nothing": torch.tensor([]),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_exact(name: str) -> None:
+    values = SETS[name]
+    assert_exact(mbkern.LossSum().add(values), values)
+    finite = exact(values)
+    assert abs(finite) < 2**1000
+    fsum = math.fsum(values.double().tolist())
+    assert mbkern.LossSum().add(values).value(dtype=torch.float64).item() == fsum
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_cuts_and_orders(name: str) -> None:
+    values = SETS[name]
+    want = mbkern.LossSum().add(values).state
+    shuffled = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(3))]
+    for pieces in (1, 2, 7):
+        total = mbkern.LossSum()
+        for piece in shuffled.chunk(pieces):
+            total.merge(mbkern.LossSum().add(piece))
+        assert torch.equal(total.state, want)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=40))
+def test_any_list(numbers: list[float]) -> None:
+    values = torch.tensor(numbers, dtype=torch.float32)
+    total = mbkern.LossSum()
+    for number in values:
+        total.add(number)
+    assert_exact(total, values)
+    assert torch.equal(total.state, mbkern.LossSum().add(values.flip(0)).state)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "want"),
+    [
+        ([1.0, math.inf], math.inf),
+        ([1.0, -math.inf], -math.inf),
+        ([3e38, 3e38, -math.inf], -math.inf),
+        ([math.inf, -math.inf], math.nan),
+        ([math.nan, 1.0], math.nan),
+        ([math.nan, math.inf], math.nan),
+    ],
+)
+def test_infinities_and_nan(numbers: list[float], want: float) -> None:
+    total = mbkern.LossSum()
+    for number in numbers:
+        total.merge(mbkern.LossSum().add(torch.tensor([number])))
+    for dtype in FORMATS:
+        value = total.value(dtype=dtype).item()
+        assert value == want or (math.isnan(value) and math.isnan(want))
+
+
+def test_merge_itself_and_denominator() -> None:
+    total = mbkern.LossSum().add(torch.tensor([1.0, 2.0]))
+    assert total.merge(total) is total
+    assert total.value().item() == 6.0
+    for three in (3, 3.0, torch.tensor(3.0), torch.tensor(3)):
+        assert total.value(three).item() == 2.0
+    want = struct.unpack("f", struct.pack("f", 6.0 / 7.0))[0]
+    assert total.value(7).item() == want
+    assert total.reset().value().item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "columns"), [("cross_entropy", 9), ("cross_entropy", 999), ("mse_loss", 70)]
+)
+def test_a_mini_batch_for_every_cut(name: str, columns: int, dtype: torch.dtype) -> None:
+    """The loss of the whole: the correctly rounded sum of the fp32 terms, for every cut."""
+    g = torch.Generator().manual_seed(columns)
+    x = (5 * torch.randn(50, columns, generator=g)).to(dtype)
+    target = torch.randint(columns, (50,), generator=g)
+    if name == "mse_loss":
+        target = torch.randn(50, columns, generator=g).to(dtype)
+    terms, _ = mbkern.loss_and_grad(name, x, target, reduction="none", loss_dtype=torch.float32)
+    want = mbkern.LossSum().add(terms)
+    assert_exact(want, terms)
+    for reduction in ("none", "mean", "sum"):
+        for size in (50, 10, 1, 7):
+            total = mbkern.LossSum()
+            for part in zip(x.split(size), target.split(size), strict=True):
+                mbkern.loss_and_grad(name, *part, reduction=reduction, loss_sum=total)
+            assert torch.equal(total.state, want.state), f"{reduction}, pieces of {size}"
+    whole, _ = mbkern.loss_and_grad(name, x, target, reduction="sum", loss_dtype=torch.float32)
+    assert whole.item() == want.value().item()
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(TypeError, match="float64"):
+        mbkern.LossSum().add(torch.zeros(3, dtype=torch.float64))
+    for name, target in (
+        ("mse_loss", torch.zeros(3, 4).double()),
+        ("cross_entropy", torch.zeros(3).long()),
+    ):
+        with pytest.raises(TypeError, match="float64"):
+            mbkern.loss_and_grad(
+                name, torch.zeros(3, 4).double(), target, loss_sum=mbkern.LossSum()
+            )
+
+
+def test_state_dict_pickle_and_copy() -> None:
+    total = mbkern.LossSum().add(SETS["every exponent"])
+    loaded = mbkern.LossSum()
+    loaded.load_state_dict(total.state_dict())
+    for other in (loaded, pickle.loads(pickle.dumps(total)), copy.deepcopy(total)):
+        assert torch.equal(other.state, total.state)
+        other.add(torch.tensor([1.0]))
+        assert not torch.equal(other.state, total.state), "the state is shared"
+    assert total.state.nbytes == 96
+    with pytest.raises(ValueError, match="12"):
+        loaded.load_state_dict({"state": torch.zeros(3, dtype=torch.int64)})
+
+
+RANK = """
+import sys, torch, mbkern
+rank, file = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group(
+    "gloo", store=torch.distributed.FileStore(file, 2), rank=rank, world_size=2
+)
+values = torch.linspace(-3e38, 3e38, 10_001) + rank * 1e-3
+values[rank::7] = 1e-45
+total = mbkern.LossSum().add(values)
+total.all_reduce()
+print(total.state.tolist())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_reduce(tmp_path: Path) -> None:
+    """Two processes over gloo."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    want = mbkern.LossSum()
+    for rank in range(2):
+        values = torch.linspace(-3e38, 3e38, 10_001) + rank * 1e-3
+        values[rank::7] = 1e-45
+        want.add(values)
+    assert outputs == [f"{want.state.tolist()}\n"] * 2

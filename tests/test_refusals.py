@@ -1,0 +1,227 @@
+"""What no pointer may be taken of is refused, the values in the message, and nothing written."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from guarded import in_child
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mbkern
+from mbkern import functional as F
+
+
+class Subclass(Tensor):
+    pass
+
+
+def fake(*shape: int) -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(shape)
+
+
+def without_memory(*shape: int) -> Tensor:
+    """What sharded training leaves of a parameter that is not gathered."""
+    x = torch.zeros(shape)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+UNFIT: dict[str, Callable[..., Tensor]] = {
+    "fake": fake,
+    "meta": lambda *shape: torch.empty(shape, device="meta"),
+    "subclass": lambda *shape: torch.zeros(shape).as_subclass(Subclass),
+    "sparse": lambda *shape: torch.zeros(shape).to_sparse(),
+    "csr": lambda *shape: torch.eye(*shape).to_sparse_csr(),
+    "mkldnn": lambda *shape: torch.zeros(shape).to_mkldnn(),
+    "nested": lambda *shape: torch.nested.nested_tensor(list(torch.zeros(shape))),
+    "quantized": lambda *shape: torch.quantize_per_tensor(torch.zeros(shape), 0.1, 0, torch.qint8),
+    "complex": lambda *shape: torch.zeros(shape, dtype=torch.complex64),
+    "boolean": lambda *shape: torch.zeros(shape, dtype=torch.bool),
+    "integer": lambda *shape: torch.zeros(shape, dtype=torch.int64),
+    "float8": lambda *shape: torch.zeros(shape).to(torch.float8_e4m3fn),
+    "zero tensor": lambda *shape: torch._efficientzerotensor(shape),
+    "without memory": without_memory,
+}
+REFUSED = (TypeError, ValueError, RuntimeError)  # NotImplementedError is a RuntimeError
+PLACES = {
+    "input": (3, 4),
+    "target": (3, 4),
+    "grad_out": (3, 4),
+    "weight": (4,),
+    "sample_weight": (3,),
+    "denominator": (),
+    "scale": (),
+}
+
+
+def exists(place: str, kind: str) -> bool:
+    """Whether there is such a tensor of that shape, and whether it is unfit there."""
+    dims = len(PLACES[place])
+    if kind in ("boolean", "integer", "float8"):
+        return place not in ("sample_weight", "denominator", "scale")  # there, real is enough
+    return dims >= {"csr": 2, "nested": 2, "mkldnn": 1}.get(kind, 0)
+
+
+PAIRS = [pair for pair in itertools.product(PLACES, UNFIT) if exists(*pair)]
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes and deprecations of torch
+@pytest.mark.parametrize(("place", "kind"), PAIRS)
+def test_unfit_tensors(place: str, kind: str) -> None:
+    """Refused in every place, in a child because a mistake is a crash."""
+    shape = PLACES[place]
+    # Made here: in a child, torch's own threads would hang.
+    x, y, unfit = torch.zeros(3, 4), torch.zeros(3, 4), UNFIT[kind](*shape)
+
+    def call() -> None:
+        classes = torch.zeros(3, dtype=torch.int64)
+        with pytest.raises(REFUSED):
+            mbkern.loss_and_grad("cross_entropy", **{"input": x, "target": classes, place: unfit})
+        if shape in ((3, 4), ()):
+            with pytest.raises(REFUSED):
+                mbkern.loss_and_grad("mse_loss", **{"input": x, "target": y, place: unfit})
+        assert not x.any()
+
+    in_child(call)
+
+
+def test_function_transforms() -> None:
+    """Inside vmap and grad, data_ptr() is 0 and raises nothing."""
+
+    def call() -> None:
+        x, target = torch.randn(5, 3, 4), torch.zeros(3, dtype=torch.int64)
+
+        def loss(y: Tensor) -> Tensor:
+            return mbkern.loss_and_grad("cross_entropy", y, target)[0]
+
+        def differentiable(y: Tensor) -> Tensor:
+            return F.cross_entropy(y, target)
+
+        for function in (loss, differentiable):
+            with pytest.raises(REFUSED):
+                torch.func.vmap(function)(x)
+            with pytest.raises(REFUSED):
+                torch.func.grad(function)(x[0])
+
+    in_child(call)
+
+
+WRONG_CLASSES = [torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", WRONG_CLASSES, ids=str)
+def test_dtypes_of_classes(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=str(dtype).removeprefix("torch.")):
+        F.cross_entropy(torch.zeros(3, 4), torch.zeros(3).to(dtype))
+
+
+def test_negative_views_are_right() -> None:
+    """A lazily negated view holds the numbers with the other sign."""
+    base = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    negative = base.conj().imag
+    assert negative.is_neg()
+    plain, target = negative.clone().resolve_neg(), torch.tensor([0, 3, 1])
+    for name, y in (("cross_entropy", target), ("mse_loss", torch.ones(3, 4))):
+        want = mbkern.loss_and_grad(name, plain, y)
+        got = mbkern.loss_and_grad(name, negative, y)
+        assert all(map(torch.equal, got, want))
+    weights = negative.abs()._neg_view()
+    for place in ("weight", "sample_weight", "denominator", "scale", "target"):
+        value = {"weight": weights[0], "sample_weight": weights[:, 0], "target": weights}.get(
+            place, weights[0, 0]
+        )
+        resolved = value.clone().resolve_neg()
+        arguments = {"input": plain, "target": target}
+        got = mbkern.loss_and_grad("cross_entropy", **{**arguments, place: value})
+        want = mbkern.loss_and_grad("cross_entropy", **{**arguments, place: resolved})
+        assert all(map(torch.equal, got, want)), place
+
+
+def test_negative_outputs_are_right_or_refused() -> None:
+    out = torch.zeros(3, 4, dtype=torch.complex64).conj().imag
+    target = torch.tensor([0, 3, 1])
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    _, want = mbkern.loss_and_grad("cross_entropy", x, target)
+    try:
+        mbkern.loss_and_grad("cross_entropy", x, target, grad_out=out)
+    except REFUSED:
+        assert not out.any()
+    else:
+        assert torch.equal(out, want)
+
+
+def overlapping() -> dict[str, tuple[Tensor, Tensor, dict[str, object]]]:
+    """Input, an output that is refused, and options."""
+    x = torch.zeros(3, 4)
+    wide = torch.zeros(30)
+    weight = torch.ones(12)
+    return {
+        "expanded": (x, torch.zeros(1, 4).expand(3, 4), {}),
+        "rows over rows": (x, torch.zeros(20).as_strided((3, 4), (2, 1)), {}),
+        "shifted over the input": (wide[:12].view(3, 4), wide[1:13].view(3, 4), {}),
+        "other strides over the input": (
+            wide[:12].view(3, 4),
+            wide[:12].view(4, 3).t(),
+            {},
+        ),
+        "accumulated into the input": (x, x, {"accumulate": True}),
+        "over the class weights": (x, weight.view(3, 4), {"weight": weight[:4]}),
+        "over the sample weights": (x, weight.view(3, 4), {"sample_weight": weight[9:]}),
+        "wrong shape": (x, torch.zeros(4, 3), {}),
+        "wrong dtype": (x, torch.zeros(3, 4, dtype=torch.float64), {}),
+        "accumulated in bfloat16": (
+            x.bfloat16(),
+            torch.zeros(3, 4, dtype=torch.bfloat16),
+            {"accumulate": True},
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", overlapping())
+def test_unfit_outputs(kind: str) -> None:
+    x, out, options = overlapping()[kind]
+    before = out.clone()
+    with pytest.raises(ValueError, match="grad_out"):
+        mbkern.loss_and_grad("cross_entropy", x, torch.tensor([0, 1, 2]), grad_out=out, **options)
+    assert torch.equal(out, before)
+
+
+def test_output_over_the_probabilities() -> None:
+    x, p = torch.zeros(3, 4), torch.ones(3, 4)
+    with pytest.raises(ValueError, match="overlaps another argument"):
+        mbkern.loss_and_grad("cross_entropy", x, p, grad_out=p)
+    with pytest.raises(ValueError, match="overlaps another argument"):
+        mbkern.loss_and_grad("mse_loss", x, p, argnums=(0, 1), grad_out=(x, x))
+
+
+@pytest.mark.parametrize("place", ["scale", "denominator"])
+def test_a_number_inside_the_output(place: str) -> None:
+    """A 0-dim tensor that lies in the gradient's memory: its value from before, or refused."""
+    x = torch.randn(40, 2000, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 2.0
+    target = torch.zeros(40, dtype=torch.int64)
+    _, want = mbkern.loss_and_grad("cross_entropy", x, target, **{place: 2.0})
+    try:
+        got = mbkern.loss_and_grad("cross_entropy", x, target, grad_out=x, **{place: x[0, 0]})[1]
+    except ValueError:
+        return
+    assert torch.equal(got, want)
+
+
+def test_read_only_arrays() -> None:
+    x = np.zeros((3, 4), dtype=np.float32)
+    x.flags.writeable = False
+    target = np.array([0, 1, 2])
+    mbkern.loss_and_grad("cross_entropy", x, target)
+    with pytest.raises(ValueError, match="read-only"):
+        mbkern.loss_and_grad("cross_entropy", x, target, grad_out=x)
+    with pytest.raises(ValueError, match="read-only"):
+        mbkern.loss_and_grad(
+            "cross_entropy", np.zeros((3, 4), dtype=np.float32), target, grad_out=x
+        )
