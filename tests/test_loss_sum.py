@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import struct
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mbkern
+from mbkern import _C
 
 
 def exact(values: Tensor) -> Fraction:
@@ -76,6 +78,8 @@ def wide(n: int, seed: int) -> Tensor:
     return (bits | signs.to(torch.int32)).view(torch.float32)
 
 
+#: Exponents of terms: at both ends of the bins, and in the middle.
+SIZES = [(-150, -60), (-62, -50), (-50, -40), (-40, -34), (-30, 0), (0, 16), (16, 24), (-150, 120)]
 SETS = {
     "losses": torch.rand(100_003, generator=torch.Generator().manual_seed(1)) * 12,
     "every exponent": wide(20_011, 2),
@@ -178,6 +182,24 @@ def test_a_mini_batch_for_every_cut(name: str, columns: int, dtype: torch.dtype)
             assert torch.equal(total.state, want.state), f"{reduction}, pieces of {size}"
     whole, _ = mbkern.loss_and_grad(name, x, target, reduction="sum", loss_dtype=torch.float32)
     assert whole.item() == want.value().item()
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("name", ["mse_loss", "half_squared_error"])
+def test_elements_of_every_size(name: str, isa: str) -> None:
+    """Element-wise losses are summed in bins of fp64, where they fit: no term may lose a bit."""
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        for n, (low, high) in itertools.product((1, 17, 5003), SIZES):
+            g = torch.Generator().manual_seed(n)
+            powers = torch.empty(n).uniform_(low / 2, high / 2, generator=g)
+            x = torch.exp2(powers) * (1 + torch.rand(n, generator=g))
+            zero, total = torch.zeros(n), mbkern.LossSum()
+            terms, _ = mbkern.loss_and_grad(name, x, zero, reduction="none", loss_sum=total)
+            assert torch.equal(total.state, mbkern.LossSum().add(terms).state), (n, low, high)
+    finally:
+        _C.set_isa(before)
 
 
 def test_float64_is_refused() -> None:

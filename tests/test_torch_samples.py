@@ -79,7 +79,7 @@ def differentiate(call: Call, dtype: torch.dtype) -> list[Tensor | None]:
 
 # Missed by less than an ulp: the loss of unnormalised fp32 probabilities, whose terms cancel in the
 # sum over items. Item by item our error is torch's; in these samples torch's items cancel as well.
-# fp64 sums of the distances would mend it. The set is exact: a new miss fails, and so does a mended one.
+# fp64 sums of the distances would mend it. The set is exact: a new miss fails, and a mended one.
 KNOWN_MISSES = {
     ("cross_entropy", torch.float32): {
         "cross_entropy[(2, 3), (2, 3)] {} torch.float32: loss",

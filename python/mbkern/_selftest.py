@@ -124,7 +124,7 @@ def patterns(double: bool) -> NDArray[Any]:
     everywhere = hashes(20, n + odd) >> np.uint64(64 - bits)
     mantissa = np.uint64((1 << (bits - 1 - exponent)) - 1)
     one = (1 << (exponent - 1)) - 1
-    near = (hashes(21, n) % np.uint64(60) + np.uint64(one - 48)) << np.uint64(bits - 1 - exponent)
+    near = (hashes(21, n) % np.uint64(24) + np.uint64(one - 16)) << np.uint64(bits - 1 - exponent)
     sign = (everywhere[:n] >> np.uint64(bits - 1)) << np.uint64(bits - 1)
     both = np.concatenate((everywhere, (everywhere[:n] & mantissa) | near | sign))
     edges = np.array([0, 1, 2], dtype=np.uint64)

@@ -111,6 +111,7 @@ ROWS = [
 ]
 POINTWISE = [
     Case("elements", (40001,)),
+    Case("elements of every size", (3001,), with_="wide"),
     Case("pairs of special values", (18, 18), with_="lattice"),
     Case("in place", (31, 17), "inplace", "sample"),
     Case("mean", (1237,), "mean", "sample"),
@@ -143,6 +144,10 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     if "lattice" in words:
         x = special[integers(3, shape, len(special))] if row else special[:, None].repeat(1, 18)
         target = target if row else special.repeat(18, 1)
+    if "wide" in words:  # losses below, within and above the bins of exact sums
+        small = dtype is torch.float16
+        power = integers(8, shape, 15 if small else 60).double() - (10 if small else 40)
+        x, target = (x.double() * torch.exp2(power)).to(dtype), torch.zeros_like(x)
     data: dict[str, Any] = {"options": {}}
     if row and "probabilities" in words:
         target = numbers(4, shape, dtype, 0.25).abs()
