@@ -146,8 +146,9 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
         target = target if row else special.repeat(18, 1)
     if "wide" in words:  # losses below, within and above the bins of exact sums
         small = dtype is torch.float16
-        power = integers(8, shape, 15 if small else 60).double() - (10 if small else 40)
-        x, target = (x.double() * torch.exp2(power)).to(dtype), torch.zeros_like(x)
+        power = integers(8, shape, 15 if small else 60) - (10 if small else 40)
+        factor = ((power + 1023) << 52).view(torch.float64)
+        x, target = (x.double() * factor).to(dtype), torch.zeros_like(x)
     data: dict[str, Any] = {"options": {}}
     if row and "probabilities" in words:
         target = numbers(4, shape, dtype, 0.25).abs()
