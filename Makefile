@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find csrc python -type 
 CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test bench gpu-check lint full exhaustive sanitize clang clean
+.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -30,7 +30,10 @@ demo: $(PACKAGE)
 	python examples/demo.py
 
 test: $(PACKAGE)
-	python -m pytest tests -q
+	python -m pytest tests -q -m 'not slow'
+
+slow: $(PACKAGE)
+	python -m pytest tests -q -m slow
 
 bench: $(PACKAGE)
 	python bench/run.py
@@ -47,7 +50,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint test exhaustive sanitize clang
+full: lint test slow exhaustive sanitize clang
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native

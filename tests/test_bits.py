@@ -146,6 +146,26 @@ def test_a_hundred_million_elements(dtype: torch.dtype) -> None:
             break
 
 
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("columns", [3, 65])
+def test_many_items_at_once(columns: int, isa: str) -> None:
+    """Threads that add losses to sums all the time: none may get in another's way."""
+    _C.set_isa(isa)
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(30_000, columns, generator=generator)
+    target = torch.randint(columns, (30_000,), generator=generator)
+    weight = torch.rand(30_000, generator=generator)
+    states = []
+    for threads in (1, 2, 2, 2, 3, 4):
+        torch.set_num_threads(threads)
+        total = mbkern.LossSum()
+        options = {"sample_weight": weight, "loss_sum": total, "loss_dtype": torch.float64}
+        loss, _ = mbkern.loss_and_grad("cross_entropy", x, target, **options)
+        mbkern.loss_and_grad("mse_loss", x, x.flip(0), loss_sum=total)
+        states.append((loss.item(), total.state.tolist()))
+    assert states == [states[0]] * len(states)
+
+
 @pytest.mark.parametrize("columns", [7, 64, 65, 300, 512, 513, 1100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["plain", *OPTIONS])

@@ -102,8 +102,8 @@ struct Free {
 
 template <class T>
 double run(const Backend& backend, int loss, DType input, RowArgs a, const Result& result) {
-  const double weights = a.from_state ? 0 : check_and_weigh<T>(a);
   const DefaultEnvironment environment;
+  const double weights = a.from_state ? 0 : check_and_weigh<T>(a);
   const double divisor = a.from_state ? read(a.denominator) : divisor_of(result, weights);
   a.denominator = {divisor, nullptr, DType::f64};
   // Read before anything is written: it may lie in the gradient's memory.
