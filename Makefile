@@ -3,7 +3,8 @@
 #   make test        all tests              make lint      style, types, stubs
 #   make bench       the microbenchmarks    make gpu-check what only a GPU can show
 #   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
-#   make full        all checks a CPU can do, with gcc and clang
+#   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
+#   make full        all checks a CPU can do
 PYTHON ?= python3
 CLANG ?= $(firstword $(foreach v,22 21 20 19 18 17 16 15,$(shell command -v clang++-$v)) clang++)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -14,7 +15,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find csrc python -type 
 CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang clean
+.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang aarch64 clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -50,7 +51,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint test slow exhaustive sanitize clang
+full: lint test slow sanitize clang aarch64 exhaustive
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native
@@ -76,6 +77,14 @@ clang: $(TOOLS)
 	CXX=$(CLANG) $(CONFIGURE) -B build/clang
 	cmake --build build/clang
 	build/clang/core_test
+
+# Needs a cross-compiler and an emulator: g++-aarch64-linux-gnu and qemu-user on Debian.
+AARCH64 := aarch64-linux-gnu
+aarch64: $(TOOLS)
+	$(CONFIGURE) -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(AARCH64)-g++
+	cmake --build build/aarch64
+	qemu-aarch64 -L /usr/$(AARCH64) build/aarch64/core_test --quick
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(PACKAGE)

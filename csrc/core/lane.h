@@ -71,13 +71,16 @@ MBK_FN float fma(float a, float b, float c) {
 #else
   // No fused multiply-add in the x86-64 baseline. The product of two floats is exact in double; the
   // sum is rounded to odd (Boldo & Melquiond 2008), after which rounding to float rounds only once.
+  // That matters only where s looks like a float or halfway between two: its last 28 bits are 0.
   const double p = (double)a * (double)b, z = c;
   double s = p + z;
-  const double v = s - p;
-  const double error = (p - (s - v)) + (z - v);  // exact (Knuth); NaN where s is not finite
-  if ((error > 0 || error < 0) && !(bits(s) & 1)) {
-    const bool away = (error > 0) == (s > 0);
-    s = as_float((int64_t)(bits(s) + (away ? 1 : -1)));
+  if (!(bits(s) & 0xfffffff)) {
+    const double v = s - p;
+    const double error = (p - (s - v)) + (z - v);  // exact (Knuth); NaN where s is not finite
+    if (error > 0 || error < 0) {
+      const bool away = (error > 0) == (s > 0);
+      s = as_float((int64_t)(bits(s) + (away ? 1 : -1)));
+    }
   }
   return (float)s;
 #endif

@@ -164,7 +164,7 @@ struct RowSums {
       const S* p = x.group(j);
       Int<V> found = Int<V>{};
       for (int k = 0; k < kUnroll; ++k) found |= load<V>(p + k * kLanes) == m;
-      if (!any(found != 0)) continue;
+      if (!any(found)) continue;
       for (int k = 0; k < kGroup; ++k)
         if ((T)widen(p[k]) == m) return j + k;
     }

@@ -177,7 +177,10 @@ struct Wide {
   }
 };
 
+// One draw a statement: the order of draws in an expression would be the compiler's.
 float term_of_kind(Random& r, int kind) {
+  const bool first = r.one_in(2);
+  const int64_t second = r.below(3);
   switch (kind) {
     case 0:
       return (float)(20 * r.uniform());
@@ -186,12 +189,11 @@ float term_of_kind(Random& r, int kind) {
       return isfinite(x) ? x : 0;
     }
     case 2:
-      return (r.one_in(2) ? -1 : 1) * (r.one_in(3) ? 1e-38f : 1e38f);
+      return (first ? -1 : 1) * (second ? 1e38f : 1e-38f);
     case 3:
-      return float_of((uint32_t)r.below(1 << 24) | (r.one_in(2) ? 0x80000000u : 0));
+      return float_of((uint32_t)r.below(1 << 24) | (first ? 0x80000000u : 0));
     default:  // around the limits of what the bins of exact_bins.h hold
-      return (float)ldexp(1 + r.below(3) * 0x1p-23,
-                          r.one_in(2) ? 19 + (int)r.below(3) : -37 + (int)r.below(3));
+      return (float)ldexp(1 + r.below(3) * 0x1p-23, (first ? 19 : -37) + (int)second);
   }
 }
 
@@ -240,7 +242,8 @@ int64_t numbers_fma(const Options& options) {
     float c = r.any_float();
     if (i % 2) {  // near -a b, or within a few bits of where its last bit counts
       const uint32_t product = m::bits(-a * b) ^ (r.one_in(2) ? 0x80000000u : 0);
-      c = float_of(product + (uint32_t)r.below(7) - 3 + ((uint32_t)(r.below(53) - 26) << 23));
+      const uint32_t near = (uint32_t)r.below(7) - 3, binades = (uint32_t)(r.below(53) - 26);
+      c = float_of(product + near + (binades << 23));
     }
     check_fma(a, b, c);
   }
