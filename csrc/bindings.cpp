@@ -1,10 +1,12 @@
-// The Python module mbkern._C: plain functions over addresses and numbers. The only file that knows
-// pybind11; all checks of tensors are in python/mbkern/_launch*.py, its only callers.
+// The Python module mbkern._C. row_loss and pointwise_loss take tensors, and return None for what
+// they cannot compute: their callers in python/mbkern/_launch*.py then say why, or help. The other
+// functions take addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -17,139 +19,232 @@
 #include "cpu/pointwise_call.h"
 #include "cpu/row_call.h"
 #include "losses/all.h"
+#include "python/tensor.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using Address = std::uintptr_t;
+using mbk::python::item_strides;
+using mbk::python::Tensor;
 
 template <class T>
 T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-// The fields of a call, in order, out of a flat tuple of ints and a flat tuple of floats: a
-// fraction of the time of as many arguments. _launch.py builds the tuples in the order in which
-// they are read here.
+// The fields of a call, in order, out of one flat tuple: a fraction of the time of as many
+// arguments. The callers build the tuples in the order in which they are read here.
 class Fields {
  public:
-  Fields(const py::tuple& integers, const py::tuple& numbers)
-      : integers_(integers), numbers_(numbers) {}
-  // Throws unless every field was read and was there, and was a number.
+  explicit Fields(const py::tuple& fields) : fields_(fields) {}
+  // Throws unless every field was read and was there, and was what it was read as.
   void finish() const {
     if (PyErr_Occurred()) throw py::error_already_set();
-    if (next_integer_ != PyTuple_GET_SIZE(integers_.ptr()) ||
-        next_number_ != PyTuple_GET_SIZE(numbers_.ptr()))
-      throw std::invalid_argument(
-          "mbkern._C: wrong number of fields; _launch.py and bindings.cpp differ");
+    if (next_ != PyTuple_GET_SIZE(fields_.ptr()))
+      throw std::invalid_argument("mbkern._C: wrong number of fields; the callers differ");
   }
-  std::int64_t integer() {
-    PyObject* field = get(integers_, next_integer_++);
-    return field ? PyLong_AsLongLong(field) : 0;
-  }
-  double number() {
-    PyObject* field = get(numbers_, next_number_++);
-    return field ? PyFloat_AsDouble(field) : 0;
-  }
+  std::int64_t integer() { return PyLong_AsLongLong(get()); }
+  double number() { return PyFloat_AsDouble(get()); }
   bool boolean() { return integer() != 0; }
-  void* address() {
-    PyObject* field = get(integers_, next_integer_++);
-    return field ? PyLong_AsVoidPtr(field) : nullptr;
-  }
+  void* address() { return PyLong_AsVoidPtr(get()); }
   mbk::DType dtype() { return static_cast<mbk::DType>(integer()); }
-  mbk::Strides strides() {
-    const std::int64_t outer = integer(), inner = integer(), column = integer();
-    return {outer, inner, column};
+  Tensor tensor() { return Tensor(get()); }
+  // A number or a 0-dim tensor; None: absent. False where it is neither.
+  bool scalar(mbk::Scalar& s, bool& present) {
+    PyObject* field = get();
+    present = field != Py_None;
+    if (!present) return true;
+    if (PyFloat_CheckExact(field) || PyLong_CheckExact(field)) {
+      s = {PyFloat_AsDouble(field), nullptr, mbk::DType::f64};
+      return true;
+    }
+    const Tensor tensor(field);
+    s = {0, tensor.data, tensor.dtype};
+    return tensor.kind == Tensor::Kind::floating && tensor.dims == 0;
   }
-  mbk::Scalar scalar() {
-    const double value = number();
-    const void* pointer = address();
-    return {value, pointer, dtype()};
+  bool scalar(mbk::Scalar& s) {
+    bool present;
+    return scalar(s, present) && present;
   }
-  mbk::Result result() {
-    mbk::Result r{};
+  // Where results go: the reduction, the mean's divisor, the loss, and the sum of the terms.
+  bool result(mbk::Result& r) {
     r.reduction = static_cast<mbk::Reduction>(integer());
-    r.has_denominator = boolean();
-    r.denominator = scalar();
-    r.loss = address();
-    r.loss_dtype = dtype();
-    r.loss_sum = static_cast<mbk::ExactSumState*>(address());
-    return r;
+    const bool known = scalar(r.denominator, r.has_denominator);
+    const Tensor loss = tensor(), sum = tensor();
+    r.loss = loss.data, r.loss_dtype = loss.dtype;
+    r.loss_sum = static_cast<mbk::ExactSumState*>(sum.data);
+    return known && loss.kind <= Tensor::Kind::floating && sum.kind != Tensor::Kind::unsuited;
   }
 
  private:
-  static PyObject* get(const py::tuple& fields, Py_ssize_t i) {
-    return i < PyTuple_GET_SIZE(fields.ptr()) ? PyTuple_GET_ITEM(fields.ptr(), i) : nullptr;
+  PyObject* get() {
+    if (next_ < PyTuple_GET_SIZE(fields_.ptr())) return PyTuple_GET_ITEM(fields_.ptr(), next_++);
+    ++next_;  // finish() will see it
+    return Py_None;
   }
-  const py::tuple &integers_, &numbers_;
-  Py_ssize_t next_integer_ = 0, next_number_ = 0;
+  const py::tuple& fields_;
+  Py_ssize_t next_ = 0;
 };
 
-double row_loss(const py::tuple& integers, const py::tuple& numbers) {
-  Fields f(integers, numbers);
+// One value an item, in the type that the loss is computed in.
+bool per_item(const Tensor& t, const Tensor& input, bool in_double, const void*& data,
+              mbk::Strides& strides) {
+  if (!t) return true;
+  data = t.data;
+  const int dims = input.dims > 1 ? input.dims - 1 : 0;
+  bool good = t.is(in_double ? mbk::DType::f64 : mbk::DType::f32) && t.dims == dims;
+  for (int d = 0; good && d < dims; ++d) good = t.shape[d] == input.shape[d ? d + 1 : 0];
+  return good && item_strides(t, false, strides);
+}
+
+// Contiguous output of a given type and size; absent is good too.
+bool dense(const Tensor& t, bool in_double, std::int64_t n, void*& data) {
+  data = t.data;
+  return !t || (t.is(in_double ? mbk::DType::f64 : mbk::DType::f32) && t.numel() == n);
+}
+
+// Returns the divisor of a mean; None, with nothing written, for what is not suited.
+py::object row_loss(const py::tuple& fields) {
+  Fields f(fields);
   mbk::RowArgs a{};
+  mbk::Result r{};
   const int loss = static_cast<int>(f.integer());
-  const mbk::DType dtype = f.dtype();
-  a.items = f.integer(), a.inner_size = f.integer(), a.columns = f.integer();
-  a.input = f.address(), a.input_strides = f.strides();
-  a.grad = f.address(), a.grad_strides = f.strides(), a.accumulate = f.boolean();
-  a.target = f.address();
-  const std::int64_t target_type = f.integer();  // -1: probabilities
-  a.target_is_index = target_type >= 0;
-  a.target_type = static_cast<mbk::IndexType>(target_type < 0 ? 0 : target_type);
-  a.target_strides = f.strides(), a.ignore_index = f.integer();
-  a.class_weight = f.address();
-  a.sample_weight = f.address(), a.sample_weight_strides = f.strides();
-  a.label_smoothing = f.number(), a.z_loss = f.number(), a.softcap = f.number();
-  a.scale = f.scalar();
-  a.item_scale = f.address(), a.item_scale_strides = f.strides();
-  a.losses = f.address(), a.row_state = f.address(), a.from_state = f.boolean();
+  const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
+  const Tensor sample_weight = f.tensor(), grad = f.tensor(), item_scale = f.tensor();
+  const Tensor losses = f.tensor(), state = f.tensor();
+  a.accumulate = f.boolean(), a.from_state = f.boolean(), a.ignore_index = f.integer();
+  a.label_smoothing = f.number(), a.z_loss = f.number();
+  bool capped = false;
+  mbk::Scalar cap{};
+  bool good = f.scalar(cap, capped) && !cap.pointer;
+  a.softcap = cap.value;
+  good = f.scalar(a.scale) && good;
   a.denominator = {f.number(), nullptr, mbk::DType::f64};
-  const mbk::Result r = f.result();
+  good = f.result(r) && good;
   a.threads = static_cast<int>(f.integer());
   f.finish();
-  const mbk::Backend& backend = mbk::current_backend();
-  const py::gil_scoped_release release;
-  return mbk::run_row_loss(backend, loss, dtype, a, r);
-}
 
-double pointwise_loss(const py::tuple& integers, const py::tuple& numbers, const py::tuple& shape,
-                      const py::list& view_strides) {
-  Fields f(integers, numbers);
-  mbk::PointwiseArgs a{};
-  const int loss = static_cast<int>(f.integer());
-  const mbk::DType type = f.dtype();
-  if (shape.size() > mbk::kMaxDims || view_strides.size() != mbk::kViews)
-    throw std::invalid_argument("mbkern: " + std::to_string(shape.size()) +
-                                " dimensions; at most " + std::to_string(mbk::kMaxDims) +
-                                " are supported for layouts that do not merge");
-  a.dims = static_cast<int>(shape.size());
-  for (int d = 0; d < a.dims; ++d) a.shape[d] = shape[d].cast<std::int64_t>();
-  for (int v = 0; v < mbk::kViews; ++v) {
-    a.views[v].data = f.address();
-    a.views[v].dtype = f.dtype();
-    if (!a.views[v].data) continue;
-    const py::tuple strides = view_strides[v];
-    for (int d = 0; d < a.dims; ++d) a.views[v].strides[d] = strides[d].cast<std::int64_t>();
+  using Kind = Tensor::Kind;
+  if (!good || input.kind != Kind::floating || input.dims < 1) return py::none();
+  const bool in_double = input.dtype == mbk::DType::f64;
+  a.columns = input.shape[input.dims > 1 ? 1 : 0];
+  a.items = 1, a.inner_size = 1;
+  for (int d = 0; d < input.dims; ++d) {
+    if (d == (input.dims > 1 ? 1 : 0)) continue;
+    a.items *= input.shape[d];
+    if (d > 1) a.inner_size *= input.shape[d];
   }
-  a.accumulate = f.boolean(), a.parameter = f.number(), a.scale = f.scalar();
-  const mbk::Result r = f.result();
-  a.threads = static_cast<int>(f.integer());
-  f.finish();
+  if (target.kind == Kind::index) {
+    a.target_is_index = true, a.target_type = target.index_type;
+    good = target.dims == (input.dims > 1 ? input.dims - 1 : 0);
+    for (int d = 0; good && d < target.dims; ++d)
+      good = target.shape[d] == input.shape[d ? d + 1 : 0];
+  } else {
+    good = target.is(input.dtype) && target.same_shape(input) && a.ignore_index < 0;
+  }
+  a.input = input.data, a.target = target.data, a.class_weight = weight.data;
+  good = good && item_strides(input, true, a.input_strides) &&
+         item_strides(target, !a.target_is_index, a.target_strides);
+  if (good && weight)
+    good = weight.is(in_double ? mbk::DType::f64 : mbk::DType::f32) && weight.dims == 1 &&
+           weight.shape[0] == a.columns && (weight.strides[0] == 1 || a.columns <= 1);
+  good =
+      good && per_item(sample_weight, input, in_double, a.sample_weight, a.sample_weight_strides);
+  good = good && per_item(item_scale, input, in_double, a.item_scale, a.item_scale_strides);
+  if (good && grad) {
+    a.grad = grad.data;
+    const mbk::DType wanted = !a.accumulate ? input.dtype
+                              : in_double   ? mbk::DType::f64
+                                            : mbk::DType::f32;
+    good = grad.is(wanted) && grad.same_shape(input) && item_strides(grad, true, a.grad_strides);
+  }
+  const std::int64_t saved = a.target_is_index ? 2 : 3;
+  good = good && dense(losses, in_double, a.items, a.losses) &&
+         dense(state, in_double, saved * a.items, a.row_state) && (!a.from_state || state) &&
+         (!r.loss_sum || !in_double);
+  good = good && a.label_smoothing >= 0 && a.label_smoothing <= 1 &&
+         (!capped || (a.softcap > 0 && a.softcap < HUGE_VAL));
+  if (!good) return py::none();
+
   const mbk::Backend& backend = mbk::current_backend();
-  const py::gil_scoped_release release;
-  return mbk::run_pointwise_loss(backend, loss, type, a, r);
+  double divisor;
+  {
+    const py::gil_scoped_release release;
+    divisor = mbk::run_row_loss(backend, loss, input.dtype, a, r);
+  }
+  return py::float_(divisor);
 }
 
-double exact_result(Address state, const py::tuple& integers, const py::tuple& numbers) {
-  Fields f(integers, numbers);
-  const mbk::Result r = f.result();
+// Dimensions of size 1 are dropped, and those merged that are one in every view.
+bool merge(const std::vector<const Tensor*>& views, mbk::PointwiseArgs& a) {
+  const Tensor& first = *views[0];
+  a.dims = 0;
+  for (int d = 0; d < first.dims; ++d) {
+    const std::int64_t size = first.shape[d];
+    if (size == 1) continue;
+    bool one = a.dims > 0;
+    for (int v = 0; one && v < mbk::kViews; ++v)
+      one = !*views[v] || a.views[v].strides[a.dims - 1] == views[v]->strides[d] * size;
+    if (!one && a.dims == mbk::kMaxDims) return false;
+    if (!one) a.shape[a.dims++] = 1;
+    a.shape[a.dims - 1] *= size;
+    for (int v = 0; v < mbk::kViews; ++v)
+      if (*views[v]) a.views[v].strides[a.dims - 1] = views[v]->strides[d];
+  }
+  return true;
+}
+
+// Returns the divisor of a mean; None, with nothing written, for what is not suited.
+py::object pointwise_loss(const py::tuple& fields) {
+  Fields f(fields);
+  mbk::PointwiseArgs a{};
+  mbk::Result r{};
+  const int loss = static_cast<int>(f.integer());
+  const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
+  const Tensor item_scale = f.tensor(), losses = f.tensor();
+  const Tensor grad_input = f.tensor(), grad_target = f.tensor();
+  a.accumulate = f.boolean(), a.parameter = f.number();
+  bool good = f.scalar(a.scale);
+  good = f.result(r) && good;
+  a.threads = static_cast<int>(f.integer());
   f.finish();
+
+  using Kind = Tensor::Kind;
+  if (!good || input.kind != Kind::floating || target.kind != Kind::floating) return py::none();
+  const std::vector<const Tensor*> views = {&input,  &target,     &weight,     &item_scale,
+                                            &losses, &grad_input, &grad_target};
+  const mbk::DType type =
+      input.is(mbk::DType::f64) || target.is(mbk::DType::f64) ? mbk::DType::f64 : mbk::DType::f32;
+  for (int v = 0; v < mbk::kViews; ++v) {
+    const Tensor& t = *views[v];
+    if (!t) continue;
+    if (t.kind != Kind::floating || !t.same_shape(input)) return py::none();
+    a.views[v].data = t.data, a.views[v].dtype = t.dtype;
+    if ((v == mbk::kWeight || v == mbk::kItemScale) && t.dtype != type) return py::none();
+  }
+  if ((r.loss_sum && type == mbk::DType::f64) || !merge(views, a)) return py::none();
+
+  const mbk::Backend& backend = mbk::current_backend();
+  double divisor;
+  {
+    const py::gil_scoped_release release;
+    divisor = mbk::run_pointwise_loss(backend, loss, type, a, r);
+  }
+  return py::float_(divisor);
+}
+
+py::object exact_result(Address state, const py::tuple& fields) {
+  Fields f(fields);
+  mbk::Result r{};
+  const bool good = f.result(r);
+  f.finish();
+  if (!good) return py::none();
   const mbk::DefaultEnvironment environment;
   const double divisor = mbk::divisor_of(r, 1);
   mbk::store_result(r, *at<mbk::ExactSumState>(state), divisor);
-  return divisor;
+  return py::float_(divisor);
 }
 
 template <class... L>
@@ -210,15 +305,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
 
   m.def(
-      "scalar_value",
-      [](Address address, int dtype) {
-        return mbk::read_scalar({0, at<void>(address), static_cast<mbk::DType>(dtype)});
-      },
-      py::arg("address"), py::arg("dtype"));
-  m.def(
       "exact_value", [](Address s) { return mbk::exact_value(*at<mbk::ExactSumState>(s)); },
       py::arg("state"));
-  m.def("exact_result", &exact_result, py::arg("state"), py::arg("integers"), py::arg("numbers"));
+  m.def("exact_result", &exact_result, py::arg("state"), py::arg("fields"));
   m.def(
       "exact_merge",
       [](Address into, Address from) {
@@ -251,7 +340,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("source"), py::arg("source_dtype"), py::arg("to"), py::arg("to_dtype"), py::arg("n"),
       py::arg("threads"));
 
-  m.def("row_loss", &row_loss, py::arg("integers"), py::arg("numbers"));
-  m.def("pointwise_loss", &pointwise_loss, py::arg("integers"), py::arg("numbers"),
-        py::arg("shape"), py::arg("view_strides"));
+  m.def("set_torch", &mbk::python::set_torch, py::arg("types"), py::arg("dtypes"),
+        py::arg("exchange"));
+  m.def("row_loss", &row_loss, py::arg("fields"));
+  m.def("pointwise_loss", &pointwise_loss, py::arg("fields"));
 }

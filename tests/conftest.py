@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mbkern import _C
+from mbkern import _C, _launch
 
 
 @pytest.fixture(params=_C.isas())
@@ -28,3 +28,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["exchange table", "attributes"])
+def reader(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with each way to read tensors that this torch offers."""
+    exchange = request.param == "exchange table"
+    if exchange and not _launch.has_exchange_table:
+        pytest.skip("this torch has no exchange table")
+    assert _launch.read_torch(exchange=exchange) == exchange
+    yield request.param
+    _launch.read_torch()

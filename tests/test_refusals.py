@@ -72,6 +72,7 @@ PAIRS = [pair for pair in itertools.product(PLACES, UNFIT) if exists(*pair)]
 
 
 @pytest.mark.filterwarnings("ignore")  # prototypes and deprecations of torch
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize(("place", "kind"), PAIRS)
 def test_unfit_tensors(place: str, kind: str) -> None:
     """Refused in every place, in a child because a mistake is a crash."""
@@ -91,6 +92,7 @@ def test_unfit_tensors(place: str, kind: str) -> None:
     in_child(call)
 
 
+@pytest.mark.usefixtures("reader")
 def test_function_transforms() -> None:
     """Inside vmap and grad, data_ptr() is 0 and raises nothing."""
 
@@ -112,6 +114,32 @@ def test_function_transforms() -> None:
     in_child(call)
 
 
+@pytest.mark.usefixtures("reader")
+def test_readers_agree() -> None:
+    """Every dtype and layout is read alike, with the table and without."""
+    base = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    classes = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(2))
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t,
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        lambda t: torch.stack((t, t), -1)[..., 1],
+        lambda t: t[:, :, ::2, 1:],
+        lambda t: t[..., :0],
+    ]
+    for dtype, index, layout in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+        layouts,
+    ):
+        x = layout(base.to(dtype))
+        target = classes[:, ::2, 1:] if x.shape == (2, 3, 2, 4) else classes[..., : x.shape[3]]
+        got = mbkern.loss_and_grad("cross_entropy", x, target.to(index))
+        want = mbkern.loss_and_grad("cross_entropy", x.contiguous(), target.contiguous())
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), (dtype, index, x.stride())
+
+
 WRONG_CLASSES = [torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float32]
 
 
@@ -121,6 +149,7 @@ def test_dtypes_of_classes(dtype: torch.dtype) -> None:
         F.cross_entropy(torch.zeros(3, 4), torch.zeros(3).to(dtype))
 
 
+@pytest.mark.usefixtures("reader")
 def test_negative_views_are_right() -> None:
     """A lazily negated view holds the numbers with the other sign."""
     base = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,8 @@
-"""From checked tensors to kernels: what all launches share, row losses and exact sums.
+"""From tensors to kernels: what all launches share, row losses and exact sums.
 
-This file and ``_launch_pointwise`` are the only ones that take addresses for the kernels. Every
-check is made before anything is written; the kernels below check only class indices.
+The compiled module reads the tensors itself, checks everything before it writes anything, and
+returns None for what it cannot take. Only then is this file asked what is wrong: it raises, with
+the values in the message, or makes plain, dense copies.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,45 +27,46 @@ from mbkern._arguments import (
 from mbkern._tensors import (
     DTYPES,
     INDEX_TYPES,
-    Layout,
     describe,
-    item_layout,
     require_dtype,
     require_plain,
 )
 
-ScalarArgument: TypeAlias = tuple[float, int, int]
-
-ONE: ScalarArgument = (1.0, 0, 0)
-_NO_LAYOUT: Layout = (0, 0, 0)
-_F64 = DTYPES[torch.float64]
 _HUGE_PAGE_BYTES = 4 << 20  # below, the system call costs more than the page faults it saves
+_SCALARS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
 
 
-def scalar_argument(value: Number | None, name: str) -> tuple[ScalarArgument, Tensor | None]:
-    """Return a number or 0-dim tensor as (value, address, dtype), and the tensor to keep alive."""
+def read_torch(*, exchange: bool = True) -> bool:
+    """Tell the compiled module how to read tensors; return whether by torch's exchange table."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
+    return _C.set_torch((Tensor, torch.nn.Parameter), (*DTYPES, *INDEX_TYPES), table)
+
+
+has_exchange_table = read_torch()
+
+
+def scalar_argument(value: Number | None, name: str) -> float | Tensor:
+    """Return a number or 0-dim tensor as what the kernels take; None is 1."""
     if value is None:
-        return ONE, None
-    if isinstance(value, Tensor):
-        tensor = require_plain(value.detach(), name)
-        if tensor.dim() != 0:
-            raise ValueError(
-                f"mbkern: {name} must be a number or a 0-dim tensor, not {describe(tensor)}"
-            )
-        if tensor.dtype not in DTYPES:
-            if tensor.is_complex():
-                raise TypeError(f"mbkern: {name} is {tensor.dtype}; it must be a real number")
-            tensor = tensor.to(torch.float64)
-        return (0.0, tensor.data_ptr(), DTYPES[tensor.dtype]), tensor
-    return (float(value), 0, 0), None
+        return 1.0
+    if not isinstance(value, Tensor):
+        return float(value)
+    tensor = require_plain(value.detach(), name)
+    if tensor.dim() != 0:
+        raise ValueError(
+            f"mbkern: {name} must be a number or a 0-dim tensor, not {describe(tensor)}"
+        )
+    if tensor.dtype not in DTYPES:
+        if tensor.is_complex():
+            raise TypeError(f"mbkern: {name} is {tensor.dtype}; it must be a real number")
+        tensor = tensor.to(torch.float64)
+    return tensor
 
 
-def scalar_value(tensor: Tensor, name: str) -> float:
-    """Read a 0-dim CPU tensor; a fraction of the time of ``float(tensor)``."""
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is None:
-        return float(tensor)
-    return _C.scalar_value(require_plain(tensor, name).data_ptr(), dtype)
+def new_scalar(dtype: torch.dtype) -> Tensor | None:
+    """Allocate a 0-dim result, faster than ``torch.empty``; None for a dtype without kernels."""
+    like = _SCALARS.get(dtype)
+    return None if like is None else torch.empty_like(like)
 
 
 def scale_dense(tensor: Tensor, factor: float) -> Tensor:
@@ -121,59 +123,71 @@ class RowOptions:
 
 
 class RowCall:
-    """The checked, addressable form of one call of a row loss. Holds its tensors alive."""
+    """One call of a row loss: its tensors, with weights in the type computed in, and options."""
 
-    __slots__ = (
-        "columns", "compute", "dtype", "has_index", "inner", "input", "input_layout", "items",
-        "number", "options", "sample_layout", "sample_weight", "shape", "target", "target_layout",
-        "target_type", "weight",
-    )  # fmt: skip
+    __slots__ = ("input", "number", "options", "sample_weight", "target", "weight")
 
     def __init__(self, number: int, input: Tensor, target: Tensor, options: RowOptions) -> None:
         self.number = number
         self.options = options
-        input = require_plain(input, "input")
-        target = require_plain(target, "target")
-        self.dtype = require_dtype(input, "input")
-        self.compute = torch.float64 if self.dtype == _F64 else torch.float32
-        shape = input.shape
-        dims = len(shape)
-        if dims == 2:
-            items, self.columns = shape
-            self.shape, self.items, self.inner = shape[:1], items, 1
-        elif dims == 0:
+        self.input = input
+        self.target = target
+        self.weight = self.sample_weight = None
+        if options.weight is not None or options.sample_weight is not None:
+            self.explain()
+            if options.weight is not None:
+                columns = input.shape[1 if input.dim() > 1 else 0]
+                self.weight = class_weight(options.weight, columns, self.compute)
+            if options.sample_weight is not None:
+                weights = weights_as(options.sample_weight, "sample_weight", self.compute)
+                self.sample_weight = self.per_item(weights, "sample_weight")
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The type that the loss is computed in."""
+        return torch.float64 if self.input.dtype is torch.float64 else torch.float32
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the unreduced loss."""
+        shape = self.input.shape
+        return shape[:1] + shape[2:] if len(shape) > 1 else torch.Size(())
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the target holds class indices, not class probabilities."""
+        return self.target.shape != self.input.shape
+
+    def new_state(self) -> Tensor:
+        """Memory for what is saved of an item: maximum, sum of the other terms, and for class
+        probabilities the sum of the coefficients."""
+        return torch.empty((2 if self.has_index else 3, math.prod(self.shape)), dtype=self.compute)
+
+    def per_item(self, values: Tensor, name: str) -> Tensor:
+        """Broadcast one value an item to the shape of the unreduced loss."""
+        try:
+            return values.expand(self.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mbkern: {name} has shape {tuple(values.shape)}, which does not "
+                f"broadcast to the shape of the unreduced loss, {tuple(self.shape)}"
+            ) from None
+
+    def explain(self) -> None:
+        """Raise if these arguments are no loss; otherwise make the tensors plain."""
+        options = self.options
+        self.input = input = require_plain(self.input, "input")
+        self.target = target = require_plain(self.target, "target")
+        require_dtype(input, "input")
+        if input.dim() == 0:
             raise ValueError(
                 "mbkern: input must have a class dimension: (C), (N, C) or (N, C, d1, ...), not ()"
             )
-        else:
-            self.columns = shape[1 if dims > 1 else 0]
-            self.shape = torch.Size(()) if dims == 1 else shape[:1] + shape[2:]
-            self.items, self.inner = math.prod(self.shape), math.prod(self.shape[1:])
-        self.has_index = target.shape != shape
         if self.has_index:
-            index_type = INDEX_TYPES.get(target.dtype)
-            if index_type is None or target.shape != self.shape:
-                refuse_indices(target, shape, self.shape)
-            self.target_type: int = index_type  # type: ignore[assignment]
+            if target.dtype not in INDEX_TYPES or target.shape != self.shape:
+                refuse_indices(target, input.shape, self.shape)
         else:
-            target = probabilities(target, input, options.ignore_index)
-            self.target_type = -1
-        if dims == 2 and self.has_index:  # the common case, without the calls
-            self.input, self.target = input, target
-            rows, columns = input.stride()
-            self.input_layout = (rows, 0, columns)
-            self.target_layout = (target.stride()[0], 0, 0)
-        else:
-            self.input, self.input_layout = _mergeable(input, True)
-            self.target, self.target_layout = _mergeable(target, not self.has_index)
-
-        self.weight = self.sample_weight = None
-        self.sample_layout = _NO_LAYOUT
-        if options.weight is not None:
-            self.weight = class_weight(options.weight, self.columns, self.compute)
-        if options.sample_weight is not None:
-            weights = weights_as(options.sample_weight, "sample_weight", self.compute)
-            self.sample_weight, self.sample_layout = self.per_item(weights, "sample_weight")
+            probabilities(target, input, options.ignore_index)
         if not 0.0 <= options.label_smoothing <= 1.0:
             raise ValueError(
                 f"mbkern: label_smoothing must be in [0, 1], not {options.label_smoothing}"
@@ -181,27 +195,12 @@ class RowCall:
         if options.softcap is not None and not 0.0 < options.softcap < math.inf:
             raise ValueError(f"mbkern: softcap must be positive and finite, not {options.softcap}")
 
-    def per_item(self, values: Tensor, name: str) -> tuple[Tensor, Layout]:
-        """Broadcast one value an item to the shape of the unreduced loss."""
-        try:
-            values = values.expand(self.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"mbkern: {name} has shape {tuple(values.shape)}, which does not "
-                f"broadcast to the shape of the unreduced loss, {tuple(self.shape)}"
-            ) from None
-        return _mergeable(values, False)
-
-    def state_rows(self) -> int:
-        """Saved values an item: maximum, sum of the other terms, sum of the coefficients."""
-        return 2 if self.has_index else 3
-
     def run(
         self,
         *,
         grad: Tensor | None = None,
         accumulate: bool = False,
-        scale: ScalarArgument = ONE,
+        scale: float | Tensor = 1.0,
         item_scale: Tensor | None = None,
         state: Tensor | None = None,
         from_state: bool = False,
@@ -215,68 +214,50 @@ class RowCall:
         ``divisor``.
         """
         o = self.options
-        input = self.input
-        none = o.reduction == "none"
-        losses = loss = None
-        dtype = loss_dtype or input.dtype
-        loss_address = losses_address = 0
-        if not from_state:
-            if none:
-                losses = torch.empty(self.shape, dtype=self.compute)
-                losses_address = losses.data_ptr()
-            else:
-                loss = torch.empty((), dtype=dtype)
-                loss_address = loss.data_ptr()
-        denominator, keep = (
-            (ONE, None) if o.denominator is None else scalar_argument(o.denominator, "denominator")
+        dtype = loss_dtype or self.input.dtype
+        denominator = (
+            None if o.denominator is None else scalar_argument(o.denominator, "denominator")
         )
-
-        target_grad = grad
-        grad_layout = _NO_LAYOUT
-        if grad is not None:
-            if grad.stride() == input.stride():
-                grad_layout = self.input_layout
-            else:
-                grad, grad_layout = _mergeable(grad, True)
-        scale_layout = _NO_LAYOUT
         if item_scale is not None:
-            item_scale, scale_layout = self.per_item(
-                item_scale.to(self.compute), "the incoming gradient"
-            )
-        weight, sample_weight = self.weight, self.sample_weight
-        divisor = _C.row_loss(
-            (
-                self.number, self.dtype, self.items, self.inner, self.columns,
-                input.data_ptr(), *self.input_layout,
-                0 if grad is None else grad.data_ptr(), *grad_layout, accumulate,
-                self.target.data_ptr(), self.target_type, *self.target_layout, o.ignore_index,
-                0 if weight is None else weight.data_ptr(),
-                0 if sample_weight is None else sample_weight.data_ptr(), *self.sample_layout,
-                scale[1], scale[2],
-                0 if item_scale is None else item_scale.data_ptr(), *scale_layout,
-                losses_address, 0 if state is None else state.data_ptr(), from_state,
-                REDUCTIONS[o.reduction], o.denominator is not None, denominator[1], denominator[2],
-                loss_address, DTYPES[dtype], 0 if loss_sum is None else loss_sum.data_ptr(),
-                torch.get_num_threads(),
-            ),
-            (o.label_smoothing, o.z_loss, o.softcap or 0.0, scale[0], divisor, denominator[0]),
+            item_scale = self.per_item(item_scale.to(self.compute), "the incoming gradient")
+        losses = loss = None
+        if not from_state:
+            if o.reduction == "none":
+                losses = torch.empty(self.shape, dtype=self.compute)
+            else:
+                loss = new_scalar(dtype)
+
+        fields = (
+            self.number, self.input, self.target, self.weight, self.sample_weight, grad,
+            item_scale, losses, state, accumulate, from_state, o.ignore_index, o.label_smoothing,
+            o.z_loss, o.softcap, scale, divisor, REDUCTIONS[o.reduction], denominator, loss,
+            loss_sum, torch.get_num_threads(),
         )  # fmt: skip
-        del keep
-        if target_grad is not None and target_grad is not grad:
-            target_grad.copy_(grad)  # type: ignore[arg-type]
+        done = _C.row_loss(fields)
+        if done is None:
+            done = self._retry(fields)
         if losses is not None:
-            return converted(losses, dtype), divisor
-        return loss, divisor
+            return converted(losses, dtype), done
+        return loss, done
 
-
-def _mergeable(tensor: Tensor, class_dim: bool) -> tuple[Tensor, Layout]:
-    """Return the tensor and its layout; through a dense copy where dimensions do not merge."""
-    layout = item_layout(tensor, class_dim)
-    if layout is None:
-        tensor = tensor.contiguous()
-        layout = item_layout(tensor, class_dim)
-        assert layout is not None
-    return tensor, layout
+    def _retry(self, fields: tuple[Any, ...]) -> float:
+        """Say why the kernel returned None; or run it on dense copies, where dimensions that do not
+        merge are the reason."""
+        self.explain()
+        _, _, _, weight, sample_weight, grad, item_scale, *rest = fields
+        copies = [
+            None if t is None else t.contiguous()
+            for t in (self.input, self.target, weight, sample_weight, grad, item_scale)
+        ]
+        done = _C.row_loss((self.number, *copies, *rest))
+        if done is None:
+            raise NotImplementedError(
+                f"mbkern: no kernel takes input {describe(self.input)} and target "
+                f"{describe(self.target)} with these options"
+            )
+        if grad is not None and copies[4] is not grad:
+            grad.copy_(copies[4])
+        return done
 
 
 # ---- exact sums ----------------------------------------------------------------------------------
@@ -285,22 +266,9 @@ def _mergeable(tensor: Tensor, class_dim: bool) -> tuple[Tensor, Layout]:
 def exact_result(state: Tensor, denominator: Number | None, dtype: torch.dtype) -> Tensor:
     """Round an exact sum, over ``denominator`` if given, to a 0-dim tensor."""
     out = torch.empty((), dtype=dtype)
-    argument, keep = scalar_argument(denominator, "denominator")
-    reduction = REDUCTIONS["sum" if denominator is None else "mean"]
-    _C.exact_result(
-        state.data_ptr(),
-        (
-            reduction,
-            denominator is not None,
-            argument[1],
-            argument[2],
-            out.data_ptr(),
-            DTYPES[dtype],
-            0,
-        ),
-        (argument[0],),
-    )
-    del keep
+    divisor = None if denominator is None else scalar_argument(denominator, "denominator")
+    reduction = REDUCTIONS["sum" if divisor is None else "mean"]
+    _C.exact_result(state.data_ptr(), (reduction, divisor, out, None))
     return out
 
 

@@ -134,6 +134,7 @@ def _array(value: Any) -> Any:
 
 
 def _outputs(
+    call: RowCall | PointwiseCall,
     tensors: tuple[Tensor, Tensor],
     positions: list[int],
     outs: Mapping[int, Tensor | None],
@@ -141,6 +142,8 @@ def _outputs(
     others: tuple[Any, ...],
 ) -> dict[int, Tensor]:
     """The memory of each gradient: the caller's, checked, or fresh."""
+    if any(out is not None for out in outs.values()):
+        call.explain()  # what is wrong with the loss itself comes first
     grads: dict[int, Tensor] = {}
     for p in positions:
         out = outs[p]
@@ -190,12 +193,14 @@ def _row(
     row = RowOptions(**known, reduction=reduction)
     state = _common(options, loss_sum, (input,))
     call = RowCall(loss.number, input, target, row)
-    grads = _outputs(tensors, positions, outs, accumulate, (call.weight, call.sample_weight))
-    argument, keep = scalar_argument(scale, "scale")
+    grads = _outputs(call, tensors, positions, outs, accumulate, (call.weight, call.sample_weight))
     value, _ = call.run(
-        grad=grads[0], accumulate=accumulate, scale=argument, loss_dtype=loss_dtype, loss_sum=state
+        grad=grads[0],
+        accumulate=accumulate,
+        scale=scalar_argument(scale, "scale"),
+        loss_dtype=loss_dtype,
+        loss_sum=state,
     )
-    del keep
     if outs[0] is not None and not accumulate and outs[0].data_ptr() == input.data_ptr():
         torch.autograd.graph.increment_version(input)
     return value, grads
@@ -228,16 +233,14 @@ def _pointwise(
     _unknown(loss.name, options)
     state = _common(options, loss_sum, tensors)
     call = PointwiseCall(loss.number, input, target, pointwise)
-    grads = _outputs(tensors, positions, outs, accumulate, (call.weight,))
-    argument, keep = scalar_argument(scale, "scale")
+    grads = _outputs(call, tensors, positions, outs, accumulate, (call.weight,))
     value, _ = call.run(
         grads=(grads.get(0), grads.get(1)),
         accumulate=accumulate,
-        scale=argument,
+        scale=scalar_argument(scale, "scale"),
         loss_dtype=loss_dtype,
         loss_sum=state,
     )
-    del keep
     for p, out in outs.items():
         if out is not None and out.data_ptr() == tensors[p].data_ptr():
             torch.autograd.graph.increment_version(tensors[p])

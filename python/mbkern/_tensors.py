@@ -1,4 +1,4 @@
-"""What a pointer may be taken of, and where a tensor's elements lie."""
+"""What a pointer may be taken of, and which memory a tensor's elements lie in."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-Layout = tuple[int, int, int]
 
 
 def describe(tensor: Tensor) -> str:
@@ -78,35 +76,6 @@ def require_dtype(tensor: Tensor, name: str) -> int:
             "float64"
         )
     return number
-
-
-def item_layout(tensor: Tensor, class_dim: bool) -> Layout | None:
-    """Strides of (batch, merged other dimensions, class dimension), or None if those do not merge.
-
-    ``tensor`` is (C), (N, C) or (N, C, d1, ...) with ``class_dim``, else (), (N) or (N, d1, ...).
-    """
-    stride = tensor.stride()
-    dims = len(stride)
-    if class_dim:
-        if dims == 2:
-            return (stride[0], 0, stride[1])
-        if dims == 1:
-            return (0, 0, stride[0])
-    elif dims <= 1:
-        return (stride[0] if dims else 0, 0, 0)
-    inner = 0
-    expected = None
-    shape = tensor.shape
-    first = 2 if class_dim else 1
-    for d in range(dims - 1, first - 1, -1):
-        if shape[d] == 1:
-            continue
-        if expected is None:
-            inner = stride[d]
-        elif stride[d] != expected:
-            return None
-        expected = stride[d] * shape[d]
-    return (stride[0], inner, stride[1] if class_dim else 0)
 
 
 def has_internal_overlap(tensor: Tensor) -> bool:

@@ -22,7 +22,6 @@ from mbkern._launch import (
     RowOptions,
     new_gradient,
     scalar_argument,
-    scalar_value,
     scale_dense,
 )
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
@@ -83,7 +82,7 @@ class _Formed:
             grad = grad.clone()
         else:
             self.grad = None
-        value = scalar_value(incoming, "the incoming gradient") / self.hint
+        value = incoming.item() / self.hint
         if value == 1.0:
             return grad
         return scale_dense(grad, value) if self.dense else grad.mul_(value)
@@ -144,15 +143,14 @@ class RowLoss(torch.autograd.Function):
         ):  # fmt: skip
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_value(hint)
-            scale = (factor, 0, 0)
             grad = input.detach() if inplace else new_gradient(input)
-            result, _ = call.run(grad=grad, scale=scale, loss_dtype=request.loss_dtype)
+            result, _ = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             ctx.formed = _Formed(grad, factor, request.loss, not inplace)
             if inplace:
                 _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
-        state = torch.empty((call.state_rows(), call.items), dtype=call.compute)
+        state = call.new_state()
         result, ctx.divisor = call.run(state=state, loss_dtype=request.loss_dtype)
         ctx.save_for_backward(input, target, state, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
@@ -176,9 +174,8 @@ class RowLoss(torch.autograd.Function):
             if options.reduction == "none":
                 call.run(grad=grad, item_scale=incoming, state=state, from_state=True)
             else:
-                scale, keep = scalar_argument(incoming, "the incoming gradient")
+                scale = scalar_argument(incoming, "the incoming gradient")
                 call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=ctx.divisor)
-                del keep
             if overwrite:
                 _bump_version(input)
         return grad, grad_target, None
@@ -228,9 +225,8 @@ class PointwiseLoss(torch.autograd.Function):
         ):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_value(hint)
-            scale = (factor, 0, 0)
             grads = _gradients(tensors, needs, inplace)
-            result, _ = call.run(grads=grads, scale=scale, loss_dtype=loss_dtype)
+            result, _ = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.formed = tuple(
                 None if g is None else _Formed(g, factor, request.loss, not inplace) for g in grads
             )
@@ -257,15 +253,13 @@ class PointwiseLoss(torch.autograd.Function):
         if options.reduction == "none":
             call.run(want_loss=False, grads=grads, item_scale=incoming, loss_dtype=input.dtype)
         else:
-            scale, keep = scalar_argument(incoming, "the incoming gradient")
             call.run(
                 want_loss=False,
                 grads=grads,
-                scale=scale,
+                scale=scalar_argument(incoming, "the incoming gradient"),
                 divisor=ctx.divisor,
                 loss_dtype=input.dtype,
             )
-            del keep
         if overwrite and ctx.needs_input_grad[0]:
             _bump_version(input)
         return (*grads, None)

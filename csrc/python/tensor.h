@@ -1,0 +1,58 @@
+#pragma once
+// A torch tensor as the kernels see it, without linking torch: through the table of C functions
+// that torch has for the exchange of tensors (DLPack 1.3, data-apis.org), which costs a fraction
+// of the Python attributes; through the attributes where torch has no such table.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/args.h"
+
+namespace mbk::python {
+
+// What is read of torch itself, once, at import.
+//   types: torch.Tensor and torch.nn.Parameter; of other types no pointer is taken
+//   dtypes: float32, bfloat16, float16, float64, int64, int32, int16, int8, uint8
+//   exchange: torch.Tensor.__dlpack_c_exchange_api__, or None
+// Returns whether the table is used.
+bool set_torch(const pybind11::tuple& types, const pybind11::tuple& dtypes,
+               const pybind11::object& exchange);
+
+class Tensor {
+ public:
+  enum class Kind { absent, floating, index, unsuited };
+
+  // None: absent. Unsuited is what no pointer may be taken of (a fake, functorch-wrapped, sparse,
+  // negated ... tensor, or a subclass), what is not on the CPU, and other dtypes.
+  explicit Tensor(PyObject* object);
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+
+  Kind kind = Kind::unsuited;
+  void* data = nullptr;
+  DType dtype = DType::f32;               // where floating
+  IndexType index_type = IndexType::i64;  // where index
+  int dims = 0;
+  const std::int64_t* shape = nullptr;
+  const std::int64_t* strides = nullptr;  // in elements
+
+  explicit operator bool() const { return kind != Kind::absent; }
+  std::int64_t numel() const;
+  bool is(DType type) const { return kind == Kind::floating && dtype == type; }
+  bool same_shape(const Tensor& other) const;
+
+ private:
+  bool read_table(PyObject* object);
+  bool read_attributes(PyObject* object);
+  bool set_dtype(int position);
+
+  std::vector<std::int64_t> sizes_;  // shape and strides, if read from attributes
+};
+
+// Strides of (batch, the other dimensions as one, class dimension) of a tensor that is (C), (N, C)
+// or (N, C, d1, ...) with a class dimension, else (), (N) or (N, d1, ...). False if the others do
+// not merge.
+bool item_strides(const Tensor& tensor, bool has_classes, Strides& strides);
+
+}  // namespace mbk::python
