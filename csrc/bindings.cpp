@@ -181,6 +181,10 @@ py::object row_loss(const py::tuple& fields) {
 bool merge(const std::vector<const Tensor*>& views, mbk::PointwiseArgs& a) {
   const Tensor& first = *views[0];
   a.dims = 0;
+  if (!first.numel()) {
+    a.shape[a.dims++] = 0;
+    return true;
+  }
   for (int d = 0; d < first.dims; ++d) {
     const std::int64_t size = first.shape[d];
     if (size == 1) continue;

@@ -174,6 +174,7 @@ bool item_strides(const Tensor& tensor, bool has_classes, Strides& out) {
   }
   if (tensor.dims > 0) out.outer = stride[0];
   if (has_classes) out.column = stride[1];
+  if (!tensor.numel()) return true;  // no stride of it is ever used
   std::int64_t expected = -1;
   for (int d = tensor.dims - 1; d >= (has_classes ? 2 : 1); --d) {
     if (tensor.shape[d] == 1) continue;
