@@ -203,6 +203,26 @@ def test_broadcasting(case: Case) -> None:
             check(loss, want[0], stock[0], f"{case.name} {shape} {other} {dtype} {reduction}")
 
 
+def test_many_dimensions() -> None:
+    """Ten dimensions that do not merge, in every view."""
+    shape = (2,) * 10
+    values = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    x, y = values[0].permute(*reversed(range(10))), values[1]
+    for reduction, accumulate in itertools.product(REDUCTIONS, (False, True)):
+        options: dict[str, Any] = {"argnums": (0, 1), "reduction": reduction}
+        flat, grads = mbkern.loss_and_grad("mse_loss", x.reshape(-1), y.reshape(-1), **options)
+        if accumulate:
+            outs = tuple(torch.ones(shape).transpose(k, k + 2) for k in (0, 1))
+            options |= {"accumulate": True, "grad_out": outs}
+        many, sums = mbkern.loss_and_grad("mse_loss", x, y, **options)
+        if reduction == "none":
+            assert torch.equal(many.reshape(-1), flat)
+        else:  # summed exactly: the order of memory does not matter
+            assert torch.equal(many, flat)
+        for got, want in zip(sums, grads, strict=True):
+            assert torch.equal(got.reshape(-1), want + 1 if accumulate else want)
+
+
 @every_dtype
 @every_case
 def test_empty(case: Case, dtype: torch.dtype, isa: str) -> None:

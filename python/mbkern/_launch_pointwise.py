@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,12 +100,22 @@ class PointwiseCall:
         )  # fmt: skip
         done = _C.pointwise_loss((self.number, self.input, self.target, *rest))
         if done is None:
-            self.explain()  # what is left when it returns was a lazily negated view
-            done = _C.pointwise_loss((self.number, self.input, self.target, *rest))
-            if done is None:
-                raise NotImplementedError(
-                    f"mbkern: no kernel takes input {describe(self.input)} and target "
-                    f"{describe(self.target)}: more than 8 dimensions are left when those that "
-                    "are one in all tensors are merged"
-                )
+            done = self._retry(rest)
         return (losses if losses is not None else loss), done
+
+    def _retry(self, rest: tuple[Any, ...]) -> float:
+        """Say why the kernel returned None; or run it on dense copies, where more than eight
+        dimensions that do not merge are the reason."""
+        self.explain()
+        views = (self.input, self.target, *rest[:5])
+        copies = [None if v is None else v.contiguous() for v in views]
+        done = _C.pointwise_loss((self.number, *copies, *rest[5:]))
+        if done is None:
+            raise NotImplementedError(
+                f"mbkern: no kernel takes input {describe(self.input)} and target "
+                f"{describe(self.target)} with these options"
+            )
+        for result, copy in zip(views[4:], copies[4:], strict=True):
+            if result is not None and copy is not result:
+                result.copy_(copy)
+        return done
