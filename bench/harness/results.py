@@ -126,7 +126,7 @@ def _median_interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     rank, below = 0, 0.0  # below: probability that at most `rank` values lie under the median
     while rank < n // 2:
-        below += math.comb(n, rank) * 0.5**n
+        below += math.comb(n, rank) / 2**n
         if below > 0.025:
             break
         rank += 1
