@@ -49,8 +49,8 @@ struct Plain : Canonical {
     return sum_lanes(sum[0]);
   }
 
-  MBK_FN float item(int64_t i, const ItemPosition& at, const float* row, const float*, float* grad,
-                    const NextRows& next) const {
+  MBK_FN void item(int64_t, const ItemPosition& at, const float* row, const float*, float* grad,
+                   const NextRows& next, float& total) const {
     const int64_t target = item_target(args, at);
     const PaddedRow<float> x(row, args.columns, -__builtin_inff());
     const float m = maximum(x).value, logit = row[target], scale = (float)item_scale(args, at);
@@ -60,20 +60,25 @@ struct Plain : Canonical {
     this->template gradient<true>((const float*)grad, kept_tail, m, scale / s, scale, none, grad,
                                   next);
     grad[target] -= scale;
-    (void)i;
-    return m + mbk::MBK_ISA::log(s) - logit;
+    total += m + mbk::MBK_ISA::log(s) - logit;
   }
 };
 
 // Adds losses up, each twin in its own way.
 struct ExactTotal {
   ExactSumState state{};
-  MBK_FN void add(float loss) { mbk::MBK_ISA::add(state, loss); }
-  double value() { return round_exact(state, false); }
+  LossQueue<Loss, float> losses;
+  ExactTotal(const RowArgs& args, const Canonical& row) : losses(args, row.call, &state) {}
+  LossQueue<Loss, float>& sink() { return losses; }
+  double value() {
+    if (losses.count) losses.flush();
+    return round_exact(state, false);
+  }
 };
 struct PlainTotal {
   float sum = 0;
-  MBK_FN void add(float loss) { sum += loss; }
+  PlainTotal(const RowArgs&, const Canonical&) {}
+  float& sink() { return sum; }
   double value() const { return sum; }
 };
 
@@ -117,12 +122,12 @@ template <class Row, class Total>
 MBK_PASS double run(Batch& b) {
   const DefaultEnvironment environment;
   const Row row(b.args, (float*)b.scratch.data());
-  Total total;
+  Total total(b.args, row);
   for (int64_t i = 0; i < b.rows; ++i) {
     float* const x = b.logits.data() + i * b.columns;
     const int64_t after = i + 1 < b.rows ? i + 1 : i;
     const NextRows next{b.logits.data() + after * b.columns, nullptr};
-    total.add(row.item(i, ItemPosition(b.args, i), x, nullptr, x, next));
+    row.item(i, ItemPosition(b.args, i), x, nullptr, x, next, total.sink());
   }
   return total.value();
 }

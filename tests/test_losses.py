@@ -15,6 +15,7 @@ from cases import CASES, COLUMNS, DTYPES, REDUCTIONS, Case, Sample, Variation, c
 from torch import Tensor
 
 import mbkern
+from mbkern import _C
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -221,6 +222,28 @@ def test_many_dimensions() -> None:
             assert torch.equal(many, flat)
         for got, want in zip(sums, grads, strict=True):
             assert torch.equal(got.reshape(-1), want + 1 if accumulate else want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_columns(dtype: torch.dtype) -> None:
+    """More than 512 blocks of 1024 columns, some of whose sums are out of the common range."""
+    columns = 600_011
+    x = torch.randn(4, columns, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    x[1] = -79.0  # sums below 2^-36 beside the maximum
+    x[1, 7] = 0.0
+    x[2] -= torch.arange(columns) / 2000
+    x[3, 5000:] = -float("inf")
+    target = torch.tensor([0, 7, 1500, 4999])
+    exact = torch.nn.functional.cross_entropy(x.double(), target, reduction="none")
+    results = set()
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        loss, grad = mbkern.loss_and_grad("cross_entropy", x, target, reduction="none")
+        results.add(hash(loss.numpy().tobytes() + grad.numpy().tobytes()))
+        assert (loss.double() - exact).abs().max() <= 1e-6 * exact.max()
+        assert grad.double().sum(1).abs().max() < 1e-4
+    _C.set_isa(_C.isas()[0])
+    assert len(results) == 1
 
 
 @every_dtype

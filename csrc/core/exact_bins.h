@@ -3,6 +3,7 @@
 // multiple of 2^-16 and a rest that is a multiple of 2^-60, and both are summed in fp64, which
 // stays exact for kFlush additions; then the bins move to the long accumulator. Numbers outside
 // [2^-36, 2^20) go there directly.
+#include "core/dtype.h"
 #include "core/exact_sum.h"
 
 namespace mbk::MBK_ISA {
@@ -20,48 +21,133 @@ MBK_FN void add_integer(ExactSumState& s, int64_t value, int position) {
   }
 }
 
-struct ExactBins {
-  static constexpr int kFlush = 512;
-  static constexpr int kCoarse = 16,
-                       kFine = 60;  // the bins hold multiples of 2^-kCoarse and 2^-kFine
+inline constexpr int kCoarse = 16, kFine = 60;  // bins hold multiples of 2^-kCoarse and 2^-kFine
+inline constexpr int kFlush = 512;              // additions for which the bins stay exact
 
+// Which of the numbers, given without their signs, can be split.
+template <class V>
+MBK_FN Int<V> fits_bins(V magnitude) {
+  typedef Int<V> Mask;  // of one lane too, where a comparison is a bool
+  return (Mask)(magnitude < splat<V>(0x1p20f)) &
+         ((Mask)(magnitude >= splat<V>(0x1p-36f)) | (Mask)(magnitude == V{}));
+}
+// The multiple of 2^-kCoarse that is nearest to x: adding 1.5 * 2^(52 - kCoarse) rounds to it.
+template <class D>
+MBK_FN D coarse_part(D x) {
+  constexpr double kShift = 0x1.8p36;
+  return (x + kShift) - kShift;
+}
+MBK_FN void add_bins(ExactSumState& s, double coarse, double fine) {
+  add_integer(s, (int64_t)(coarse * 0x1p16), 149 - kCoarse);
+  add_integer(s, (int64_t)(fine * 0x1p60), 149 - kFine);
+}
+
+// Numbers of a narrower range need no splitting at first: kBatch of them add up exactly in one fp64
+// bin, which is split then.
+inline constexpr int32_t kNarrowLeast = 0x35800000, kNarrowEnd = 0x42800000;  // 2^-20, 2^6
+inline constexpr int kBatch = 16;
+
+// Out of line and by value, so that the bins of a loop stay in registers.
+static MBK_RARE void add_bins_of(ExactSumState& s, f64v coarse, f64v fine) {
+  for (int l = 0; l < lanes<f64v>; ++l) add_bins(s, get(coarse, l), get(fine, l));
+}
+static MBK_RARE void add_lanes_of(ExactSumState& s, f32v x) {
+  for (int l = 0; l < lanes<f32v>; ++l) add(s, get(x, l));
+}
+
+struct ExactBins {
   ExactSumState& total;
-  f64v coarse[kDoubleParts], fine[kDoubleParts];
-  int additions = 0;
+  f64v narrow[kDoubleParts], coarse[kDoubleParts], fine[kDoubleParts];
+  int batch = 0, additions = 0;
 
   MBK_FN explicit ExactBins(ExactSumState& t) : total(t) {
-    for (int part = 0; part < kDoubleParts; ++part) coarse[part] = fine[part] = f64v{};
+    for (int part = 0; part < kDoubleParts; ++part)
+      narrow[part] = coarse[part] = fine[part] = f64v{};
   }
 
   MBK_FN void add(f32v x) {
-    const f32v a = abs(x);
-    typedef Int<f32v> Mask;  // of one lane too, where a comparison is a bool
-    const Mask fits = (Mask)(a < splat<f32v>(0x1p20f)) &
-                      ((Mask)(a >= splat<f32v>(0x1p-36f)) | (Mask)(a == f32v{}));
-    if (any(fits == 0)) {
-      for (int l = 0; l < lanes<f32v>; ++l) mbk::MBK_ISA::add(total, get(x, l));
+    if (all_within(as_int(abs(x)), kNarrowLeast, kNarrowEnd - 1)) {
+      for (int part = 0; part < kDoubleParts; ++part)
+        narrow[part] = narrow[part] + widen_part(x, part);
+      if (++batch == kBatch) split_batch();
+    } else {
+      add_wide(x);
+    }
+  }
+  MBK_FN void split_batch() {
+    for (int part = 0; part < kDoubleParts; ++part) {
+      add_split(narrow[part], part);
+      narrow[part] = f64v{};
+    }
+    batch = 0;
+    if (++additions == kFlush) flush_bins();
+  }
+  MBK_FN void add_split(f64v d, int part) {
+    const f64v c = coarse_part(d);
+    coarse[part] = coarse[part] + c;
+    fine[part] = fine[part] + (d - c);
+  }
+  MBK_FN void add_wide(f32v x) {
+    if (any(fits_bins(abs(x)) == 0)) {
+      add_lanes_of(total, x);
       return;
     }
-    // Adding and subtracting 1.5 * 2^(52 - kCoarse) rounds to a multiple of 2^-kCoarse.
-    constexpr double kShift = 0x1.8p36;
-    for (int part = 0; part < kDoubleParts; ++part) {
-      const f64v d = widen_part(x, part), c = (d + kShift) - kShift;
-      coarse[part] = coarse[part] + c;
-      fine[part] = fine[part] + (d - c);
-    }
-    if (++additions == kFlush) flush();
+    for (int part = 0; part < kDoubleParts; ++part) add_split(widen_part(x, part), part);
+    if (++additions == kFlush) flush_bins();
   }
-
-  MBK_FN void flush() {
+  MBK_FN void flush_bins() {
     for (int part = 0; part < kDoubleParts; ++part) {
-      for (int l = 0; l < lanes<f64v>; ++l) {
-        add_integer(total, (int64_t)(get(coarse[part], l) * 0x1p16), 149 - kCoarse);
-        add_integer(total, (int64_t)(get(fine[part], l) * 0x1p60), 149 - kFine);
-      }
+      add_bins_of(total, coarse[part], fine[part]);
       coarse[part] = fine[part] = f64v{};
     }
     additions = 0;
   }
+  MBK_FN void flush() {
+    split_batch();
+    flush_bins();
+  }
 };
+
+// The same one by one, for what the bins do not hold.
+MBK_FN void add_each(ExactSumState& s, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) add(s, x[i]);
+}
+// Both bins of a few numbers; false if one does not fit. Reads whole vectors.
+template <class V>
+MBK_FN bool sum_bins(const float* x, int64_t n, double& coarse, double& fine) {
+  constexpr int kParts = lanes<V> == 1 ? 1 : kDoubleParts;
+  typedef decltype(widen_part(V{}, 0)) D;
+  D c_sum = D{}, f_sum = D{};
+  Int<V> unfit = Int<V>{};
+  for (int64_t i = 0; i < n; i += lanes<V>) {
+    const V v = load<V>(x + i);
+    unfit |= fits_bins(abs(v)) == 0;
+    for (int part = 0; part < kParts; ++part) {
+      const D d = widen_part(v, part), c = coarse_part(d);
+      c_sum = c_sum + c;
+      f_sum = f_sum + (d - c);
+    }
+  }
+  coarse = sum_lanes(c_sum), fine = sum_lanes(f_sum);
+  return !any(unfit);
+}
+// The exact sum of at most kFlush numbers, rounded once to float. What lies behind the last number,
+// up to a whole vector, must be 0.
+MBK_FN float sum_few(const float* x, int64_t n) {
+  constexpr int kScalar = 8;  // just written one by one, they are not yet a vector to be loaded
+  double c, f;
+  if (!(n <= kScalar ? sum_bins<float>(x, n, c, f) : sum_bins<f32v>(x, n, c, f))) {
+    ExactSumState s{};
+    add_each(s, x, n);
+    return round_to_float(s);
+  }
+  // |fine| is below 2^-7, coarse 0 or at least 2^-16: Knuth's sum is exact, and rounding it to odd
+  // leaves one rounding, that to float.
+  double s = c + f;
+  const double v = s - c, error = (c - (s - v)) + (f - v);
+  if (error != 0 && !(bits(s) & 1))
+    s = as_float((int64_t)(bits(s) + ((error > 0) == (s > 0) ? 1 : -1)));
+  return (float)s;
+}
 
 }  // namespace mbk::MBK_ISA

@@ -94,6 +94,7 @@ MBK_FN T select(bool m, T a, T b) {
   return m ? a : b;
 }
 MBK_FN bool any(bool m) { return m; }
+MBK_FN bool all_within(int32_t x, int32_t first, int32_t last) { return x >= first && x <= last; }
 
 #if MBK_SIMD
 
@@ -127,6 +128,10 @@ MBK_FN f32v fma(f32v a, f32v b, f32v c) {
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm512_sqrt_pd((__m512d)x); }
 MBK_FN bool any(i32v m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
+MBK_FN bool all_within(i32v x, int32_t first, int32_t last) {
+  const __mmask16 high = _mm512_cmple_epi32_mask((__m512i)x, _mm512_set1_epi32(last));
+  return _mm512_mask_cmpge_epi32_mask(high, (__m512i)x, _mm512_set1_epi32(first)) == 0xffff;
+}
 MBK_FN bool any(i64v m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
 #else
 MBK_FN f32v fma(f32v a, f32v b, f32v c) {
@@ -135,6 +140,11 @@ MBK_FN f32v fma(f32v a, f32v b, f32v c) {
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm256_sqrt_ps((__m256)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm256_sqrt_pd((__m256d)x); }
 MBK_FN bool any(i32v m) { return _mm256_movemask_ps((__m256)m) != 0; }
+MBK_FN bool all_within(i32v x, int32_t first, int32_t last) {
+  const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), (__m256i)x);
+  const __m256i high = _mm256_cmpgt_epi32((__m256i)x, _mm256_set1_epi32(last));
+  return _mm256_testz_si256(low, low) & _mm256_testz_si256(high, high);
+}
 MBK_FN bool any(i64v m) { return _mm256_movemask_pd((__m256d)m) != 0; }
 #endif
 
@@ -206,6 +216,15 @@ MBK_FN V splat(Element<V> x) {
   } else {
     return x - V{};  // x + 0 would turn -0 into +0
   }
+}
+// first, first + 1, ... as numbers.
+template <class V>
+MBK_FN V lane_numbers(int first) {
+  Element<V> number[lanes<V>];
+  for (int k = 0; k < lanes<V>; ++k) number[k] = (Element<V>)(first + k);
+  V v;
+  memcpy(&v, number, sizeof v);
+  return v;
 }
 // a < b ? a : b and a > b ? a : b, lane by lane; where either is NaN the result is b.
 template <class V>
@@ -283,6 +302,9 @@ MBK_FN f64v widen_part(f32v x, int part) {
   return (double)x;
 #endif
 }
+#if MBK_SIMD
+MBK_FN double widen_part(float x, int) { return (double)x; }
+#endif
 MBK_FN f32v narrow_parts(const f64v (&x)[kDoubleParts]) {
 #if MBK_SIMD && defined(__AVX512F__)
   return (f32v)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)x[0])),

@@ -1,7 +1,7 @@
 #pragma once
 // Row losses with the lanes along the row: one item at a time, in three passes over a row that
 // stays in cache (maximum; terms and sums; gradient), so that each exponential is computed once.
-#include "core/exact_sum.h"
+#include "core/exact_bins.h"
 #include "core/row_items.h"
 #include "cpu/parallel.h"
 
@@ -41,7 +41,10 @@ MBK_PASS void fill(S* grad, int64_t n, Compute<S> value) {
     grad[j] = narrow<S>(kAccumulate ? canonical((T)(widen(grad[j]) + value)) : value);
 }
 
-MBK_PASS float rounded(const ExactSumState& s) { return round_to_float(s); }
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
 
 // The rows that come after this one, fetched into the second-level cache while it is computed: the
 // input during the sums, memory for a gradient during the gradient. Null: nothing to fetch.
@@ -128,27 +131,44 @@ struct RowSums {
     return {value + 0, any(nan[0])};  // + 0: a maximum of -0 is that of +0
   }
 
-  // Joins the blocks of a row: exactly, or in order for fp64. One block needs no joining.
-  struct BlockSum {
-    ExactSumState exact;
-    T single = 0;
-    MBK_FN void add(T block, int64_t index, int64_t columns) {
+  // The sums of the blocks of a row, and their total: exact for fp32, in order for fp64, rounded to
+  // T, the precision in which the state is saved for a backward. One block needs no joining.
+  struct Blocks {
+    T sum[kFlush + kGroup];
+    int64_t count = 0;
+    bool moved = false;  // in rows of more than kFlush blocks, to:
+    ExactSumState earlier;
+
+    MBK_FN void add(T block) {
+      if (count == kFlush) move();
+      sum[count++] = block;
+    }
+    MBK_RARE void move() {
       if constexpr (sizeof(T) == 8) {
-        single = index ? single + block : block;
-      } else if (columns <= kBlock) {
-        single = block;
+        sum[0] = total();
+        count = 1;
       } else {
-        if (!index) clear(exact);
-        mbk::MBK_ISA::add(exact, block);
+        if (!moved) clear(earlier);
+        moved = true;
+        add_each(earlier, sum, count);
+        count = 0;
       }
     }
-    // Rounded to T, the precision in which the state is saved for a backward.
-    MBK_FN T total(int64_t columns) const {
+    MBK_FN T total() {
       if constexpr (sizeof(T) == 8) {
-        return single;
+        T all = sum[0];
+        for (int64_t i = 1; i < count; ++i) all = all + sum[i];
+        return all;
       } else {
-        return columns <= kBlock ? single : rounded(exact);
+        if (moved) return total_of_all();
+        if (count == 1) return sum[0];
+        for (int k = 0; k < lanes<V>; ++k) sum[count + k] = 0;
+        return sum_few(sum, count);
       }
+    }
+    MBK_RARE T total_of_all() {
+      add_each(earlier, sum, count);
+      return round_to_float(earlier);
     }
   };
 
@@ -170,61 +190,105 @@ struct RowSums {
     }
   }
 
-  // Pass 2: the sums of the row without the term of `target`, and, if wanted, the terms into
-  // `terms`.
+  // Pass 2: the sums of the row without the term of the column `apart`, which is returned, and, if
+  // wanted, the terms into `terms`.
   template <bool kKeep, class S>
-  MBK_PASS void sums(const PaddedRow<S>& x, T m, int64_t target, const Coefficients<Loss, In>& q,
-                     T* terms, T* tail_terms, const NextRows& next, T (&result)[3]) const {
-    // The group of the target, with its logit replaced so that its term is 0.
-    S patch[kGroup];
-    const int64_t patched = target < 0 ? -1 : target / kGroup * kGroup;
-    if (target >= 0) {
-      memcpy(patch, x.group(patched), sizeof patch);
-      patch[target - patched] = narrow<S>(-(T)__builtin_inff());
-    }
+  MBK_PASS T sums(const PaddedRow<S>& x, T m, int64_t apart, const Coefficients<Loss, In>& q,
+                  T* terms, T* tail_terms, const NextRows& next, T (&result)[3]) const {
+    const int64_t group_apart = apart / kGroup * kGroup;
+    T terms_apart[kGroup];
     // Padding is -inf for the terms, but must be at a finite distance for the coefficients' sum.
     T near_tail[kGroup];
     if constexpr (Loss::kHasCoefficients)
       for (int k = 0; k < kGroup; ++k)
         near_tail[k] = x.tail + k < args.columns ? widen(x.padded[k]) : m;
 
-    BlockSum total[Loss::kSums];
-    for (int64_t begin = 0, index = 0; begin < args.columns; begin += kBlock, ++index) {
+    Blocks blocks[Loss::kSums];
+    for (int64_t begin = 0; begin < args.columns; begin += kBlock) {
       const int64_t end = begin + kBlock < args.columns ? begin + kBlock : args.columns;
       V sum[kUnroll], distance[kUnroll], coefficient[kUnroll];
       for (int k = 0; k < kUnroll; ++k) sum[k] = distance[k] = coefficient[k] = V{};
-      for (int64_t j = begin; j < end; j += kGroup) {
-        const S* p = j == patched ? patch : x.group(j);
-        T* const to = !kKeep ? nullptr : j == x.tail ? tail_terms : terms + j;
+      const auto add_group = [&](auto has_apart, int64_t j, const S* p, T* to,
+                                 bool in_tail) __attribute__((always_inline)) {
         prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
         for (int k = 0; k < kUnroll; ++k) {
-          const V e = Loss::term(load<V>(p + k * kLanes) - m);
-          sum[k] = sum[k] + e;
+          V e = Loss::term(load<V>(p + k * kLanes) - m);
           if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
-            const V logit =
-                j == x.tail ? load<V>(near_tail + k * kLanes) : load<V>(x.data + j + k * kLanes);
+            const V logit = in_tail ? load<V>(near_tail + k * kLanes) : load<V>(p + k * kLanes);
             Loss::add_coefficient(logit - m, q.template at<V>(call, j, k * kLanes), distance[k],
                                   coefficient[k]);
           }
           if constexpr (kKeep) store(to + k * kLanes, e);
+          if constexpr (decltype(has_apart)::value) {
+            store(terms_apart + k * kLanes, e);
+            e = select(lane_numbers<V>(k * kLanes) == splat<V>((T)(apart - j)), V{}, e);
+          }
+          sum[k] = sum[k] + e;
         }
+      };
+      for (int64_t j = begin; j < end;) {
+        const bool in_tail = j == x.tail;
+        const S* p = in_tail ? x.padded : x.data + j;
+        T* to = in_tail ? tail_terms : terms + j;
+        if (j == group_apart) {
+          add_group(Constant<true>{}, j, p, to, in_tail);
+          j += kGroup;
+          continue;
+        }
+        int64_t stop = in_tail || end < x.tail ? end : x.tail;
+        if (j < group_apart && group_apart < stop) stop = group_apart;
+        for (; j < stop; j += kGroup, p += kGroup, to += kGroup)
+          add_group(Constant<false>{}, j, p, to, in_tail);
       }
-      total[Loss::kRest].add(join(sum), index, args.columns);
-      if constexpr (Loss::kSums > 1)
-        total[Loss::kDistance].add(join(distance), index, args.columns);
-      if constexpr (Loss::kSums > 2)
-        total[Loss::kCoefficients].add(join(coefficient), index, args.columns);
+      blocks[Loss::kRest].add(join(sum));
+      if constexpr (Loss::kSums > 1) blocks[Loss::kDistance].add(join(distance));
+      if constexpr (Loss::kSums > 2) blocks[Loss::kCoefficients].add(join(coefficient));
     }
-    for (int k = 0; k < Loss::kSums; ++k) result[k] = total[k].total(args.columns);
+    for (int k = 0; k < Loss::kSums; ++k) result[k] = blocks[k].total();
+    return terms_apart[apart - group_apart];
   }
 };
 
-// The end of a row.
+// The losses of a thread's rows. Their logarithms are taken of a vector of rows at once: a single
+// one takes longer than the processor can look ahead into the gradient.
 template <class Loss, class T>
-MBK_PASS typename Loss::template Result<double> finish_row(
-    const typename Loss::template Call<T>& call, const typename Loss::template Item<double>& item) {
-  return Loss::template finish<double>(call, item);
-}
+struct LossQueue {
+  typedef typename Loss::template Item<double> Item;
+  static constexpr int kLanes = lanes<f64v>;
+
+  const RowArgs& args;
+  const typename Loss::template Call<T>& call;
+  ExactSumState* const total;  // null: not wanted
+  int count = 0;
+  int64_t row[kLanes];
+  double sample_weight[kLanes] = {}, max[kLanes] = {}, target_logit[kLanes] = {},
+         target_term[kLanes] = {}, target_weight[kLanes] = {}, sums[3][kLanes] = {};
+
+  MBK_FN LossQueue(const RowArgs& a, const typename Loss::template Call<T>& c, ExactSumState* t)
+      : args(a), call(c), total(t) {}
+
+  MBK_FN void put(int64_t i, T loss) {
+    if (args.losses) ((T*)args.losses)[i] = loss;
+    if constexpr (sizeof(T) == 4)
+      if (total) add(*total, loss);
+  }
+  MBK_FN void push(int64_t i, const Item& item, double weight) {
+    row[count] = i, sample_weight[count] = weight;
+    max[count] = item.max, target_logit[count] = item.target_logit;
+    target_term[count] = item.target_term, target_weight[count] = item.target_weight;
+    for (int k = 0; k < Loss::kSums; ++k) sums[k][count] = item.sums[k];
+    if (++count == kLanes) flush();
+  }
+  MBK_PASS void flush() {
+    typename Loss::template Item<f64v> item;
+    item.max = load<f64v>(max), item.target_logit = load<f64v>(target_logit);
+    item.target_term = load<f64v>(target_term), item.target_weight = load<f64v>(target_weight);
+    for (int k = 0; k < 3; ++k) item.sums[k] = load<f64v>(sums[k]);
+    const f64v loss = Loss::loss(call, item, Loss::log_sum(item)) * load<f64v>(sample_weight);
+    for (int l = 0; l < count; ++l) put(row[l], canonical((T)get(loss, l)));
+    count = 0;
+  }
+};
 
 template <class Loss, class In, class Out, bool kAccumulate>
 struct LongRow : RowSums<Loss, In> {
@@ -288,17 +352,18 @@ struct LongRow : RowSums<Loss, In> {
     if (Loss::kSums > 2) *state(i, 2) = coefficients;
   }
 
-  // One item; returns its loss. `row`, `probabilities` and `grad` have unit stride; grad may be
-  // null, or the row itself.
-  MBK_FN T item(int64_t i, const ItemPosition& at, const In* row, const In* probabilities,
-                Out* grad, const NextRows& next) const {
+  // One item. `row`, `probabilities` and `grad` have unit stride; grad may be null, or the row
+  // itself.
+  MBK_FN void item(int64_t i, const ItemPosition& at, const In* row, const In* probabilities,
+                   Out* grad, const NextRows& next, LossQueue<Loss, T>& losses) const {
     int64_t target = -1;
     if constexpr (Loss::kHasIndex) {
       target = item_target(args, at);
       if (target < 0) {
         if (grad) fill<kAccumulate>(grad, args.columns, (T)0);
         save(i, 0, 0, 0);
-        return 0;
+        losses.put(i, 0);
+        return;
       }
     }
     const PaddedRow<In> x(row, args.columns, narrow<In>(-(T)__builtin_inff()));
@@ -313,57 +378,61 @@ struct LongRow : RowSums<Loss, In> {
       const T nan = canonical((T)__builtin_nanf(""));
       save(i, nan, nan, nan);
       if (grad) fill<kAccumulate>(grad, args.columns, nan);
-      return nan;
+      losses.put(i, nan);
+      return;
     }
     const Coefficients<Loss, In> q(args, probabilities);
     if constexpr (Loss::kHasSoftcap) {
-      return finish(i, at, PaddedRow<T>(buffer, args.columns, -(T)__builtin_inff()), m.value,
-                    target, q, grad, next);
+      finish(i, at, PaddedRow<T>(buffer, args.columns, -(T)__builtin_inff()), m.value, target, q,
+             grad, next, losses);
     } else {
-      return finish(i, at, x, m.value, target, q, grad, next);
+      finish(i, at, x, m.value, target, q, grad, next, losses);
     }
   }
 
   template <class S>
-  MBK_FN T finish(int64_t i, const ItemPosition& at, const PaddedRow<S>& x, T m, int64_t target,
-                  const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
+  MBK_FN void finish(int64_t i, const ItemPosition& at, const PaddedRow<S>& x, T m, int64_t target,
+                     const Coefficients<Loss, In>& q, Out* grad, const NextRows& next,
+                     LossQueue<Loss, T>& losses) const {
     constexpr bool kKeep = !Loss::kHasSoftcap;
     typename Loss::template Item<double> item;
-    const double sample_weight =
-        (double)item_value<T>(args.sample_weight, args.sample_weight_strides, at);
     item.max = (double)m;
     item.scale = item_scale(args, at);
     item.target_logit = 0;
-    item.target_weight = item.target_term = 1;
+    item.target_weight = 1;
     int64_t apart = target;  // the column whose term is kept out of the sums
     if constexpr (!Loss::kHasIndex) {
       if (!args.from_state) apart = this->first_maximum(x, m);
     } else {
-      const T logit = widen(x.data[target]);
-      item.target_logit = (double)logit;
-      item.target_term = (double)Loss::term(logit - m);
+      item.target_logit = (double)widen(x.data[target]);
       if (args.class_weight) item.target_weight = (double)((const T*)args.class_weight)[target];
     }
 
     T kept_tail[kGroup];
     T* const terms = kTermsInGrad && grad ? (T*)grad : buffer;
     T sum[3] = {};
+    T term = 1;  // of a maximum
     if (args.from_state) {
+      if constexpr (Loss::kHasIndex) term = Loss::term((T)widen(x.data[target]) - m);
       sum[Loss::kRest] = *state(i, 1);
       if (Loss::kSums > 2) sum[Loss::kCoefficients] = *state(i, 2);
     } else if (kKeep && grad) {
-      this->template sums<kKeep>(x, m, apart, q, terms, kept_tail, next, sum);
-      if (!Loss::kHasIndex) (apart >= x.tail ? kept_tail[apart - x.tail] : terms[apart]) = 1;
+      term = this->template sums<kKeep>(x, m, apart, q, terms, kept_tail, next, sum);
     } else {
-      this->template sums<false>(x, m, apart, q, (T*)nullptr, (T*)nullptr, next, sum);
+      term = this->template sums<false>(x, m, apart, q, (T*)nullptr, (T*)nullptr, next, sum);
     }
+    item.target_term = (double)term;
     for (int k = 0; k < 3; ++k) item.sums[k] = (double)sum[k];
     save(i, m, sum[Loss::kRest], sum[2]);
-    const auto result = finish_row<Loss>(call, item);
+    if (!args.from_state)
+      losses.push(i, item,
+                  (double)item_value<T>(args.sample_weight, args.sample_weight_strides, at));
 
     if (grad) {
-      const T factor = (T)result.factor, scale = (T)item.scale;
-      T at_target = (T)result.target_gradient;
+      const auto factors = Loss::factors(call, item, call.z_loss != 0 ? Loss::log_sum(item) : 0.0);
+      const T factor = (T)factors.all, scale = (T)item.scale;
+      T at_target = 0;
+      if constexpr (Loss::kHasIndex) at_target = (T)factors.target;
       if (kAccumulate && target >= 0) at_target = (T)widen(grad[target]) + at_target;
       const bool finite = abs(factor) < (T)__builtin_inff() && abs(scale) < (T)__builtin_inff();
       if (!kKeep || args.from_state) {
@@ -379,7 +448,6 @@ struct LongRow : RowSums<Loss, In> {
       }
       if (target >= 0) grad[target] = narrow<Out>(canonical(at_target));
     }
-    return canonical((T)(result.loss * sample_weight));
   }
 };
 
@@ -392,6 +460,7 @@ void long_rows(const RowArgs& args) {
     T* const buffer = (T*)(args.scratch + thread * row_scratch_bytes(columns, sizeof(T)));
     T* const strided = buffer + padded;
     const LongRow<Loss, In, Out, kAccumulate> row(args, buffer);
+    LossQueue<Loss, T> losses(args, row.call, args.totals ? &args.totals[thread] : nullptr);
     for (int64_t i = begin; i < end; ++i) {
       const ItemPosition at(args, i), after(args, i + 1 < end ? i + 1 : i);
       const In* x = (const In*)args.input + at.offset(args.input_strides);
@@ -417,12 +486,10 @@ void long_rows(const RowArgs& args) {
       }
       if (grad && grad == to && (const void*)to != (const void*)x)
         next.grad = (const Out*)args.grad + after.offset(args.grad_strides);
-      const T loss = row.item(i, at, x, probabilities, grad, next);
+      row.item(i, at, x, probabilities, grad, next, losses);
       if (grad != to) scatter(to, args.grad_strides.column, grad, columns);
-      if (args.losses) ((T*)args.losses)[i] = loss;
-      if constexpr (sizeof(T) == 4)
-        if (args.totals) add(args.totals[thread], loss);
     }
+    if (losses.count) losses.flush();
     if (args.totals) normalise(args.totals[thread]);
   };
   const int64_t grain = kElementsPerTask / (args.columns + 1) + 1;

@@ -60,7 +60,7 @@ void pointwise(const PointwiseArgs& a) {
       T* const loss_to = direct_loss ? direct_loss : chunk.loss;
       T* const dinput_to = direct_dinput ? direct_dinput : chunk.grad_input;
       T* const dtarget_to = direct_dtarget ? direct_dtarget : chunk.grad_target;
-      for (int k = 0; k < count; k += lanes<V>) {
+      const auto eval = [&](int k) __attribute__((always_inline)) {
         V loss, dx, dy, f = splat<V>(factor);
         Loss::eval(load<V>(x + k), load<V>(y + k), parameter, loss, dx, dy);
         if (s) f = f * load<V>(s + k);
@@ -68,21 +68,27 @@ void pointwise(const PointwiseArgs& a) {
           f = f * load<V>(w + k);
           loss = loss * load<V>(w + k);
         }
-        store(loss_to + k, canonical(loss));
+        loss = canonical(loss);
+        store(loss_to + k, loss);
         if (dinput.data) store(dinput_to + k, canonical(dx * f));
         if (dtarget.data) store(dtarget_to + k, canonical(dy * f));
+        return loss;
+      };
+      const int full = range.count / lanes<V> * lanes<V>;
+      int k = 0;
+      if constexpr (sizeof(T) == 4) {  // summed at once: hidden behind the memory accesses
+        if (a.totals)
+          for (; k < full; k += lanes<V>) bins.add(eval(k));
       }
-      for (int k = range.count; k < count; ++k) loss_to[k] = 0;  // padding is no item
-
-      if (a.totals || a.partial_sums) {
-        if constexpr (sizeof(T) == 4) {
-          for (int k = 0; k < count; k += lanes<V>) bins.add(load<V>(loss_to + k));
-        } else {
-          if (i % kPointwiseBlock == 0) ordered = OrderedSum();
-          ordered.add(loss_to, count);
-          if (i + range.count == end || (i + range.count) % kPointwiseBlock == 0)
-            a.partial_sums[i / kPointwiseBlock] = ordered.value();
-        }
+      for (; k < count; k += lanes<V>) eval(k);
+      for (k = range.count; k < count; ++k) loss_to[k] = 0;  // padding is no item
+      if constexpr (sizeof(T) == 4) {
+        if (a.totals && full < count) bins.add(load<V>(loss_to + full));
+      } else if (a.partial_sums) {
+        if (i % kPointwiseBlock == 0) ordered = OrderedSum();
+        ordered.add(loss_to, count);
+        if (i + range.count == end || (i + range.count) % kPointwiseBlock == 0)
+          a.partial_sums[i / kPointwiseBlock] = ordered.value();
       }
       if (losses.data && !direct_loss) write_chunk<false>(losses, range, loss_to);
       if (a.accumulate) {

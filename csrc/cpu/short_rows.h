@@ -157,7 +157,7 @@ struct ShortRows {
       if (Loss::kSums > 2) save_state(first, count, 2, select(bad, not_a_number, s.of[2]));
     }
 
-    f64v loss[kParts<V>], factor[kParts<V>], target_gradient[kParts<V>], scale[kParts<V>];
+    f64v loss[kParts<V>], factor[kParts<V>], target_gradient[kParts<V>] = {}, scale[kParts<V>];
     const V logit = load<V>(target_logit), term = Loss::term(logit - m);
     for (int part = 0; part < kParts<V>; ++part) {
       typename Loss::template Item<f64v> item;
@@ -167,10 +167,11 @@ struct ShortRows {
       item.target_weight = to_double(load<V>(lane.target_weight), part);
       item.scale = scale[part] = load<f64v>(lane.scale + part * lanes<f64v>);
       for (int k = 0; k < 3; ++k) item.sums[k] = to_double(s.of[k], part);
-      const auto result = Loss::template finish<f64v>(call, item);
-      loss[part] = result.loss * to_double(load<V>(lane.sample_weight), part);
-      factor[part] = result.factor;
-      target_gradient[part] = result.target_gradient;
+      const f64v log_s = Loss::log_sum(item);
+      const auto factors = Loss::factors(call, item, log_s);
+      loss[part] = Loss::loss(call, item, log_s) * to_double(load<V>(lane.sample_weight), part);
+      factor[part] = factors.all;
+      if constexpr (Loss::kHasIndex) target_gradient[part] = factors.target;
     }
     store(losses, select(ignored != zero, zero,
                          canonical(select(bad, not_a_number, from_double<V>(loss)))));

@@ -86,39 +86,53 @@ struct SoftmaxCrossEntropy {
     D max, target_logit, target_term, target_weight, scale;
     D sums[3];
   };
+  // log S. S - 1 is R, exactly, where the term kept apart is the maximum's.
   template <class D>
-  struct Result {
-    D loss, factor, target_gradient;  // dloss/dc_j = factor e_j - scale q_j for j other than t
-  };
-  template <class D, class T>
-  MBK_FN static Result<D> finish(const Call<T>& call, const Item<D>& item) {
+  MBK_FN static D log_sum(const Item<D>& item) {
     const D one = splat<D>(1.0), rest = item.sums[kRest];
-    const D s = rest + item.target_term;
-    // S - 1, exactly R where the term kept apart is the maximum's
-    const D excess = select(item.target_term == one, rest, (rest - 1.0) + item.target_term);
-    const D log_s = log1p(excess), lse = item.max + log_s;
-    const D others = kTargets == Targets::kProbabilities   ? item.sums[kCoefficients]
-                     : kTargets == Targets::kSmoothedIndex ? splat<D>(call.coefficients)
-                                                           : splat<D>(0.0);
-    const D certain = item.target_weight * call.keep64;
-    Result<D> r;
+    return log1p(select(item.target_term == one, rest, (rest - 1.0) + item.target_term));
+  }
+  // Q without the target's own share.
+  template <class D, class T>
+  MBK_FN static D others(const Call<T>& call, const Item<D>& item) {
+    return kTargets == Targets::kProbabilities   ? item.sums[kCoefficients]
+           : kTargets == Targets::kSmoothedIndex ? splat<D>(call.coefficients)
+                                                 : splat<D>(0.0);
+  }
+  template <class D, class T>
+  MBK_FN static D loss(const Call<T>& call, const Item<D>& item, D log_s) {
+    const D lse = item.max + log_s;
     // Not lse * lse * 0: the square of an fp64 logit overflows.
-    r.loss = call.z_loss != 0 ? lse * lse * call.z_loss : splat<D>(0.0);
-    if constexpr (kHasIndex) r.loss = certain * ((item.max - item.target_logit) + log_s) + r.loss;
-    if constexpr (kHasCoefficients) r.loss = (others * log_s + item.sums[kDistance]) + r.loss;
-    const D pull = others + lse * (2.0 * call.z_loss), unit = item.scale / s;
-    r.factor = (kHasIndex ? certain + pull : pull) * unit;
+    D loss = call.z_loss != 0 ? lse * lse * call.z_loss : splat<D>(0.0);
+    if constexpr (kHasIndex)
+      loss = item.target_weight * call.keep64 * ((item.max - item.target_logit) + log_s) + loss;
+    if constexpr (kHasCoefficients)
+      loss = (others(call, item) * log_s + item.sums[kDistance]) + loss;
+    return loss;
+  }
+  template <class D>
+  struct Factors {
+    D all, target;  // dloss/dc_j = all e_j - scale q_j for j other than t, and `target` for t
+  };
+  // log_s is used with a z-loss only: without it the gradient need not wait for the logarithm.
+  template <class D, class T>
+  MBK_FN static Factors<D> factors(const Call<T>& call, const Item<D>& item, D log_s) {
+    const D rest = item.sums[kRest], certain = item.target_weight * call.keep64;
+    D pull = others(call, item);
+    if (call.z_loss != 0) pull = pull + (item.max + log_s) * (2.0 * call.z_loss);
+    const D unit = item.scale / (rest + item.target_term);
+    Factors<D> f;
+    f.all = (kHasIndex ? certain + pull : pull) * unit;
     if constexpr (kHasIndex) {
-      r.target_gradient = (pull * item.target_term - certain * rest) * unit;
+      f.target = (pull * item.target_term - certain * rest) * unit;
       if constexpr (kHasCoefficients)
-        r.target_gradient =
-            r.target_gradient - item.scale * (item.target_weight * (double)call.spread);
+        f.target = f.target - item.scale * (item.target_weight * (double)call.spread);
       if constexpr (kSoftcap) {
         const D t = item.target_logit * call.inverse_cap64;
-        r.target_gradient = r.target_gradient * (one - t * t);
+        f.target = f.target * (1.0 - t * t);
       }
     }
-    return r;
+    return f;
   }
 
   // d(result)/d(x_j) for j other than t.
