@@ -79,6 +79,20 @@ MBK_FN f16 narrow<f16>(float x) {
   return {(uint16_t)(h | (sign >> 16))};
 }
 
+#if defined(__AVX512BW__)
+typedef int16_t i16v __attribute__((vector_size(64)));
+MBK_FN __m512i odd_words() {  // k at 2 k + 1
+  i16v index = i16v{};
+  for (int k = 0; k < 16; ++k) index[2 * k + 1] = (int16_t)k;
+  return (__m512i)index;
+}
+MBK_FN __m512i high_words() {  // 2 k + 1 at k
+  i16v index = i16v{};
+  for (int k = 0; k < 16; ++k) index[k] = (int16_t)(2 * k + 1);
+  return (__m512i)index;
+}
+#endif
+
 template <class V, class S>
 MBK_FN V load(const S* p) {
   if constexpr (lanes<V> == 1) {
@@ -92,7 +106,13 @@ MBK_FN V load(const S* p) {
     u16v h;
     memcpy(&h, p, sizeof h);
     if constexpr (__is_same(S, bf16)) {
+#if defined(__AVX512BW__)
+      // One permutation of words in place of widening and shifting: word k becomes word 2 k + 1.
+      const __m512i words = _mm512_castsi256_si512((__m256i)h);
+      return (V)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, odd_words(), words);
+#else
       return as_float(__builtin_convertvector(h, i32v) << 16);
+#endif
     } else {
 #if defined(__AVX512F__)
       return (V)_mm512_cvtph_ps((__m256i)h);
@@ -115,10 +135,13 @@ MBK_FN void store(S* p, V v) {
     u16v h;
     if constexpr (__is_same(S, bf16)) {
       const i32v u = as_int(v);
-      const i32v rounded = u + 0x7fff + ((u >> 16) & 1);
-#if defined(__AVX512F__)
-      h = (u16v)_mm512_cvtepi32_epi16((__m512i)(rounded >> 16));
+#if defined(__AVX512BW__)
+      const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
+      const __m512i half = _mm512_set1_epi32(0x7fff), up = _mm512_set1_epi32(0x8000);
+      const __m512i rounded = _mm512_add_epi32((__m512i)u, _mm512_mask_blend_epi32(odd, half, up));
+      h = (u16v)_mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words(), rounded));
 #else
+      const i32v rounded = u + 0x7fff + ((u >> 16) & 1);
       const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
       h = (u16v)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 #endif

@@ -195,6 +195,15 @@ using Int = typename LaneOf<V>::Int;
 template <class V>
 inline constexpr int lanes = LaneOf<V>::count;
 
+template <bool kFirst, class A, class B>
+struct Pick {
+  typedef A type;
+};
+template <class A, class B>
+struct Pick<false, A, B> {
+  typedef B type;
+};
+
 // The widest vector of an element type: Vector<float> is f32v, Vector<double> is f64v.
 template <class T>
 struct VectorOf;
@@ -259,33 +268,44 @@ MBK_FN Element<V> get(V v, int lane) {
   }
 }
 
-// Sum of all lanes by halves: lane k takes lane k + half. Part of the canonical order of row sums.
-template <class V>
-MBK_FN Element<V> sum_lanes(V v) {
+// All lanes joined by halves: lane k takes lane k + half.
+template <class V, class Join>
+MBK_FN Element<V> join_lanes(V v, Join join) {
   if constexpr (lanes<V> == 1) {
+    (void)join;
     return v;
 #if MBK_SIMD
   } else if constexpr (sizeof(Element<V>) == 4) {
 #if defined(__AVX512F__)
     const __m256 eight =
-        _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+        join(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
 #else
     const __m256 eight = (__m256)v;
 #endif
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+    __m128 four = join(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = join(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(join(four, _mm_shuffle_ps(four, four, 1)));
   } else {
 #if defined(__AVX512F__)
     const __m256d four =
-        _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+        join(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
 #else
     const __m256d four = (__m256d)v;
 #endif
-    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    const __m128d two = join(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(join(two, _mm_unpackhi_pd(two, two)));
 #endif
   }
+}
+// The sum of all lanes; part of the canonical order of row sums.
+template <class V>
+MBK_FN Element<V> sum_lanes(V v) {
+  return join_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+// The largest lane, if none is NaN.
+template <class V>
+MBK_FN Element<V> max_lanes(V v) {
+  return join_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 // A vector of floats as vectors of doubles, low lanes first, and back (rounded to nearest even).
@@ -315,6 +335,27 @@ MBK_FN f32v narrow_parts(const f64v (&x)[kDoubleParts]) {
 #else
   return (float)x[0];
 #endif
+}
+
+// Vectors of T as vectors of double, and back: kDoubleParts for float, the same for double.
+template <class V>
+inline constexpr int kParts = sizeof(Element<V>) == 8 || lanes<V> == 1 ? 1 : kDoubleParts;
+template <class V>
+MBK_FN auto to_double(V v, int part) {
+  if constexpr (sizeof(Element<V>) == 8) {
+    (void)part;
+    return v;
+  } else {
+    return widen_part(v, part);
+  }
+}
+template <class V>
+MBK_FN V from_double(const f64v (&parts)[kParts<V>]) {
+  if constexpr (sizeof(Element<V>) == 8) {
+    return parts[0];
+  } else {
+    return narrow_parts(parts);
+  }
 }
 
 }  // namespace mbk::MBK_ISA

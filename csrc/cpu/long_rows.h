@@ -125,26 +125,29 @@ struct RowSums {
         nan[k] |= is_nan(v);
       }
     }
-    for (int k = 1; k < kUnroll; ++k) m[0] = max(m[k], m[0]), nan[0] |= nan[k];
-    T value = get(m[0], 0);
-    for (int k = 1; k < kLanes; ++k) value = max(get(m[0], k), value);
-    return {value + 0, any(nan[0])};  // + 0: a maximum of -0 is that of +0
+    for (int half = kUnroll / 2; half; half /= 2)
+      for (int k = 0; k < half; ++k) {
+        m[k] = max(m[k], m[k + half]);
+        nan[k] |= nan[k + half];
+      }
+    return {max_lanes(m[0]) + 0, any(nan[0])};  // + 0: a maximum of -0 is that of +0
   }
 
   // The sums of the blocks of a row, and their total: exact for fp32, in order for fp64, rounded to
   // T, the precision in which the state is saved for a backward. One block needs no joining.
+  template <class E>
   struct Blocks {
-    T sum[kFlush + kGroup];
+    E sum[kFlush + kGroup];
     int64_t count = 0;
     bool moved = false;  // in rows of more than kFlush blocks, to:
     ExactSumState earlier;
 
-    MBK_FN void add(T block) {
+    MBK_FN void add(E block) {
       if (count == kFlush) move();
       sum[count++] = block;
     }
     MBK_RARE void move() {
-      if constexpr (sizeof(T) == 8) {
+      if constexpr (sizeof(E) == 8) {
         sum[0] = total();
         count = 1;
       } else {
@@ -154,26 +157,27 @@ struct RowSums {
         count = 0;
       }
     }
-    MBK_FN T total() {
-      if constexpr (sizeof(T) == 8) {
-        T all = sum[0];
+    MBK_FN E total() {
+      if constexpr (sizeof(E) == 8) {
+        E all = sum[0];
         for (int64_t i = 1; i < count; ++i) all = all + sum[i];
         return all;
       } else {
         if (moved) return total_of_all();
         if (count == 1) return sum[0];
-        for (int k = 0; k < lanes<V>; ++k) sum[count + k] = 0;
+        for (int k = 0; k < lanes<f32v>; ++k) sum[count + k] = 0;
         return sum_few(sum, count);
       }
     }
-    MBK_RARE T total_of_all() {
+    MBK_RARE E total_of_all() {
       add_each(earlier, sum, count);
       return round_to_float(earlier);
     }
   };
 
-  MBK_FN static T join(V (&v)[kUnroll]) {
-    for (int half = kUnroll / 2; half; half /= 2)
+  template <class W, int kCount>
+  MBK_FN static Element<W> join(W (&v)[kCount]) {
+    for (int half = kCount / 2; half; half /= 2)
       for (int k = 0; k < half; ++k) v[k] = v[k] + v[k + half];
     return sum_lanes(v[0]);
   }
@@ -194,7 +198,7 @@ struct RowSums {
   // wanted, the terms into `terms`.
   template <bool kKeep, class S>
   MBK_PASS T sums(const PaddedRow<S>& x, T m, int64_t apart, const Coefficients<Loss, In>& q,
-                  T* terms, T* tail_terms, const NextRows& next, T (&result)[3]) const {
+                  T* terms, T* tail_terms, const NextRows& next, double (&result)[3]) const {
     const int64_t group_apart = apart / kGroup * kGroup;
     T terms_apart[kGroup];
     // Padding is -inf for the terms, but must be at a finite distance for the coefficients' sum.
@@ -203,11 +207,16 @@ struct RowSums {
       for (int k = 0; k < kGroup; ++k)
         near_tail[k] = x.tail + k < args.columns ? widen(x.padded[k]) : m;
 
-    Blocks blocks[Loss::kSums];
+    constexpr int kWide = Loss::kWideDistance ? kParts<V> : 1;  // vectors of distances for one of x
+    typedef typename Pick<Loss::kWideDistance, f64v, V>::type W;
+    Blocks<T> rest, coefficients;
+    Blocks<Element<W>> distances;
     for (int64_t begin = 0; begin < args.columns; begin += kBlock) {
       const int64_t end = begin + kBlock < args.columns ? begin + kBlock : args.columns;
-      V sum[kUnroll], distance[kUnroll], coefficient[kUnroll];
-      for (int k = 0; k < kUnroll; ++k) sum[k] = distance[k] = coefficient[k] = V{};
+      V sum[kUnroll], coefficient[kUnroll];
+      W distance[kUnroll * kWide];
+      for (int k = 0; k < kUnroll; ++k) sum[k] = coefficient[k] = V{};
+      for (W& d : distance) d = W{};
       const auto add_group = [&](auto has_apart, int64_t j, const S* p, T* to,
                                  bool in_tail) __attribute__((always_inline)) {
         prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
@@ -215,8 +224,16 @@ struct RowSums {
           V e = Loss::term(load<V>(p + k * kLanes) - m);
           if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
             const V logit = in_tail ? load<V>(near_tail + k * kLanes) : load<V>(p + k * kLanes);
-            Loss::add_coefficient(logit - m, q.template at<V>(call, j, k * kLanes), distance[k],
-                                  coefficient[k]);
+            const V qs = q.template at<V>(call, j, k * kLanes);
+            for (int part = 0; part < kWide; ++part) {
+              W& d = distance[k * kWide + part];
+              if constexpr (Loss::kWideDistance) {
+                d = Loss::add_distance(to_double(logit, part) - (double)m, to_double(qs, part), d);
+              } else {
+                d = Loss::add_distance(logit - m, qs, d);
+              }
+            }
+            coefficient[k] = coefficient[k] + qs;
           }
           if constexpr (kKeep) store(to + k * kLanes, e);
           if constexpr (decltype(has_apart)::value) {
@@ -229,7 +246,7 @@ struct RowSums {
       for (int64_t j = begin; j < end;) {
         const bool in_tail = j == x.tail;
         const S* p = in_tail ? x.padded : x.data + j;
-        T* to = in_tail ? tail_terms : terms + j;
+        T* to = !kKeep ? nullptr : in_tail ? tail_terms : terms + j;
         if (j == group_apart) {
           add_group(Constant<true>{}, j, p, to, in_tail);
           j += kGroup;
@@ -237,14 +254,18 @@ struct RowSums {
         }
         int64_t stop = in_tail || end < x.tail ? end : x.tail;
         if (j < group_apart && group_apart < stop) stop = group_apart;
-        for (; j < stop; j += kGroup, p += kGroup, to += kGroup)
+        for (; j < stop; j += kGroup, p += kGroup) {
           add_group(Constant<false>{}, j, p, to, in_tail);
+          if constexpr (kKeep) to += kGroup;
+        }
       }
-      blocks[Loss::kRest].add(join(sum));
-      if constexpr (Loss::kSums > 1) blocks[Loss::kDistance].add(join(distance));
-      if constexpr (Loss::kSums > 2) blocks[Loss::kCoefficients].add(join(coefficient));
+      rest.add(join(sum));
+      if constexpr (Loss::kSums > 1) distances.add(join(distance));
+      if constexpr (Loss::kSums > 2) coefficients.add(join(coefficient));
     }
-    for (int k = 0; k < Loss::kSums; ++k) result[k] = blocks[k].total();
+    result[Loss::kRest] = (double)rest.total();
+    if constexpr (Loss::kSums > 1) result[Loss::kDistance] = (double)distances.total();
+    if constexpr (Loss::kSums > 2) result[Loss::kCoefficients] = (double)coefficients.total();
     return terms_apart[apart - group_apart];
   }
 };
@@ -410,20 +431,20 @@ struct LongRow : RowSums<Loss, In> {
 
     T kept_tail[kGroup];
     T* const terms = kTermsInGrad && grad ? (T*)grad : buffer;
-    T sum[3] = {};
+    double sum[3] = {};
     T term = 1;  // of a maximum
     if (args.from_state) {
       if constexpr (Loss::kHasIndex) term = Loss::term((T)widen(x.data[target]) - m);
-      sum[Loss::kRest] = *state(i, 1);
-      if (Loss::kSums > 2) sum[Loss::kCoefficients] = *state(i, 2);
+      sum[Loss::kRest] = (double)*state(i, 1);
+      if (Loss::kSums > 2) sum[Loss::kCoefficients] = (double)*state(i, 2);
     } else if (kKeep && grad) {
       term = this->template sums<kKeep>(x, m, apart, q, terms, kept_tail, next, sum);
     } else {
       term = this->template sums<false>(x, m, apart, q, (T*)nullptr, (T*)nullptr, next, sum);
     }
     item.target_term = (double)term;
-    for (int k = 0; k < 3; ++k) item.sums[k] = (double)sum[k];
-    save(i, m, sum[Loss::kRest], sum[2]);
+    for (int k = 0; k < 3; ++k) item.sums[k] = sum[k];
+    save(i, m, (T)sum[Loss::kRest], (T)sum[2]);
     if (!args.from_state)
       losses.push(i, item,
                   (double)item_value<T>(args.sample_weight, args.sample_weight_strides, at));

@@ -10,26 +10,6 @@
 namespace mbk::MBK_ISA {
 namespace {
 
-// Vectors of T as vectors of double, and back: kDoubleParts for float, the same for double.
-template <class V>
-inline constexpr int kParts = sizeof(Element<V>) == 8 ? 1 : kDoubleParts;
-template <class V>
-MBK_FN f64v to_double(V v, int part) {
-  if constexpr (sizeof(Element<V>) == 8) {
-    return v;
-  } else {
-    return widen_part(v, part);
-  }
-}
-template <class V>
-MBK_FN V from_double(const f64v (&parts)[kParts<V>]) {
-  if constexpr (sizeof(Element<V>) == 8) {
-    return parts[0];
-  } else {
-    return narrow_parts(parts);
-  }
-}
-
 template <class Loss, class T>
 struct ShortRows {
   typedef Vector<T> V;
@@ -48,7 +28,8 @@ struct ShortRows {
         tile((V*)scratch),
         probabilities((V*)scratch + a.columns) {}
 
-  MBK_FN V join(V* sum) const {
+  template <class W>
+  MBK_FN W join(W* sum) const {
     int count = args.columns < kGroup ? (int)args.columns : kGroup;
     for (int half = kGroup / 2; half; half /= 2) {
       for (int k = 0; k + half < count; ++k) sum[k] = sum[k] + sum[k + half];
@@ -92,26 +73,46 @@ struct ShortRows {
 
   struct Sums {
     V of[3];
+    f64v distance[kParts<V>];
   };
   // The sums without the terms of the columns `apart`, by lane.
   MBK_FN Sums sums(V m, V apart) const {
     Sums result{};
-    V sum[kGroup], distance[kGroup], coefficient[kGroup];
+    constexpr int kWide = Loss::kWideDistance ? kParts<V> : 1;
+    typedef typename Pick<Loss::kWideDistance, f64v, V>::type W;
+    V sum[kGroup], coefficient[kGroup];
+    W distance[kWide][kGroup];
     const int used = args.columns < kGroup ? (int)args.columns : kGroup;
-    for (int k = 0; k < used; ++k) sum[k] = distance[k] = coefficient[k] = V{};
+    for (int k = 0; k < used; ++k) {
+      sum[k] = coefficient[k] = V{};
+      for (auto& part : distance) part[k] = W{};
+    }
     for (int64_t j = 0; j < args.columns; ++j) {
       const int k = (int)(j % kGroup);
       const V d = tile[j] - m, e = Loss::term(d);
       sum[k] = sum[k] + select(apart == splat<V>((T)j), V{}, e);
       if constexpr (Loss::kHasCoefficients) {
         const V w = splat<V>(args.class_weight ? ((const T*)args.class_weight)[j] : (T)1);
-        probabilities[j] = Loss::coefficient(call, w, probabilities[j]);
-        Loss::add_coefficient(d, probabilities[j], distance[k], coefficient[k]);
+        const V q = probabilities[j] = Loss::coefficient(call, w, probabilities[j]);
+        if constexpr (Loss::kWideDistance) {
+          for (int p = 0; p < kWide; ++p)
+            distance[p][k] = Loss::add_distance(to_double(tile[j], p) - to_double(m, p),
+                                                to_double(q, p), distance[p][k]);
+        } else {
+          distance[0][k] = Loss::add_distance(d, q, distance[0][k]);
+        }
+        coefficient[k] = coefficient[k] + q;
       }
       if constexpr (!Loss::kHasSoftcap) tile[j] = e;
     }
     result.of[Loss::kRest] = join(sum);
-    if constexpr (Loss::kSums > 1) result.of[Loss::kDistance] = join(distance);
+    for (int p = 0; p < kParts<V>; ++p) {
+      if constexpr (Loss::kWideDistance) {
+        result.distance[p] = join(distance[p]);
+      } else if constexpr (Loss::kHasCoefficients) {
+        result.distance[p] = to_double(p ? distance[0][0] : join(distance[0]), p);
+      }
+    }
     if constexpr (Loss::kSums > 2) result.of[Loss::kCoefficients] = join(coefficient);
     return result;
   }
@@ -167,6 +168,7 @@ struct ShortRows {
       item.target_weight = to_double(load<V>(lane.target_weight), part);
       item.scale = scale[part] = load<f64v>(lane.scale + part * lanes<f64v>);
       for (int k = 0; k < 3; ++k) item.sums[k] = to_double(s.of[k], part);
+      if constexpr (Loss::kHasCoefficients) item.sums[Loss::kDistance] = s.distance[part];
       const f64v log_s = Loss::log_sum(item);
       const auto factors = Loss::factors(call, item, log_s);
       loss[part] = Loss::loss(call, item, log_s) * to_double(load<V>(lane.sample_weight), part);

@@ -30,6 +30,8 @@ struct SoftmaxCrossEntropy {
   static constexpr bool kHasCoefficients = kTargets != Targets::kIndex;  // q_j of the classes but t
   enum Sum { kRest, kDistance, kCoefficients };                          // R; sum q_j (m - c_j); Q
   static constexpr int kSums = kTargets == Targets::kIndex ? 1 : kHasIndex ? 2 : 3;
+  // Probabilities may have any sign and size, so their distances may cancel: added up in fp64.
+  static constexpr bool kWideDistance = kTargets == Targets::kProbabilities;
 
   // What is the same for every item of a call, in the type T of the element loops.
   template <class T>
@@ -73,11 +75,10 @@ struct SoftmaxCrossEntropy {
     return exp_nonpositive(distance);
   }
 
-  // Adds one column to the sums of the coefficients.
+  // Adds q_j (m - c_j) to a sum.
   template <class V>
-  MBK_FN static void add_coefficient(V distance, V q, V& distances, V& coefficients) {
-    distances = multiply_add(-q, distance, distances);
-    coefficients = coefficients + q;
+  MBK_FN static V add_distance(V distance, V q, V sum) {
+    return multiply_add(-q, distance, sum);
   }
 
   // The end of a row, in fp64: D is double, or a vector of them with an item in each lane.
