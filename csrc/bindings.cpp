@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -86,6 +87,18 @@ class Fields {
   }
   const py::tuple& fields_;
   Py_ssize_t next_ = 0;
+};
+
+// Lets other Python threads run, where that is worth its time.
+class Unlocked {
+ public:
+  explicit Unlocked(std::int64_t elements) {
+    constexpr std::int64_t kWorthwhile = 4096;
+    if (elements >= kWorthwhile) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
 };
 
 // One value an item, in the type that the loss is computed in.
@@ -171,7 +184,7 @@ py::object row_loss(const py::tuple& fields) {
   const mbk::Backend& backend = mbk::current_backend();
   double divisor;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked(input.numel());
     divisor = mbk::run_row_loss(backend, loss, input.dtype, a, r);
   }
   return py::float_(divisor);
@@ -233,7 +246,7 @@ py::object pointwise_loss(const py::tuple& fields) {
   const mbk::Backend& backend = mbk::current_backend();
   double divisor;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked(input.numel());
     divisor = mbk::run_pointwise_loss(backend, loss, type, a, r);
   }
   return py::float_(divisor);

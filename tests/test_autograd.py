@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cases import ARITHMETIC, CASES, DTYPES, REDUCTIONS, Case, check, spacing
 
 import mbkern
-from mbkern import _C
+from mbkern import _C, _composite
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 HALF = (torch.bfloat16, torch.float16)
@@ -86,17 +86,51 @@ def test_retain_graph(case: Case) -> None:
 
 
 @every_case
-def test_double_backward_is_refused(case: Case) -> None:
+def test_double_backward(case: Case) -> None:
+    """Derivatives of derivatives by differences, with every option, through all that has one."""
+    for variation, reduction in itertools.product(case.variations, REDUCTIONS):
+        sample = case.sample((3, 5), torch.float64, variation)
+        options = sample.options | {"reduction": reduction}
+        leaves = [sample.input.requires_grad_()]
+        if sample.target.is_floating_point():
+            leaves.append(sample.target.requires_grad_())
+
+        def function(x: torch.Tensor, *rest: torch.Tensor, options: Any = options) -> torch.Tensor:
+            return case.function(x, *(rest or (sample.target,)), **options)  # noqa: B023
+
+        assert torch.autograd.gradgradcheck(function, leaves), (variation.name, reduction)
+
+
+@every_case
+def test_hessian_vector_products(case: Case) -> None:
+    """In every dtype, and the first gradient is that of a plain backward, to rounding."""
     for dtype, reduction in itertools.product(DTYPES, REDUCTIONS):
         x, target = case.leaf(dtype)
-        loss = case.function(x, target, reduction=reduction).sum()
-        with pytest.raises(RuntimeError, match="create_graph=True"):
-            torch.autograd.grad(loss, x, create_graph=True)
+        v = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+        reference, wide = case.exact(x, target, reduction=reduction)
+
+        def product(loss: torch.Tensor, leaf: torch.Tensor, v: Any = v) -> list[torch.Tensor]:
+            (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+            return [grad, *torch.autograd.grad((grad * v.to(grad.dtype)).sum(), leaf)]
+
+        got = product(case.function(x, target, reduction=reduction), x)
+        for g, w in zip(got, product(reference, wide), strict=True):
+            tolerance = 64 * torch.finfo(dtype).eps * (w.abs().max() + 0.1)  # p - 1 cancels
+            assert (g.double() - w).abs().max() <= tolerance, (dtype, reduction)
+
+
+@every_case
+def test_double_backward_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the logits are gone, or a loss has no formula."""
     x, target = case.leaf(torch.float32)
-    loss = case.function(x, target, reduction="none")
-    incoming = torch.ones_like(loss).requires_grad_()
-    with pytest.raises(RuntimeError, match="create_graph=True"):
-        torch.autograd.grad(loss, x, incoming, create_graph=True)
+    loss = case.function(x * 1, target, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    monkeypatch.setattr(_composite, "is_available", lambda loss: False)
+    for reduction in REDUCTIONS:
+        loss = case.function(x, target, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match=rf"{case.name} .*create_graph=True"):
+            torch.autograd.grad(loss, x, create_graph=True)
 
 
 # ---- incoming gradients --------------------------------------------------------------------------

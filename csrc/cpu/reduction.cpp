@@ -39,8 +39,9 @@ void store_rounded(const Result& r, double value) {
 }  // namespace
 
 ExactSumState ThreadTotals::merged() const {
-  ExactSumState all{};
-  for (const ExactSumState& t : totals_) merge(all, t);
+  ExactSumState all = one_;
+  normalise(all);
+  for (const ExactSumState& t : more_) merge(all, t);
   return all;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 // From the terms of a batch to its loss: how the result of a call is reduced, and its one rounding.
+#include <stddef.h>
 #include <stdint.h>
 
 #include <vector>
@@ -19,15 +20,16 @@ struct Result {
   ExactSumState* loss_sum;  // receives the items' terms before any division; may be null
 };
 
-// One accumulator a thread, on separate cache lines.
+// One accumulator a thread; one thread's needs no allocation.
 class ThreadTotals {
  public:
-  explicit ThreadTotals(int threads) : totals_(threads > 0 ? threads : 1) {}
-  ExactSumState* data() { return totals_.data(); }
+  explicit ThreadTotals(int threads) : more_(threads > 1 ? static_cast<size_t>(threads) : 0) {}
+  ExactSumState* data() { return more_.empty() ? &one_ : more_.data(); }
   ExactSumState merged() const;
 
  private:
-  std::vector<ExactSumState> totals_;
+  ExactSumState one_{};
+  std::vector<ExactSumState> more_;
 };
 
 double exact_value(const ExactSumState& s);  // rounded to nearest even

@@ -45,7 +45,7 @@ double check_and_weigh(const RowArgs& a) {
   std::atomic<int64_t> bad{a.items};
   std::atomic<int64_t> count{0};
   const int threads = sizeof(T) == 8 && weighted ? 1 : a.threads;
-  ThreadTotals totals(threads);
+  ThreadTotals totals(weighted ? threads : 1);
   double ordered = 0;
   auto body = [&](int64_t begin, int64_t end, int thread) {
     int64_t counted = 0;
@@ -71,7 +71,7 @@ double check_and_weigh(const RowArgs& a) {
         add(totals.data()[thread], w);
       }
     }
-    normalise(totals.data()[thread]);
+    if (weighted) normalise(totals.data()[thread]);
     count += counted;
   };
   parallel_for(a.items, kElementsPerTask, threads, body);
@@ -121,10 +121,14 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
   }
   constexpr size_t kAlignment = 64;
   const size_t scratch = static_cast<size_t>(row_scratch_bytes(a.columns, sizeof(T))) * a.threads;
-  const std::unique_ptr<char, Free> memory(static_cast<char*>(
-      std::aligned_alloc(kAlignment, (scratch + kAlignment - 1) / kAlignment * kAlignment)));
-  if (!memory) throw std::bad_alloc();
-  a.scratch = memory.get();
+  alignas(kAlignment) char small[8192];
+  std::unique_ptr<char, Free> large;
+  if (scratch > sizeof small) {
+    large.reset(static_cast<char*>(
+        std::aligned_alloc(kAlignment, (scratch + kAlignment - 1) / kAlignment * kAlignment)));
+    if (!large) throw std::bad_alloc();
+  }
+  a.scratch = large ? large.get() : small;
 
   if (a.items > 0) backend.row(loss, input)(a);
 

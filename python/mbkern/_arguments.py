@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -44,6 +45,14 @@ def result_dtype(loss_dtype: torch.dtype | None, input: Tensor, other: Tensor) -
     if dtype in _HALF and torch.is_autocast_enabled(input.device.type):
         return torch.float32
     return dtype
+
+
+def hint_value(hint: Number) -> float:
+    """Return grad_scale as a number that can be divided out again, or raise."""
+    value = float(hint)
+    if not math.isfinite(value) or value == 0.0:
+        raise ValueError(f"mbkern: grad_scale must be finite and not 0, it is {value}")
+    return value
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -49,8 +49,8 @@ def _explain(tensor: Tensor, name: str) -> Tensor:
         )
     if _functorch_active() and _is_wrapped(tensor):
         raise NotImplementedError(
-            f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...), which is not "
-            "supported yet"
+            f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...); mbkern.functional "
+            "and mbkern.nn support those, mbkern.loss_and_grad and LossSum do not"
         )
     if not tensor.is_cpu:
         raise NotImplementedError(

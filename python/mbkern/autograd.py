@@ -9,14 +9,15 @@ rounding.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbkern._arguments import Number, check_output
+from mbkern import _composite
+from mbkern._arguments import Number, check_output, hint_value
 from mbkern._launch import (
     RowCall,
     RowOptions,
@@ -35,36 +36,39 @@ _SECOND_BACKWARD = (
 )
 _DOUBLE_BACKWARD = (
     "mbkern: {name} was asked for a gradient that can itself be differentiated "
-    "(create_graph=True), which it does not support; use torch.nn.functional for second derivatives"
+    "(create_graph=True), which it does not support, or not with inplace=True, which overwrites "
+    "the logits; use torch.nn.functional for second derivatives"
 )
 
 
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _double_backward(loss: Loss) -> RuntimeError:
-    # Not once_differentiable: it asks whether the incoming gradient requires grad, and that of a
-    # root loss does not.
-    return RuntimeError(_DOUBLE_BACKWARD.format(name=loss.name))
+def _differentiable(
+    formula: Callable[..., Tensor], request: Request, incoming: Tensor, *tensors: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the formula as a graph: for create_graph, to be differentiated again.
 
-
-def hint_value(hint: Number) -> float:
-    """Return grad_scale as a number that can be divided out again, or raise."""
-    value = float(hint)
-    if not math.isfinite(value) or value == 0.0:
-        raise ValueError(f"mbkern: grad_scale must be finite and not 0, it is {value}")
-    return value
+    Asked for by torch.is_grad_enabled() in backward, not by once_differentiable: that asks whether
+    the incoming gradient requires grad, and that of a root loss does not.
+    """
+    if request.inplace or not _composite.is_available(request.loss):
+        raise RuntimeError(_DOUBLE_BACKWARD.format(name=request.loss.name))
+    dtype = request.loss_dtype or tensors[0].dtype
+    value = formula(request.loss, *tensors, request.options, dtype)
+    needed = [t for t in tensors if t.requires_grad]
+    found = iter(torch.autograd.grad(value, needed, incoming, create_graph=True))
+    return tuple(next(found) if t.requires_grad else None for t in tensors)
 
 
 class _Formed:
     """A gradient formed in forward, and the factor it already holds."""
 
-    __slots__ = ("dense", "grad", "hint", "loss")
+    __slots__ = ("dense", "grad", "hint")
 
-    def __init__(self, grad: Tensor, hint: float, loss: Loss, dense: bool) -> None:
+    def __init__(self, grad: Tensor, hint: float, dense: bool) -> None:
         self.grad: Tensor | None = grad
         self.hint = hint
-        self.loss = loss
         self.dense = dense
 
     def take(self, incoming: Tensor) -> Tensor:
@@ -73,8 +77,6 @@ class _Formed:
         Our reference is dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
         clones any other.
         """
-        if torch.is_grad_enabled():
-            raise _double_backward(self.loss)
         grad = self.grad
         if grad is None:
             raise RuntimeError(_SECOND_BACKWARD)
@@ -145,24 +147,30 @@ class RowLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_value(hint)
             grad = input.detach() if inplace else new_gradient(input)
             result, _ = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
-            ctx.formed = _Formed(grad, factor, request.loss, not inplace)
+            ctx.formed, ctx.request = _Formed(grad, factor, not inplace), request
+            # Only looked at by create_graph.
+            ctx.save_for_backward(input, target)
             if inplace:
                 _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         state = call.new_state()
         result, ctx.divisor = call.run(state=state, loss_dtype=request.loss_dtype)
-        ctx.save_for_backward(input, target, state, options.weight, options.sample_weight)
+        ctx.save_for_backward(input, target, options.weight, options.sample_weight, state)
         return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            input, target = ctx.saved_tensors[:2]
+            first, second = _differentiable(
+                _composite.row_loss, ctx.request, incoming, input, target
+            )
+            return first, second, None
         if ctx.formed is not None:
             return ctx.formed.take(incoming), None, None
         request: Request = ctx.request
-        if torch.is_grad_enabled():
-            raise _double_backward(request.loss)
-        input, target, state, weight, sample_weight = ctx.saved_tensors
+        input, target, weight, sample_weight, state = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
         call = RowCall(request.loss.number, input, target, options)
         grad = grad_target = None
@@ -227,9 +235,11 @@ class PointwiseLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_value(hint)
             grads = _gradients(tensors, needs, inplace)
             result, _ = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
+            ctx.request = request
             ctx.formed = tuple(
-                None if g is None else _Formed(g, factor, request.loss, not inplace) for g in grads
+                None if g is None else _Formed(g, factor, not inplace) for g in grads
             )
+            ctx.save_for_backward(input, target)
             if inplace and needs[0]:
                 _bump_version(input)
             return result  # type: ignore[return-value]
@@ -240,11 +250,13 @@ class PointwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            input, target = ctx.saved_tensors[:2]
+            formula = _composite.pointwise_loss
+            return (*_differentiable(formula, ctx.request, incoming, input, target), None)
         if ctx.formed is not None:
             return (*(f.take(incoming) if f is not None else None for f in ctx.formed), None)
         request: Request = ctx.request
-        if torch.is_grad_enabled():
-            raise _double_backward(request.loss)
         input, target, weight = ctx.saved_tensors
         options: PointwiseOptions = replace(request.options, weight=weight)
         call = PointwiseCall(request.loss.number, input, target, options)
@@ -275,23 +287,6 @@ def _gradients(
 
 
 # Function.apply checks for torch.func transforms and unwraps its arguments, at a cost that a small
-# loss feels; where no transform is active the step below it is enough.
-_raw_row = super(torch.autograd.Function, RowLoss).apply
-_raw_pointwise = super(torch.autograd.Function, PointwiseLoss).apply
-_functorch_active = torch._C._are_functorch_transforms_active
-
-
-def apply_row(input: Tensor, target: Tensor, request: Request) -> Tensor:
-    """``RowLoss.apply``, by the shortest way."""
-    result: Tensor = (RowLoss.apply if _functorch_active() else _raw_row)(  # type: ignore[no-untyped-call]
-        input, target, request
-    )
-    return result
-
-
-def apply_pointwise(input: Tensor, target: Tensor, request: Request) -> Tensor:
-    """``PointwiseLoss.apply``, by the shortest way."""
-    result: Tensor = (PointwiseLoss.apply if _functorch_active() else _raw_pointwise)(  # type: ignore[no-untyped-call]
-        input, target, request
-    )
-    return result
+# loss feels; the callers of these two have checked that there is nothing to do.
+apply_row = super(torch.autograd.Function, RowLoss).apply
+apply_pointwise = super(torch.autograd.Function, PointwiseLoss).apply

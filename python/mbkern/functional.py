@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _legacy
 
+from mbkern import _traced
 from mbkern._arguments import Number, check_reduction, combine_weights, result_dtype
 from mbkern._launch import RowCall, RowOptions
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
@@ -121,8 +122,12 @@ def row_loss(
         input, target = input.to(both), target.to(both)
     if options.weight is not None or options.sample_weight is not None:
         _refuse_weight_gradients(options.weight, options.sample_weight)
+    if _traced.is_needed(input, target):
+        return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return apply_row(input, target, Request(loss, options, grad_scale, inplace, loss_dtype))
+        request = Request(loss, options, grad_scale, inplace, loss_dtype)
+        result: Tensor = apply_row(input, target, request)  # type: ignore[no-untyped-call]
+        return result
     value, _ = RowCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
     assert value is not None
     return value
@@ -217,10 +222,12 @@ def pointwise_loss(
     loss_dtype = result_dtype(loss_dtype, input, target)
     weights = combine_weights(weight, sample_weight, input.shape)
     options = PointwiseOptions(weights, reduction, denominator, parameter)
+    if _traced.is_needed(input, target):
+        return _traced.pointwise_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return apply_pointwise(
-            input, target, Request(loss, options, grad_scale, inplace, loss_dtype)
-        )
+        request = Request(loss, options, grad_scale, inplace, loss_dtype)
+        result: Tensor = apply_pointwise(input, target, request)  # type: ignore[no-untyped-call]
+        return result
     value, _ = PointwiseCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
     assert value is not None
     return value

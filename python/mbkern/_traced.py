@@ -1,0 +1,317 @@
+"""The losses over registered operators: under torch.compile, torch.func, fake tensors, modes.
+
+One autograd Function a kind of loss, in the form that functorch and Dynamo both take, with the
+operators of ``_ops`` inside. ``inplace`` is ignored here: a compiler plans the memory itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from mbkern import _composite, _ops
+from mbkern._arguments import Number
+from mbkern._launch import RowOptions
+from mbkern._launch_pointwise import PointwiseOptions
+from mbkern._losses import Loss, find
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+
+
+def is_needed(input: Tensor, target: Tensor) -> bool:
+    """Whether a call may not take the shortest way, straight from plain tensors to a kernel."""
+    return (
+        _is_compiling()
+        or (type(input) is not Tensor and type(input) is not Parameter)
+        or (type(target) is not Tensor and type(target) is not Parameter)
+        or not input.is_cpu
+        or _dispatch_modes() > 0
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _scalar(value: Number | None, like: Tensor) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float64, device=like.device)
+
+
+def _is_full(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+# ---- row losses ----------------------------------------------------------------------------------
+
+
+def row_loss(
+    loss: Loss,
+    input: Tensor,
+    target: Tensor,
+    options: RowOptions,
+    grad_scale: Number | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A row loss, traceable, differentiable under every transform."""
+    o = options
+    if forward_ad._current_level >= 0:  # kernels have no forward-mode derivatives
+        return _composite.row_loss(loss, input, target, o, dtype)
+    form = (
+        o.reduction != "none"
+        and not target.is_floating_point()
+        and (_is_full(input.dtype) or grad_scale is not None)
+        and torch.is_grad_enabled()
+        and input.requires_grad
+    )
+    result: Tensor = _RowLoss.apply(  # type: ignore[no-untyped-call]
+        input, target, o.weight, o.sample_weight, _scalar(o.denominator, input),
+        _scalar(grad_scale, input), loss.name, o.reduction, o.ignore_index, o.label_smoothing,
+        o.z_loss, o.softcap or 0.0, form, dtype,
+    )[0]  # fmt: skip
+    return result
+
+
+def _row_options(fields: tuple[Any, ...], denominator: Tensor | None) -> RowOptions:
+    weight, sample_weight, _, reduction, ignore_index, smoothing, z_loss, softcap = fields
+    return RowOptions(
+        weight, sample_weight, ignore_index, smoothing, z_loss, softcap or None, reduction,
+        denominator,
+    )  # fmt: skip
+
+
+class _RowLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        denominator: Tensor | None,
+        grad_scale: Tensor | None,
+        loss: str,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        form: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = _ops.row_loss(
+            input, target, weight, sample_weight, denominator, grad_scale, loss, reduction,
+            ignore_index, label_smoothing, z_loss, softcap, form, dtype,
+        )  # fmt: skip
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, weight, sample_weight, denominator, grad_scale = inputs[:6]
+        _, state, divisor, token = output
+        ctx.mark_non_differentiable(state, divisor, token)
+        ctx.save_for_backward(
+            input, target, weight, sample_weight, denominator, grad_scale, state, divisor, token
+        )
+        ctx.options, ctx.form, ctx.dtype = inputs[6:12], inputs[12], inputs[13]
+        ctx.wants_target = target.is_floating_point()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        input, target, weight, sample_weight, denominator, grad_scale = saved[:6]
+        grad = grad_target = None
+        if ctx.needs_input_grad[0]:
+            arguments = (
+                incoming, input, target, weight, sample_weight, denominator, grad_scale,
+                *saved[6:], *ctx.options, ctx.form, ctx.dtype,
+            )  # fmt: skip
+            if torch.compiler.is_compiling():
+                grad = _RowGradient.forward(*arguments)
+            else:
+                grad = _RowGradient.apply(*arguments)  # type: ignore[no-untyped-call]
+        if ctx.wants_target and ctx.needs_input_grad[1]:
+            options = _row_options((weight, sample_weight, *ctx.options), denominator)
+
+            def of_target(t: Tensor) -> Tensor:
+                return _composite.row_loss(find(ctx.options[0]), input, t, options, ctx.dtype)
+
+            grad_target = torch.func.vjp(of_target, target)[1](incoming)[0]
+        return (grad, grad_target, *(None,) * 12)
+
+
+class _RowGradient(torch.autograd.Function):
+    """The gradient as a differentiable function of the incoming gradient and the input."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        incoming: Tensor,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        denominator: Tensor | None,
+        grad_scale: Tensor | None,
+        state: Tensor,
+        divisor: Tensor,
+        token: Tensor,
+        *rest: Any,
+    ) -> Tensor:
+        *options, form, _ = rest
+        result: Tensor = _ops.row_loss_backward(
+            incoming, input, target, weight, sample_weight, grad_scale, state, divisor, token,
+            *options, form,
+        )  # fmt: skip
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        *ctx.options, _, ctx.dtype = inputs[10:]
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+        incoming, input, target, weight, sample_weight, denominator = ctx.saved_tensors
+        options = _row_options((weight, sample_weight, *ctx.options), denominator)
+        loss = find(ctx.options[0])
+
+        def gradient(incoming: Tensor, input: Tensor) -> Tensor:
+            def value(x: Tensor) -> Tensor:
+                return _composite.row_loss(loss, x, target, options, ctx.dtype)
+
+            result: Tensor = torch.func.vjp(value, input)[1](incoming)[0]
+            return result
+
+        first, second = torch.func.vjp(gradient, incoming, input)[1](grad_grad)
+        return (first, second, *(None,) * (ctx.count - 2))
+
+
+# ---- element-wise losses -------------------------------------------------------------------------
+
+
+def pointwise_loss(
+    loss: Loss,
+    input: Tensor,
+    target: Tensor,
+    options: PointwiseOptions,
+    grad_scale: Number | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """An element-wise loss, traceable, differentiable under every transform."""
+    o = options
+    if forward_ad._current_level >= 0:
+        return _composite.pointwise_loss(loss, input, target, o, dtype)
+    hinted = grad_scale is not None
+    form = o.reduction != "none" and torch.is_grad_enabled()
+    if input is target:
+        target = target.view_as(target)  # Dynamo takes no tensor twice
+    result: Tensor = _PointwiseLoss.apply(  # type: ignore[no-untyped-call]
+        input, target, o.weight, _scalar(o.denominator, input), _scalar(grad_scale, input),
+        loss.name, o.reduction, o.parameter,
+        form and input.requires_grad and (hinted or _is_full(input.dtype)),
+        form and target.requires_grad and (hinted or _is_full(target.dtype)), dtype,
+    )[0]  # fmt: skip
+    return result
+
+
+class _PointwiseLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        denominator: Tensor | None,
+        grad_scale: Tensor | None,
+        loss: str,
+        reduction: str,
+        parameter: float,
+        form_input: bool,
+        form_target: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = _ops.pointwise_loss(
+            input, target, weight, denominator, grad_scale, loss, reduction, parameter,
+            form_input, form_target, dtype,
+        )  # fmt: skip
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, weight, denominator, grad_scale = inputs[:5]
+        _, divisor, token = output
+        ctx.mark_non_differentiable(divisor, token)
+        ctx.save_for_backward(input, target, weight, denominator, grad_scale, divisor, token)
+        ctx.options, ctx.dtype = inputs[5:8], inputs[10]
+        ctx.form = inputs[8] or inputs[9]
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        arguments = (incoming, *ctx.saved_tensors, *ctx.options, ctx.form, *needs, ctx.dtype)
+        if torch.compiler.is_compiling():
+            grads = _PointwiseGradient.forward(*arguments)
+        else:
+            grads = _PointwiseGradient.apply(*arguments)  # type: ignore[no-untyped-call]
+        first, second = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return (first, second, *(None,) * 9)
+
+
+class _PointwiseGradient(torch.autograd.Function):
+    """The gradients as a differentiable function of the incoming gradient, input and target."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        incoming: Tensor,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        denominator: Tensor | None,
+        grad_scale: Tensor | None,
+        divisor: Tensor,
+        token: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor]:
+        *options, form, need_input, need_target, _ = rest
+        result: tuple[Tensor, Tensor] = _ops.pointwise_loss_backward(
+            incoming, input, target, weight, grad_scale, divisor, token, *options, form,
+            need_input, need_target,
+        )  # fmt: skip
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        *ctx.options, _, need_input, need_target, ctx.dtype = inputs[8:]
+        ctx.needs = (need_input, need_target)
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
+        incoming, input, target, weight, denominator = ctx.saved_tensors
+        name, reduction, parameter = ctx.options
+        options = PointwiseOptions(weight, reduction, denominator, parameter)
+        wanted = [k for k in (0, 1) if ctx.needs[k]]
+
+        def gradients(incoming: Tensor, input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+            def value(x: Tensor, y: Tensor) -> Tensor:
+                return _composite.pointwise_loss(find(name), x, y, options, ctx.dtype)
+
+            both = torch.func.vjp(value, input, target)[1](incoming)
+            return tuple(both[k] for k in wanted)
+
+        pull = torch.func.vjp(gradients, incoming, input, target)[1]
+        results = pull(tuple(grad_grads[k] for k in wanted))
+        return (*results, *(None,) * (ctx.count - 3))
