@@ -42,7 +42,8 @@ def result_dtype(loss_dtype: torch.dtype | None, input: Tensor, other: Tensor) -
     dtype = input.dtype
     if other.dtype is not dtype and other.is_floating_point():
         dtype = torch.promote_types(dtype, other.dtype)
-    if dtype in _HALF and torch.is_autocast_enabled(input.device.type):
+    device = input.device.type
+    if dtype in _HALF and device != "meta" and torch.is_autocast_enabled(device):
         return torch.float32
     return dtype
 

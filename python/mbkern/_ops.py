@@ -89,13 +89,17 @@ def _take(token: Tensor) -> tuple[Tensor | None, ...] | None:
 # ---- what runs -----------------------------------------------------------------------------------
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
+def _plain(value: Any) -> Any:
     """Drop a subclass that adds nothing below ``__torch_function__``; the kernels refuse others."""
-    if tensor is None or type(tensor) is Tensor:
-        return tensor
-    if type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
-        return tensor.detach().as_subclass(Tensor)
-    return tensor
+    if type(value) is Tensor or not isinstance(value, Tensor):
+        return value
+    if type(value).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
+        return value.detach().as_subclass(Tensor)
+    return value
+
+
+def _of_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: kernel(*map(_plain, args))
 
 
 def _row_call(
@@ -108,10 +112,10 @@ def _row_call(
 ) -> RowCall:
     loss, reduction, ignore_index, label_smoothing, z_loss, softcap = options
     row = RowOptions(
-        _plain(weight), _plain(sample_weight), ignore_index, label_smoothing, z_loss,
-        softcap if softcap != 0.0 else None, reduction, _plain(denominator),
+        weight, sample_weight, ignore_index, label_smoothing, z_loss,
+        softcap if softcap != 0.0 else None, reduction, denominator,
     )  # fmt: skip
-    return RowCall(find(loss).number, _plain(input), _plain(target), row)  # type: ignore[arg-type]
+    return RowCall(find(loss).number, input, target, row)
 
 
 def _row_loss(
@@ -155,7 +159,6 @@ def _row_loss_backward(
 ) -> Tensor:
     *options, form = rest
     hint = 1.0 if grad_scale is None else hint_value(grad_scale)
-    incoming = _plain(incoming)  # type: ignore[assignment]
     if form:
         formed = _take(token)
         if formed is not None and formed[0] is not None:
@@ -181,8 +184,8 @@ def _pointwise_call(
     options: tuple[Any, ...],
 ) -> PointwiseCall:
     loss, reduction, parameter = options
-    pointwise = PointwiseOptions(_plain(weight), reduction, _plain(denominator), parameter)
-    return PointwiseCall(find(loss).number, _plain(input), _plain(target), pointwise)  # type: ignore[arg-type]
+    pointwise = PointwiseOptions(weight, reduction, denominator, parameter)
+    return PointwiseCall(find(loss).number, input, target, pointwise)
 
 
 def _pointwise_loss(
@@ -219,7 +222,6 @@ def _pointwise_loss_backward(
 ) -> tuple[Tensor, Tensor]:
     *options, form, need_input, need_target = rest
     hint = 1.0 if grad_scale is None else hint_value(grad_scale)
-    incoming = _plain(incoming)  # type: ignore[assignment]
     needs = (need_input, need_target)
     call = _pointwise_call(input, target, weight, None, tuple(options))
     grads = _take(token) if form else None
@@ -345,7 +347,7 @@ for _name, (_kernel, _fake, _forms) in _KERNELS.items():
     _tags = (torch.Tag.pt2_compliant_tag,)
     LIBRARY.define(_name + _SCHEMAS[_name], tags=_tags)  # type: ignore[no-untyped-call]
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _key)  # type: ignore[no-untyped-call]
+        LIBRARY.impl(_name, _of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mbkern::{_name}", _fake, lib=LIBRARY)
     _operator = getattr(torch.ops.mbkern, _name).default
     torch.library.register_vmap(f"mbkern::{_name}", _each(_operator, *_forms), lib=LIBRARY)

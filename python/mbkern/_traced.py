@@ -47,6 +47,10 @@ def _is_full(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
+def _is_differentiated(input: Tensor, target: Tensor) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+
+
 # ---- row losses ----------------------------------------------------------------------------------
 
 
@@ -69,11 +73,13 @@ def row_loss(
         and torch.is_grad_enabled()
         and input.requires_grad
     )
-    result: Tensor = _RowLoss.apply(  # type: ignore[no-untyped-call]
+    arguments = (
         input, target, o.weight, o.sample_weight, _scalar(o.denominator, input),
         _scalar(grad_scale, input), loss.name, o.reduction, o.ignore_index, o.label_smoothing,
         o.z_loss, o.softcap or 0.0, form, dtype,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    apply: Any = _RowLoss.apply if _is_differentiated(input, target) else _ops.row_loss
+    result: Tensor = apply(*arguments)[0]
     return result
 
 
@@ -214,12 +220,14 @@ def pointwise_loss(
     form = o.reduction != "none" and torch.is_grad_enabled()
     if input is target:
         target = target.view_as(target)  # Dynamo takes no tensor twice
-    result: Tensor = _PointwiseLoss.apply(  # type: ignore[no-untyped-call]
+    arguments = (
         input, target, o.weight, _scalar(o.denominator, input), _scalar(grad_scale, input),
         loss.name, o.reduction, o.parameter,
         form and input.requires_grad and (hinted or _is_full(input.dtype)),
         form and target.requires_grad and (hinted or _is_full(target.dtype)), dtype,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    apply: Any = _PointwiseLoss.apply if _is_differentiated(input, target) else _ops.pointwise_loss
+    result: Tensor = apply(*arguments)[0]
     return result
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbkern import _composite
+from mbkern import _composite, _ops
 from mbkern._arguments import Number, check_output, hint_value
 from mbkern._launch import (
     RowCall,
@@ -41,6 +41,7 @@ _DOUBLE_BACKWARD = (
 )
 
 
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -80,6 +81,8 @@ class _Formed:
         grad = self.grad
         if grad is None:
             raise RuntimeError(_SECOND_BACKWARD)
+        if _is_legacy_batched(incoming):  # is_grads_batched: many incoming gradients at once
+            return grad * (incoming / self.hint).to(grad.dtype)
         if _graph_is_kept():
             grad = grad.clone()
         else:
@@ -176,7 +179,14 @@ class RowLoss(torch.autograd.Function):
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
             grad_target = _gradient_of_probabilities(call, state, incoming, ctx.divisor)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and _is_legacy_batched(incoming):
+            grad = _ops.row_loss_backward(
+                incoming, input, target, weight, sample_weight, None, state,
+                torch.tensor(ctx.divisor, dtype=torch.float64), torch.zeros(1, dtype=torch.int64),
+                request.loss.name, options.reduction, options.ignore_index,
+                options.label_smoothing, options.z_loss, options.softcap or 0.0, False,
+            )  # fmt: skip
+        elif ctx.needs_input_grad[0]:
             overwrite = request.inplace and not _graph_is_kept()
             grad = input.detach() if overwrite else new_gradient(input)
             if options.reduction == "none":
@@ -259,6 +269,14 @@ class PointwiseLoss(torch.autograd.Function):
         request: Request = ctx.request
         input, target, weight = ctx.saved_tensors
         options: PointwiseOptions = replace(request.options, weight=weight)
+        if _is_legacy_batched(incoming):
+            needs = ctx.needs_input_grad[:2]
+            many = _ops.pointwise_loss_backward(
+                incoming, input, target, weight, None,
+                torch.tensor(ctx.divisor, dtype=torch.float64), torch.zeros(1, dtype=torch.int64),
+                request.loss.name, options.reduction, options.parameter, False, *needs,
+            )  # fmt: skip
+            return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
         call = PointwiseCall(request.loss.number, input, target, options)
         overwrite = request.inplace and not _graph_is_kept()
         grads = _gradients((input, target), ctx.needs_input_grad[:2], overwrite)
