@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from harness.allocator import DEFAULT, RECYCLED
 from harness.results import Group, paired_ratio, summarise
 from suites import cross_entropy as ce
-from suites import exact_sum, host, memory, tiers, twin
+from suites import exact_sum, host, integration, memory, tiers, twin
 
 SLACK_MIB = 0.5  # the kernel counts resident pages in batches
 
@@ -23,7 +23,7 @@ class Goal:
         where: ... and which of those.
         numerator, denominator: names of the entries.
         bound: at least this if ``at_least``, else at most.
-        difference: compare numerator - denominator instead of the ratio.
+        difference: compare numerator - denominator, in this unit, instead of the ratio.
     """
 
     what: str
@@ -33,11 +33,11 @@ class Goal:
     bound: float
     where: Callable[[Group], bool]
     at_least: bool = True
-    difference: bool = False
+    difference: str = ""
 
     @property
     def reach(self) -> str:
-        unit = " MiB" if self.difference else "x"
+        unit = f" {self.difference}" if self.difference else "x"
         return f"{'>=' if self.at_least else '<='} {self.bound:g}{unit}"
 
 
@@ -115,13 +115,32 @@ def _against_the_machine() -> list[Goal]:
     ]  # fmt: skip
     goals += [
         Goal(f"memory above the promise, {way}", memory.SUITE, way, memory.PROMISED + way,
-             SLACK_MIB, lambda g: True, at_least=False, difference=True)
+             SLACK_MIB, lambda g: True, at_least=False, difference="MiB")
         for way in (ce.IN_PLACE, ce.AUTOGRAD)
     ]  # fmt: skip
     return goals
 
 
-GOALS = (*_against_torch(), *_against_the_machine())
+def _through_torch() -> list[Goal]:
+    """Upper bounds on the detours of the suite integration."""
+
+    def at(case: str) -> Callable[[Group], bool]:
+        return lambda g: g.case.startswith(case)
+
+    i = integration
+    return [
+        Goal("compiled / eager, (512, 32000)", i.SUITE, i.COMPILED, i.EAGER, 1.05, at("compiled"),
+             at_least=False),
+        Goal("patched(), intercepted call", i.SUITE, i.PATCHED, i.DIRECT, 3.0, at(i.INTERCEPTED),
+             at_least=False, difference="us"),
+        Goal("patched(), other call", i.SUITE, i.PATCHED, i.OUTSIDE, 0.1, at(i.OTHER),
+             at_least=False, difference="us"),
+        Goal("patched(mode=True), other call", i.SUITE, i.MODE, i.OUTSIDE, 3.5, at(i.OTHER),
+             at_least=False, difference="us"),
+    ]  # fmt: skip
+
+
+GOALS = (*_against_torch(), *_against_the_machine(), *_through_torch())
 
 
 def judge(groups: list[Group]) -> list[Verdict]:
@@ -140,7 +159,7 @@ def _judge(goal: Goal, group: Group) -> Verdict:
         if above is None or below is None or not (above.samples and below.samples):
             return Verdict(goal, group, "-", None)
         value = summarise(above.samples).median - summarise(below.samples).median
-        return Verdict(goal, group, f"{value:+.2f} MiB", value <= goal.bound)
+        return Verdict(goal, group, f"{value:+.2f} {goal.difference}", value <= goal.bound)
     ratio = paired_ratio(group, goal.numerator, goal.denominator)
     if ratio is None:
         entries = [group.entry(name) for name in (goal.numerator, goal.denominator)]

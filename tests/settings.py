@@ -257,6 +257,19 @@ def traced(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     return (graph(x, t),)
 
 
+@setting("Compilers", "`torch.jit.trace`", note="by formulas of torch operations")
+def jit_trace(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
+    graph = torch.jit.trace(Module(f), (torch.zeros_like(x), t), check_trace=False)
+    y = leaf(x)
+    value = graph(y, t)
+    return value, gradient(value, y)
+
+
+@setting("Compilers", "`torch.jit.script`", refusal="keyword-only arguments|Compiled functions")
+def jit_script(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
+    return (torch.jit.script(f)(x, t),)
+
+
 @setting("Compilers", "FakeTensorMode", note="shapes and dtypes")
 def fake(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     mode = FakeTensorMode()

@@ -21,6 +21,7 @@ from mbkern._losses import Loss, find
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
+_jit_tracing = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -33,6 +34,7 @@ def is_needed(input: Tensor, target: Tensor) -> bool:
         or not input.is_cpu
         or _dispatch_modes() > 0
         or _functorch_active()
+        or _jit_tracing() is not None
         or forward_ad._current_level >= 0
     )
 
@@ -45,6 +47,13 @@ def _scalar(value: Number | None, like: Tensor) -> Tensor | None:
 
 def _is_full(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
+
+
+def _wants_formula() -> bool:
+    """Forward mode, which kernels do not have, and TorchScript's tracer, which sees no Function."""
+    if _is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or _jit_tracing() is not None
 
 
 def _is_differentiated(input: Tensor, target: Tensor) -> bool:
@@ -64,7 +73,7 @@ def row_loss(
 ) -> Tensor:
     """A row loss, traceable, differentiable under every transform."""
     o = options
-    if forward_ad._current_level >= 0:  # kernels have no forward-mode derivatives
+    if _wants_formula():
         return _composite.row_loss(loss, input, target, o, dtype)
     form = (
         o.reduction != "none"
@@ -214,7 +223,7 @@ def pointwise_loss(
 ) -> Tensor:
     """An element-wise loss, traceable, differentiable under every transform."""
     o = options
-    if forward_ad._current_level >= 0:
+    if _wants_formula():
         return _composite.pointwise_loss(loss, input, target, o, dtype)
     hinted = grad_scale is not None
     form = o.reduction != "none" and torch.is_grad_enabled()
