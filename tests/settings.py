@@ -315,6 +315,23 @@ def vmap_grad(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     return (torch.vmap(torch.func.grad(f))(*batches(x, t)),)
 
 
+@setting(
+    "torch.func", "`torch.compile` of `grad`, `vmap(grad)`", note="by formulas of torch operations"
+)
+def compiled_grad(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
+    def single(x: Tensor, t: Tensor) -> Tensor:
+        return torch.func.grad(f)(x, t)
+
+    def many(x: Tensor, t: Tensor) -> Tensor:
+        return torch.vmap(torch.func.grad(f))(x, t)
+
+    torch._dynamo.reset()
+    one, each = (
+        torch.compile(call, fullgraph=True, backend="aot_eager") for call in (single, many)
+    )
+    return one(x, t), each(*batches(x, t))
+
+
 @setting("torch.func", "`jacrev`")
 def jacrev(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     return (torch.func.jacrev(lambda x: f(x, t, reduction="none"))(x),)

@@ -19,15 +19,20 @@ from mbkern import autograd, functional, nn
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
+from mbkern._patched import PatchReport, patch, patched, unpatch
 from mbkern._version import NUMERICS_VERSION, __version__
 
 __all__ = [
     "NUMERICS_VERSION",
     "LossSum",
+    "PatchReport",
     "__version__",
     "autograd",
     "functional",
     "loss_and_grad",
     "losses",
     "nn",
+    "patch",
+    "patched",
+    "unpatch",
 ]

@@ -13,9 +13,11 @@ errors, and the words of the errors.
 
 Limits. The switch is a thread's, not a task's: coroutines of one thread share it, as they share
 torch's modes. Under torch.compile the switch is guarded, so that code is traced again where it
-differs; but enter outside the compiled function. A ``torch.nn.CrossEntropyLoss`` that is *made*
-inside a compiled function stays torch's. Compiled calls are not counted in reports. A wrapper that
-was taken out of ``torch.nn.functional`` and kept runs torch outside, and is pickled inside only.
+differs; but enter outside the compiled function: inside, there is a graph break. A
+``torch.nn.CrossEntropyLoss`` that is *made* inside a compiled function stays torch's, and so do
+torch.func transforms there. Compiled calls are not counted in reports. A wrapper that was taken out
+of ``torch.nn.functional`` and kept runs torch outside, and can be pickled inside only; torch's own
+function, outside only. Warnings of torch's functions name this file as the caller.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ import functools
 import importlib
 import inspect
 import threading
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as torch_functional
@@ -44,8 +46,6 @@ from mbkern._losses import losses
 from mbkern._tensors import DTYPES
 
 __all__ = ["PatchReport", "patch", "patched", "unpatch"]
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
@@ -94,6 +94,7 @@ _INDEX = torch.int64
 _HALF = (torch.bfloat16, torch.float16)
 _DEPRECATED = ("size_average", "reduce")
 _NUMBERS = (float, int)
+_MISSING = object()
 
 
 def refusal(entry: _Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -114,6 +115,8 @@ def refusal(entry: _Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
         return reason
     if _tracing_state() is not None:
         return "torch.jit.trace"
+    if _is_compiling() and _is_transformed():
+        return "a transform inside torch.compile"  # which loses the derivatives of our operators
     if input.dtype not in DTYPES:
         return f"input is {_short(input.dtype)}"
     items = _row_refusal if entry.is_row else _pointwise_refusal
@@ -128,9 +131,10 @@ def _bind(
     """Input, target and options, however they were passed; None if that is no call."""
     names = entry.names
     given = dict(zip(names, args, strict=False))
-    if len(args) > len(names) or not given.keys().isdisjoint(kwargs):
-        return None
+    count = len(given) + len(kwargs)
     given.update(kwargs)
+    if len(args) > len(names) or len(given) < count:
+        return None
     if names[0] not in given or names[1] not in given:
         return None
     return given.pop(names[0]), given.pop(names[1]), given
@@ -150,6 +154,10 @@ def _tensor_refusal(tensor: Any, name: str) -> str | None:
     return None
 
 
+def _is_transformed() -> bool:
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
 def _is_autocast() -> bool:
     return torch.is_autocast_enabled("cpu")
 
@@ -165,10 +173,12 @@ def _dtypes_agree(input: Tensor, other: Tensor) -> bool:
 def _row_refusal(input: Tensor, target: Tensor, options: dict[str, Any]) -> str | None:
     shape, wanted = input.shape, target.shape
     index = target.dtype is _INDEX
-    if index and len(shape) == 2 and len(wanted) == 1 and wanted[0] == shape[0]:
+    if index and len(shape) == 2 and len(wanted) == 1 and wanted[0] == shape[0] and shape[1]:
         return None
     if len(shape) == 0:
         return "input has no class dimension"
+    if shape[1 if len(shape) > 1 else 0] == 0:
+        return "no classes"
     if wanted == shape and target.is_floating_point():
         if not _dtypes_agree(input, target):
             return f"target is {_short(target.dtype)}, input {_short(input.dtype)}"
@@ -192,9 +202,10 @@ def _pointwise_refusal(input: Tensor, target: Tensor, options: dict[str, Any]) -
 def _options_refusal(entry: _Entry, input: Tensor, options: dict[str, Any]) -> str | None:
     defaults = entry.defaults
     for name, value in options.items():
-        if name not in defaults:
+        default = defaults.get(name, _MISSING)
+        if default is _MISSING:
             return f"no option {name}"
-        if value is None and defaults[name] is None:
+        if value is default or (type(value) is type(default) and value == default):
             continue
         check = _OPTIONS.get(name)
         if check is not None:
@@ -205,7 +216,7 @@ def _options_refusal(entry: _Entry, input: Tensor, options: dict[str, Any]) -> s
                 return reason
             fits = True
         else:
-            fits = type(value) is type(defaults[name])
+            fits = type(value) is type(default)
         if not fits:
             return name
     return None
@@ -244,8 +255,7 @@ def _weight_refusal(entry: _Entry, input: Tensor, name: str, weight: Tensor) -> 
         return reason
     if weight.requires_grad:
         return f"{name} requires grad"
-    # A tensor that is differentiated outside a vmap does not say so inside.
-    if not _is_compiling() and (_functorch_active() or forward_ad._current_level >= 0):
+    if _is_transformed():  # a tensor that is differentiated outside a vmap does not say so inside
         return f"{name} under a transform"
     shape = input.shape
     classes = shape[1 if len(shape) > 1 else 0 : 2]
@@ -353,13 +363,18 @@ def _call_torch(entry: _Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _wrap(entry: _Entry) -> Callable[..., Tensor]:
-    @functools.wraps(entry.original)
-    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
-        if (_thread.on or _Process.on) and not _thread.modes:
-            return _compute(entry, args, kwargs)
-        return _call_torch(entry, args, kwargs)
+    thread, process, compute, call_torch = _thread, _Process, _compute, _call_torch
 
-    return wrapper
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        if (thread.on or process.on) and not thread.modes:
+            return compute(entry, args, kwargs)
+        return call_torch(entry, args, kwargs)
+
+    # torch.jit.script compiles the source of what is wrapped, with the wrapper's globals.
+    rooted = types.FunctionType(
+        wrapper.__code__, vars(torch_functional), entry.name, None, wrapper.__closure__
+    )
+    return functools.wraps(entry.original)(rooted)
 
 
 class _Mode(TorchFunctionMode):
@@ -388,9 +403,10 @@ class _Mode(TorchFunctionMode):
 @functools.cache
 def _table() -> tuple[tuple[_Entry, Callable[..., Tensor]], ...]:
     """Every loss of both libraries, with its wrapper."""
-    # Dynamo lists torch's functions when it is imported (making an optimizer does that, too); it
-    # would take a wrapper that it met then for torch's function, and not look into it.
+    # Lists of torch's functions that are made once, and must not be made of wrappers: Dynamo's (at
+    # its import, which making an optimizer does, too), and that of what modes can override.
     importlib.import_module("torch._dynamo")
+    torch.overrides.get_overridable_functions()
     found = [_entry(loss.name, loss.kind == "row") for loss in losses()]
     return tuple((entry, _wrap(entry)) for entry in found if entry is not None)
 
@@ -463,7 +479,7 @@ class _Patched(contextlib.ContextDecorator):
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        traceback: types.TracebackType | None,
     ) -> None:
         if not (_thread.modes if self.mode else _thread.depth):
             raise RuntimeError("mbkern: patched() was left in a thread that had not entered it")

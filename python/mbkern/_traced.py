@@ -50,9 +50,12 @@ def _is_full(dtype: torch.dtype) -> bool:
 
 
 def _wants_formula() -> bool:
-    """Forward mode, which kernels do not have, and TorchScript's tracer, which sees no Function."""
+    """Where the operators would lose derivatives: forward mode, which kernels do not have;
+    TorchScript's tracer, which sees no Function; a transform inside a compiled function, where
+    Dynamo does not say which tensors are differentiated.
+    """
     if _is_compiling():
-        return False
+        return _functorch_active()
     return forward_ad._current_level >= 0 or _jit_tracing() is not None
 
 
