@@ -4,6 +4,7 @@
 #   make bench       the microbenchmarks    make gpu-check what only a GPU can show
 #   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
 #   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
+#   make torches     one wheel under several torch versions
 #   make full        all checks a CPU can do
 PYTHON ?= python3
 CLANG ?= $(firstword $(foreach v,22 21 20 19 18 17 16 15,$(shell command -v clang++-$v)) clang++)
@@ -15,7 +16,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find csrc python -type 
 CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang aarch64 clean
+.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang aarch64 torches clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -51,7 +52,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint test slow sanitize clang aarch64 exhaustive
+full: lint test slow sanitize clang aarch64 torches exhaustive
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native
@@ -85,6 +86,20 @@ aarch64: $(TOOLS)
 	  -DCMAKE_CXX_COMPILER=$(AARCH64)-g++
 	cmake --build build/aarch64
 	qemu-aarch64 -L /usr/$(AARCH64) build/aarch64/core_test --quick
+
+# The oldest and the newest torch, each in an environment of its own, with the wheel that .venv has.
+TORCHES ?= 2.6.0 2.14.1
+torches: $(PACKAGE)
+	python -m pip wheel -q --no-deps . -w build/wheel
+	set -e; for version in $(TORCHES); do \
+	  $(PYTHON) -m venv build/torch-$$version; \
+	  build/torch-$$version/bin/python -m pip install -q torch==$$version pytest hypothesis expecttest; \
+	  build/torch-$$version/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl; \
+	  build/torch-$$version/bin/python -m pip install -q numpy; \
+	  build/torch-$$version/bin/python -m mbkern selftest | tail -n 1; \
+	  build/torch-$$version/bin/python -m pytest -q tests/test_settings.py tests/test_autograd.py \
+	    tests/test_refusals.py tests/test_losses.py tests/test_patched.py; \
+	done
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(PACKAGE)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo.testing
 from guarded import in_child
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -123,6 +124,28 @@ def dual(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     with forward_ad.dual_level():
         value = f(forward_ad.make_dual(x, torch.ones_like(x)), t)
         return tuple(forward_ad.unpack_dual(value))
+
+
+@setting("Autograd", "incoming gradient not finite, ignored items")
+def not_finite(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
+    if not t.is_floating_point():
+        t = t.clone()
+        t[1] = -100
+    results: list[Tensor | None] = []
+    for factor in (torch.inf, -torch.inf, torch.nan):
+        y = leaf(x)
+        value = f(y, t)
+        value.backward(torch.tensor(factor, dtype=value.dtype))
+        assert y.grad is not None
+        # Of an infinite factor torch's p - 1 makes NaN at the target, mbkern's -inf.
+        results.append(y.grad[1] if factor == factor else y.grad)
+    return results
+
+
+@setting("Tensors", "another default device", exact=True)
+def default_device(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
+    with torch.device("meta"):
+        return backward(f, x, t)
 
 
 @setting("Autograd", "`is_grads_batched`")
@@ -245,10 +268,21 @@ class Module(torch.nn.Module):
         return self.function(x, t)
 
 
-@setting("Compilers", "`torch.export`", exact=True)
+@setting("Compilers", "`torch.export`, trained afterwards", note="by formulas of torch operations")
 def export(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
-    program = torch.export.export(Module(f), (x, t))
-    return (program.module()(x, t),)
+    results: list[Tensor | None] = []
+    for strict in (False, True):
+        program = torch.export.export(Module(f), (leaf(x), t), strict=strict)
+        y = leaf(x)
+        value = program.module()(y, t)
+        results += [value, gradient(value, y)]
+    return results
+
+
+@setting("Compilers", "`make_fx` before dispatch", exact=True)
+def traced_before_dispatch(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
+    graph = make_fx(lambda x, t: f(x, t), pre_dispatch=True)(x, t)
+    return (graph(x, t),)
 
 
 @setting("Compilers", "`make_fx`", exact=True)
@@ -353,9 +387,23 @@ def hessian(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     return torch.func.hessian(value)(x), torch.func.jacrev(torch.func.jacrev(value))(x)
 
 
-@setting("torch.func", "`functionalize`", exact=True)
+@setting("torch.func", "`vmap(jacrev(jacrev))`", note="by formulas of torch operations")
+def vmap_hessian(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
+    many, targets = batches(x, t)
+    nested = torch.func.jacrev(torch.func.jacrev(f))
+    return torch.vmap(nested)(many, targets), torch.vmap(torch.func.hessian(f))(many, targets)
+
+
+@setting("torch.func", "`functionalize`, `linearize`", note="by formulas of torch operations")
 def functionalize(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
-    return (torch.func.functionalize(f)(x, t),)
+    value, pushed = torch.func.linearize(lambda x: f(x, t), x)
+    return (
+        torch.func.functionalize(f)(x, t),
+        torch.func.grad(torch.func.functionalize(f))(x, t),
+        torch.func.functionalize(torch.func.grad(f))(x, t),
+        value,
+        pushed(torch.ones_like(x)),
+    )
 
 
 # ---- tensors -------------------------------------------------------------------------------------

@@ -136,3 +136,18 @@ def test_every_option_compiled(dtype: torch.dtype) -> None:
             assert torch.equal(transformed, grad), options
             many = torch.vmap(call)(x.detach().expand(2, *SHAPE))
             assert torch.equal(many[1], want), options
+
+
+def test_refused_while_tracing() -> None:
+    """What eager refuses is refused by a trace, too."""
+    x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    for options in ({"softcap": 0.0}, {"softcap": float("inf")}, {"reduction": "some"}):
+
+        def call(x: Tensor, options: dict[str, Any] = options) -> Tensor:
+            return CASES[0].function(x, target, **options)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend="aot_eager")
+        for function, argument in ((call, x), (compiled, x), (torch.vmap(call), x[None])):
+            with pytest.raises(Exception, match=r"softcap must be positive|not a valid reduction"):
+                function(argument)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mbkern._tensors import (
+    INDEX_TYPES,
     describe,
     has_internal_overlap,
     require_dtype,
@@ -56,6 +57,12 @@ def hint_value(hint: Number) -> float:
     return value
 
 
+def check_softcap(softcap: float | None) -> None:
+    """Refuse a cap that is not positive and finite."""
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"mbkern: softcap must be positive and finite, not {softcap}")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that a storage type is computed in."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -97,6 +104,27 @@ def check_output(
     for other in others:
         if other is not None and share_memory(grad, other):
             raise ValueError(f"mbkern: {name} overlaps another argument, {describe(other)}")
+
+
+def check_row_shapes(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    """Refuse what is no input and target of a row loss, by shapes and dtypes alone."""
+    shape = input.shape
+    if len(shape) == 0:
+        raise ValueError(
+            "mbkern: input must have a class dimension: (C), (N, C) or (N, C, d1, ...), not ()"
+        )
+    if target.shape == shape:
+        probabilities(target, input, ignore_index)
+        return
+    items = shape[:1] + shape[2:] if len(shape) > 1 else torch.Size(())
+    if target.dtype not in INDEX_TYPES or target.shape != items:
+        refuse_indices(target, shape, items)
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Refuse a share outside [0, 1]."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"mbkern: label_smoothing must be in [0, 1], not {label_smoothing}")
 
 
 def refuse_indices(target: Tensor, shape: torch.Size, wanted: torch.Size) -> None:

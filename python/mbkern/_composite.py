@@ -37,7 +37,9 @@ def _cross_entropy(input: Tensor, target: Tensor, o: RowOptions) -> tuple[Tensor
         target = target.long()
         counted = target != o.ignore_index
         index = torch.where(counted, target, 0)
-        share = torch.nn.functional.one_hot(index, classes).to(x.dtype)
+        # Not one_hot, which looks at the values: under vmap there is nothing to look at.
+        numbers = torch.arange(classes, device=x.device)
+        share = (index.unsqueeze(-1) == numbers).to(x.dtype)
         weights = w.expand(share.shape).gather(-1, index.unsqueeze(-1)).squeeze(-1) * counted
     else:
         share = target.to(x.dtype).movedim(1, -1) if target.dim() > 1 else target.to(x.dtype)
@@ -47,7 +49,7 @@ def _cross_entropy(input: Tensor, target: Tensor, o: RowOptions) -> tuple[Tensor
     terms = torch.where(q != 0, q * log_p, 0.0) if has_index else q * log_p
     losses = -terms.sum(-1)
     if o.z_loss:
-        losses = losses + o.z_loss * (x[..., 0] - log_p[..., 0]).square()
+        losses = losses + o.z_loss * torch.logsumexp(x, -1).square()
     return (torch.where(counted, losses, 0.0) if has_index else losses), weights
 
 

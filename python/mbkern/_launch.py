@@ -19,9 +19,10 @@ from mbkern import _C
 from mbkern._arguments import (
     REDUCTIONS,
     Number,
+    check_label_smoothing,
+    check_row_shapes,
+    check_softcap,
     class_weight,
-    probabilities,
-    refuse_indices,
     weights_as,
 )
 from mbkern._tensors import (
@@ -69,19 +70,23 @@ def new_scalar(dtype: torch.dtype) -> Tensor | None:
     return None if like is None else torch.empty_like(like)
 
 
-def scale_dense(tensor: Tensor, factor: float) -> Tensor:
-    """Multiply a tensor whose elements fill their memory, in place, rounding once."""
+def scale_dense(tensor: Tensor, factor: float, *, keep_zeros: bool = False) -> Tensor:
+    """Multiply a tensor whose elements fill their memory, in place, rounding once.
+
+    ``keep_zeros``: 0 stays 0 also where the factor is not finite; the gradient of an ignored item.
+    """
+    zeros = tensor == 0 if keep_zeros and not math.isfinite(factor) else None
     _C.scale_array(
         tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel(), factor, torch.get_num_threads()
     )
-    return tensor
+    return tensor if zeros is None else tensor.masked_fill_(zeros, 0.0)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a contiguous tensor in another dtype, rounded once, with canonical NaNs."""
     if tensor.dtype is dtype:
         return tensor
-    out = torch.empty(tensor.shape, dtype=dtype)
+    out = torch.empty(tensor.shape, dtype=dtype, device="cpu")
     _C.convert_array(
         tensor.data_ptr(), DTYPES[tensor.dtype], out.data_ptr(), DTYPES[dtype], tensor.numel(),
         torch.get_num_threads(),
@@ -161,7 +166,8 @@ class RowCall:
     def new_state(self) -> Tensor:
         """Memory for what is saved of an item: maximum, sum of the other terms, and for class
         probabilities the sum of the coefficients."""
-        return torch.empty((2 if self.has_index else 3, math.prod(self.shape)), dtype=self.compute)
+        rows = 2 if self.has_index else 3
+        return torch.empty((rows, math.prod(self.shape)), dtype=self.compute, device="cpu")
 
     def per_item(self, values: Tensor, name: str) -> Tensor:
         """Broadcast one value an item to the shape of the unreduced loss."""
@@ -175,25 +181,12 @@ class RowCall:
 
     def explain(self) -> None:
         """Raise if these arguments are no loss; otherwise make the tensors plain."""
-        options = self.options
-        self.input = input = require_plain(self.input, "input")
-        self.target = target = require_plain(self.target, "target")
-        require_dtype(input, "input")
-        if input.dim() == 0:
-            raise ValueError(
-                "mbkern: input must have a class dimension: (C), (N, C) or (N, C, d1, ...), not ()"
-            )
-        if self.has_index:
-            if target.dtype not in INDEX_TYPES or target.shape != self.shape:
-                refuse_indices(target, input.shape, self.shape)
-        else:
-            probabilities(target, input, options.ignore_index)
-        if not 0.0 <= options.label_smoothing <= 1.0:
-            raise ValueError(
-                f"mbkern: label_smoothing must be in [0, 1], not {options.label_smoothing}"
-            )
-        if options.softcap is not None and not 0.0 < options.softcap < math.inf:
-            raise ValueError(f"mbkern: softcap must be positive and finite, not {options.softcap}")
+        self.input = require_plain(self.input, "input")
+        self.target = require_plain(self.target, "target")
+        require_dtype(self.input, "input")
+        check_row_shapes(self.input, self.target, self.options.ignore_index)
+        check_label_smoothing(self.options.label_smoothing)
+        check_softcap(self.options.softcap)
 
     def run(
         self,
@@ -223,7 +216,7 @@ class RowCall:
         losses = loss = None
         if not from_state:
             if o.reduction == "none":
-                losses = torch.empty(self.shape, dtype=self.compute)
+                losses = torch.empty(self.shape, dtype=self.compute, device="cpu")
             else:
                 loss = new_scalar(dtype)
 
@@ -265,7 +258,7 @@ class RowCall:
 
 def exact_result(state: Tensor, denominator: Number | None, dtype: torch.dtype) -> Tensor:
     """Round an exact sum, over ``denominator`` if given, to a 0-dim tensor."""
-    out = torch.empty((), dtype=dtype)
+    out = torch.empty((), dtype=dtype, device="cpu")
     divisor = None if denominator is None else scalar_argument(denominator, "denominator")
     reduction = REDUCTIONS["sum" if divisor is None else "mean"]
     _C.exact_result(state.data_ptr(), (reduction, divisor, out, None))

@@ -70,7 +70,7 @@ _tokens: weakref.WeakValueDictionary[int, _Token] = weakref.WeakValueDictionary(
 
 def _new_token(grads: tuple[Tensor | None, ...] | None) -> Tensor:
     if grads is None:
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
     owner = np.zeros(1, dtype=np.int64).view(_Token)
     owner.grads = grads
     token = torch.from_numpy(owner)  # the storage holds `owner`
@@ -136,13 +136,13 @@ def _row_loss(
     loss, divisor = call.run(grad=grad, scale=scale, state=state, loss_dtype=dtype)
     assert loss is not None
     token = _new_token(None if grad is None else (grad,))
-    return loss, state, torch.tensor(divisor, dtype=torch.float64), token
+    return loss, state, torch.tensor(divisor, dtype=torch.float64, device="cpu"), token
 
 
-def _rescaled(grad: Tensor, incoming: Tensor, hint: float) -> Tensor:
+def _rescaled(grad: Tensor, incoming: Tensor, hint: float, of_rows: bool = False) -> Tensor:
     """A gradient that holds the factor ``hint``, times what the incoming gradient is more."""
     factor = incoming.item() / hint
-    return grad if factor == 1.0 else scale_dense(grad, factor)
+    return grad if factor == 1.0 else scale_dense(grad, factor, keep_zeros=of_rows)
 
 
 def _row_loss_backward(
@@ -162,7 +162,7 @@ def _row_loss_backward(
     if form:
         formed = _take(token)
         if formed is not None and formed[0] is not None:
-            return _rescaled(formed[0], incoming, hint)
+            return _rescaled(formed[0], incoming, hint, True)
     call = _row_call(input, target, weight, sample_weight, None, tuple(options))
     grad = new_gradient(call.input)
     arguments: dict[str, Any] = {"grad": grad, "state": state.contiguous(), "from_state": True}
@@ -170,7 +170,7 @@ def _row_loss_backward(
         call.run(item_scale=incoming, **arguments)
     elif form:
         call.run(scale=hint, divisor=divisor.item(), **arguments)
-        return _rescaled(grad, incoming, hint)
+        return _rescaled(grad, incoming, hint, True)
     else:
         call.run(scale=incoming.detach(), divisor=divisor.item(), **arguments)
     return grad
@@ -207,7 +207,7 @@ def _pointwise_loss(
     loss, divisor = call.run(grads=grads, scale=scale, loss_dtype=dtype)
     assert loss is not None
     token = _new_token(grads if form_input or form_target else None)
-    return loss, torch.tensor(divisor, dtype=torch.float64), token
+    return loss, torch.tensor(divisor, dtype=torch.float64, device="cpu"), token
 
 
 def _pointwise_loss_backward(

@@ -10,16 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from mbkern import _composite, _ops
-from mbkern._arguments import Number
+from mbkern._arguments import (
+    Number,
+    check_label_smoothing,
+    check_row_shapes,
+    check_softcap,
+)
 from mbkern._launch import RowOptions
 from mbkern._launch_pointwise import PointwiseOptions
 from mbkern._losses import Loss, find
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _functorch_active = torch._C._are_functorch_transforms_active
 _jit_tracing = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
@@ -33,6 +41,7 @@ def is_needed(input: Tensor, target: Tensor) -> bool:
         or (type(target) is not Tensor and type(target) is not Parameter)
         or not input.is_cpu
         or _dispatch_modes() > 0
+        or _function_modes() > 0  # among them those of tracers before dispatch
         or _functorch_active()
         or _jit_tracing() is not None
         or forward_ad._current_level >= 0
@@ -51,12 +60,24 @@ def _is_full(dtype: torch.dtype) -> bool:
 
 def _wants_formula() -> bool:
     """Where the operators would lose derivatives: forward mode, which kernels do not have;
-    TorchScript's tracer, which sees no Function; a transform inside a compiled function, where
-    Dynamo does not say which tensors are differentiated.
+    TorchScript's tracer and torch.export, which see no Function; a transform inside a compiled
+    function, where Dynamo does not say which tensors are differentiated; functionalize, which has
+    no rule for a Function.
     """
     if _is_compiling():
-        return _functorch_active()
-    return forward_ad._current_level >= 0 or _jit_tracing() is not None
+        return _functorch_active() or _is_exporting()
+    return (
+        forward_ad._current_level >= 0
+        or _jit_tracing() is not None
+        or (_functorch_active() and _is_functionalized())
+    )
+
+
+def _is_functionalized() -> bool:
+    return any(
+        interpreter.key() == torch._C._functorch.TransformType.Functionalize
+        for interpreter in retrieve_all_functorch_interpreters()
+    )
 
 
 def _is_differentiated(input: Tensor, target: Tensor) -> bool:
@@ -76,6 +97,9 @@ def row_loss(
 ) -> Tensor:
     """A row loss, traceable, differentiable under every transform."""
     o = options
+    check_row_shapes(input, target, o.ignore_index)
+    check_label_smoothing(o.label_smoothing)
+    check_softcap(o.softcap)
     if _wants_formula():
         return _composite.row_loss(loss, input, target, o, dtype)
     form = (

@@ -9,6 +9,7 @@ rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,12 +66,13 @@ def _differentiable(
 class _Formed:
     """A gradient formed in forward, and the factor it already holds."""
 
-    __slots__ = ("dense", "grad", "hint")
+    __slots__ = ("dense", "grad", "hint", "of_rows")
 
-    def __init__(self, grad: Tensor, hint: float, dense: bool) -> None:
+    def __init__(self, grad: Tensor, hint: float, dense: bool, of_rows: bool) -> None:
         self.grad: Tensor | None = grad
         self.hint = hint
         self.dense = dense
+        self.of_rows = of_rows
 
     def take(self, incoming: Tensor) -> Tensor:
         """Hand out the gradient times incoming / hint.
@@ -90,11 +92,19 @@ class _Formed:
         value = incoming.item() / self.hint
         if value == 1.0:
             return grad
-        return scale_dense(grad, value) if self.dense else grad.mul_(value)
+        if self.dense:
+            return scale_dense(grad, value, keep_zeros=self.of_rows)
+        if self.of_rows and not math.isfinite(value):
+            return grad.masked_scatter_(grad != 0, grad[grad != 0] * value)
+        return grad.mul_(value)
 
 
 def _bump_version(tensor: Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
+    if tensor._base is not None:
+        # Reading it brings the history of a view up to date; torch crashes in a later
+        # register_hook otherwise.
+        _ = tensor.grad_fn
 
 
 def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
@@ -150,7 +160,7 @@ class RowLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_value(hint)
             grad = input.detach() if inplace else new_gradient(input)
             result, _ = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
-            ctx.formed, ctx.request = _Formed(grad, factor, not inplace), request
+            ctx.formed, ctx.request = _Formed(grad, factor, not inplace, True), request
             # Only looked at by create_graph.
             ctx.save_for_backward(input, target)
             if inplace:
@@ -182,7 +192,8 @@ class RowLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0] and _is_legacy_batched(incoming):
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
-                torch.tensor(ctx.divisor, dtype=torch.float64), torch.zeros(1, dtype=torch.int64),
+                torch.tensor(ctx.divisor, dtype=torch.float64, device="cpu"),
+                torch.zeros(1, dtype=torch.int64, device="cpu"),
                 request.loss.name, options.reduction, options.ignore_index,
                 options.label_smoothing, options.z_loss, options.softcap or 0.0, False,
             )  # fmt: skip
@@ -247,7 +258,7 @@ class PointwiseLoss(torch.autograd.Function):
             result, _ = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.request = request
             ctx.formed = tuple(
-                None if g is None else _Formed(g, factor, not inplace) for g in grads
+                None if g is None else _Formed(g, factor, not inplace, False) for g in grads
             )
             ctx.save_for_backward(input, target)
             if inplace and needs[0]:
@@ -273,7 +284,8 @@ class PointwiseLoss(torch.autograd.Function):
             needs = ctx.needs_input_grad[:2]
             many = _ops.pointwise_loss_backward(
                 incoming, input, target, weight, None,
-                torch.tensor(ctx.divisor, dtype=torch.float64), torch.zeros(1, dtype=torch.int64),
+                torch.tensor(ctx.divisor, dtype=torch.float64, device="cpu"),
+                torch.zeros(1, dtype=torch.int64, device="cpu"),
                 request.loss.name, options.reduction, options.parameter, False, *needs,
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
