@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
 from cases import CASES
@@ -29,7 +28,8 @@ def text() -> str:
     """The page."""
     lines = [HEAD]
     names = [case.name for case in CASES]
-    for group, members in groupby(SETTINGS, key=lambda s: s.group):
+    for group in dict.fromkeys(setting.group for setting in SETTINGS):
+        members = [setting for setting in SETTINGS if setting.group == group]
         lines += [f"## {group}", "", f"| setting | {' | '.join(names)} | |"]
         lines += ["| --- |" + " --- |" * (len(names) + 1)]
         for setting in members:
