@@ -5,20 +5,9 @@
 
 #include <vector>
 
-#include "core/args.h"
+#include "core/result.h"
 
 namespace mbk {
-
-enum class Reduction : int32_t { none, sum, mean };
-
-struct Result {
-  Reduction reduction;
-  Scalar denominator;  // of a mean, if has_denominator; else the sum of the items' weights
-  bool has_denominator;
-  void* loss;  // 0-dim; null: not wanted, or reduction none
-  DType loss_dtype;
-  ExactSumState* loss_sum;  // receives the items' terms before any division; may be null
-};
 
 // One accumulator a thread; one thread's needs no allocation.
 class ThreadTotals {
