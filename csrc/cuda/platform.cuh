@@ -1,8 +1,9 @@
 #pragma once
-// What kernels need besides CUDA C++: launches, dynamic shared memory, thread-block clusters. The
-// only file here that knows that kernels are also compiled for the CPU (tests/shim), where all of
-// this has a counterpart with the same names.
+// What kernels need besides CUDA C++: launches, dynamic shared memory, thread-block clusters,
+// asynchronous copies. The only file here that knows that kernels are also compiled for the CPU
+// (tests/shim), where all of this has a counterpart with the same names.
 #include <cuda_runtime.h>
+#include <stdint.h>
 #if defined(MBKERN_CUDA_SHIM)
 #include <shim_platform.h>
 #else
@@ -66,6 +67,102 @@ __device__ __forceinline__ T* cluster_map(T* shared, unsigned rank) {
   return shared;
 #endif
 }
+
+// Copies from global to shared memory that run while the thread goes on, in groups of each thread:
+// async_wait<n>() waits for all but the latest n. Then the thread sees what it has loaded; others
+// do behind a barrier of the block. 16 bytes, both ends aligned to 16.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return (uint32_t)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ void async_load(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ __forceinline__ void async_commit() {
+  asm volatile("cp.async.commit_group;" : : : "memory");
+}
+template <int kGroupsLeft>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kGroupsLeft) : "memory");
+}
+
+// The bulk copy engine, from sm_90 on; on older devices none of these may be reached. One thread
+// moves any multiple of 16 bytes, both ends aligned to 16.
+//
+// A Barrier lies in shared memory, aligned to 8. One thread initialises it, and no other touches it
+// before a barrier of the block. Its phases are numbered from 0; a phase is over when `arrivals`
+// threads have arrived and all bytes that they expect have been loaded. wait(phase % 2) returns
+// when it is, and the thread sees the data.
+#if __CUDA_ARCH__ >= 900
+#define MBK_SM90_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define MBK_SM90_ASM(...) __trap()
+#endif
+class Barrier {
+ public:
+  __device__ __forceinline__ void init(unsigned arrivals) {
+    MBK_SM90_ASM(
+        "mbarrier.init.shared::cta.b64 [%0], %1;\n\t"
+        "fence.mbarrier_init.release.cluster;\n\t"
+        "fence.proxy.async.shared::cta;" : : "r"(shared_address(this)),
+        "r"(arrivals) : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    MBK_SM90_ASM(
+        "mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(this)) : "memory");
+  }
+  __device__ __forceinline__ void arrive_expect(unsigned bytes) {
+    MBK_SM90_ASM(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(shared_address(this)),
+        "r"(bytes) : "memory");
+  }
+  __device__ __forceinline__ void wait(unsigned parity) {
+    unsigned over = 1;
+    do {
+      MBK_SM90_ASM(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}" : "=r"(over) : "r"(shared_address(this)),
+          "r"(parity) : "memory");
+    } while (!over);
+  }
+
+ private:
+  uint64_t word_;
+};
+// The bytes are among those that somebody expects at the barrier's current phase.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, unsigned bytes,
+                                          Barrier* barrier) {
+  MBK_SM90_ASM(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :
+      : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes),
+        "r"(shared_address(barrier))
+      : "memory");
+}
+// Whoever has written what a bulk_store reads calls fence_async() and then a barrier with the
+// thread that stores; so does that thread.
+__device__ __forceinline__ void fence_async() {
+  MBK_SM90_ASM("fence.proxy.async.shared::cta;" : : : "memory");
+}
+// Stores go in groups of their thread. bulk_wait<n>() returns when all but the latest n have read
+// their sources, which may then be overwritten; the data can be read when the kernel is over. A
+// thread waits for all of its groups before it ends.
+__device__ __forceinline__ void bulk_store(void* to, const void* from, unsigned bytes) {
+  MBK_SM90_ASM("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" : : "l"(
+                   __cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+  MBK_SM90_ASM("cp.async.bulk.commit_group;" : : : "memory");
+}
+template <int kGroupsLeft>
+__device__ __forceinline__ void bulk_wait() {
+  MBK_SM90_ASM("cp.async.bulk.wait_group.read %0;" : : "n"(kGroupsLeft) : "memory");
+}
+#undef MBK_SM90_ASM
 
 // The configuration of a launch, and the room that its attribute needs.
 template <class P>

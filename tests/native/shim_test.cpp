@@ -3,23 +3,11 @@
 // argument, so that the right and the wrong kernel are the same text.
 #include <stdlib.h>
 
-#include <functional>
-#include <set>
-#include <string>
-
-#include "check.h"
-#include "cuda/platform.cuh"
+#include "shim_run.h"
 
 namespace {
 
-using namespace mbk::cuda;
-
-struct Params {
-  const float* x;
-  float* y;
-  unsigned* ticket;
-  int n;
-};
+using namespace test;
 
 // ---- Kernels ---------------------------------------------------------------------------------
 
@@ -107,7 +95,7 @@ __global__ void mistaken(const __grid_constant__ Params p) {
   } else if constexpr (kMistake == kMissingLane) {
     if (t % 32 != 7) __syncwarp();
   } else {
-    shared_memory<float>()[p.n + (int)t] = 1;
+    shared_memory<float>()[kSharedBytes / 4 + t] = 1;
   }
 }
 
@@ -125,116 +113,37 @@ __global__ void places(const __grid_constant__ Params p) {
   if (place + 1 == gridDim.x * blockDim.x) *p.ticket = 0;
 }
 
-// ---- Running them ----------------------------------------------------------------------------
-
-constexpr const char* kOrders[] = {"ascending", "descending", "random:1", "random:2", "random:3"};
-constexpr unsigned kBlocks = 8, kThreads = 128;
-
-float input(unsigned i) { return (float)(i * 37 % 101); }
-
-// y after one launch, or the text of its fault.
-struct Outcome {
-  std::vector<float> y;
-  std::string fault;
-  bool operator<(const Outcome& o) const {
-    return y.size() != o.y.size() ? y.size() < o.y.size()
-                                  : memcmp(y.data(), o.y.data(), y.size() * sizeof(float)) < 0;
+double wanted_sum(unsigned block, unsigned n) {
+  double sum = 0;  // of small integers: exact in any order
+  for (unsigned i = 0; i < n; ++i) sum += input(block * n + i);
+  return sum;
+}
+double wanted_half_warp(unsigned i) {
+  double sum = 0;
+  bool all = true;
+  for (unsigned k = i / 16 * 16; k < i / 16 * 16 + 16; ++k) {
+    sum += input(k);
+    all = all && input(k) < 5;
   }
-};
-
-Outcome run(void (*kernel)(Params), unsigned blocks, unsigned threads, unsigned cluster, int n,
-            size_t shared_bytes) {
-  std::vector<float> x(blocks * std::max(threads, (unsigned)n)), y(blocks * threads + 1);
-  for (unsigned i = 0; i < x.size(); ++i) x[i] = input(i);
-  unsigned ticket = 0;
-  try {
-    const cudaError_t error = launch(kernel, Params{x.data(), y.data(), &ticket, n}, blocks,
-                                     threads, cluster, shared_bytes, nullptr);
-    CHECK(error == cudaSuccess, "%s", cudaGetErrorString(error));
-    CHECK(ticket == 0, "the ticket is %u", ticket);
-  } catch (const shim::Fault& fault) {
-    return {{}, fault.what()};
-  }
-  return {y, ""};
+  return (float)(sum / 16 + 1 + 2 * all + 4 * 3);
 }
-Outcome run(void (*kernel)(Params), unsigned cluster = 1, int n = (int)kThreads) {
-  return run(kernel, kBlocks, kThreads, cluster, n, kThreads * sizeof(float));
+double wanted_rotation(unsigned i, unsigned cluster) {
+  const unsigned block = i / kThreads, first = block / cluster * cluster;
+  return input((first + (block - first + 1) % cluster) * kThreads + i % kThreads);
 }
 
-int64_t launches = 0;
-// The different outcomes in all orders.
-std::set<Outcome> outcomes(const std::function<Outcome()>& f) {
-  std::set<Outcome> all;
-  for (const char* const order : kOrders) {
-    setenv("MBKERN_SHIM_ORDER", order, 1);
-    all.insert(f());
-    ++launches;
-  }
-  return all;
-}
-
-// One outcome, and it is what `want` says for each y.
-void check_right(const char* name, const std::function<Outcome()>& f,
-                 const std::function<double(unsigned)>& want, unsigned count) {
-  const auto all = outcomes(f);
-  CHECK(all.size() == 1, "%s: %zu different results", name, all.size());
-  const Outcome& outcome = *all.begin();
-  CHECK(outcome.fault.empty(), "%s: %s", name, outcome.fault.c_str());
-  for (unsigned i = 0; i < count && i < outcome.y.size(); ++i) {
-    CHECK(outcome.y[i] == want(i), "%s: y[%u] is %g, not %g", name, i, outcome.y[i], want(i));
-  }
-}
-
-// More than one outcome: the fault shows in the results.
-void check_differs(const char* name, const std::function<Outcome()>& f) {
-  CHECK(outcomes(f).size() > 1, "%s: not seen", name);
-}
-
-// Every order ends with a fault whose text has all of these.
-void check_fault(const char* name, void (*kernel)(Params), const std::vector<const char*>& texts,
-                 unsigned cluster = 1) {
-  for (const char* const order : kOrders) {
-    setenv("MBKERN_SHIM_ORDER", order, 1);
-    const std::string fault = run(kernel, cluster).fault;
-    ++launches;
-    for (const char* const text : texts) {
-      CHECK(fault.find(text) != std::string::npos, "%s, order %s: no \"%s\" in \"%s\"", name, order,
-            text, fault.c_str());
-    }
-  }
-}
-
-void right_kernels() {
+void threads_of_a_block() {
   for (const unsigned threads : {32u, 96u, 512u, 1024u}) {
-    const int n = 1000;
-    const auto want = [](unsigned block) {
-      double sum = 0;  // of small integers: exact in any order
-      for (unsigned i = 0; i < (unsigned)n; ++i) sum += input(block * (unsigned)n + i);
-      return sum;
-    };
-    check_right("block_sum", [=] { return run(block_sum<true>, 5, threads, 1, n, 128); }, want, 5);
-  }
-  check_right(
-      "half_warps", [] { return run(half_warps<false>); },
-      [](unsigned i) {
-        double sum = 0;
-        bool all = true;
-        for (unsigned k = i / 16 * 16; k < i / 16 * 16 + 16; ++k) {
-          sum += input(k);
-          all = all && input(k) < 5;
-        }
-        return (float)(sum / 16 + 1 + 2 * all + 12);
-      },
-      kBlocks * kThreads);
-  for (const unsigned cluster : {1u, 2u, 8u}) {
     check_right(
-        "cluster_rotate", [=] { return run(cluster_rotate<kNone>, cluster); },
-        [=](unsigned i) {
-          const unsigned block = i / kThreads, first = block / cluster * cluster;
-          return input((first + (block - first + 1) % cluster) * kThreads + i % kThreads);
-        },
-        kBlocks * kThreads);
+        "block_sum", [=] { return run(block_sum<true>, 5, threads, 1, 1000, 128); },
+        [](unsigned block) { return wanted_sum(block, 1000); }, 5);
   }
+  check_wrong(
+      "no __syncthreads", [] { return run(block_sum<false>, 5, 96, 1, 1000, 128); },
+      [](unsigned block) { return wanted_sum(block, 1000); }, 5);
+  check_right(
+      "half_warps", [] { return run(half_warps<false>); }, wanted_half_warp, kBlocks * kThreads);
+  check_fault("overlapping masks", half_warps<true>, {"masks that overlap"});
   check_right(
       "last_block", [] { return run(last_block); },
       [](unsigned) {
@@ -245,25 +154,35 @@ void right_kernels() {
       1);
 }
 
-void planted_faults() {
-  check_differs("no __syncthreads", [] { return run(block_sum<false>); });
-  check_differs("no cluster barrier before",
-                [] { return run(cluster_rotate<kNoBarrierBefore>, 4); });
-  check_differs("no cluster barrier after", [] { return run(cluster_rotate<kNoBarrierAfter>, 4); });
+void clusters() {
+  for (const unsigned cluster : {1u, 2u, 4u, 8u}) {
+    check_right(
+        "cluster_rotate", [=] { return run(cluster_rotate<kNone>, cluster); },
+        [=](unsigned i) { return wanted_rotation(i, cluster); }, kBlocks * kThreads);
+  }
+  const auto want = [](unsigned i) { return wanted_rotation(i, 4); };
+  check_wrong(
+      "no cluster barrier before", [] { return run(cluster_rotate<kNoBarrierBefore>, 4); }, want,
+      kBlocks * kThreads);
+  check_wrong(
+      "no cluster barrier after", [] { return run(cluster_rotate<kNoBarrierAfter>, 4); }, want,
+      kBlocks * kThreads);
   check_fault("no cluster wait", cluster_rotate<kNoWait>, {"twice without a wait"}, 4);
   check_fault("a wrong rank", cluster_rotate<kRank>, {"no block of that rank", "shim_test.cpp:"},
               4);
-  check_fault("overlapping masks", half_warps<true>, {"masks that overlap"});
+}
+
+void mistakes() {
+  const char* const deadlock = "every thread waits, or has ended";
   check_fault("diverged", mistaken<kDiverged>,
-              {"every thread waits, or has ended", "__syncthreads at ", ": threads 0-39\n",
-               "__syncwarp (mask ffffffff) at ", ": threads 40-63\n", "mask ffffffff"});
+              {deadlock, "__syncthreads at ", "shim_test.cpp:", ": threads 0-39\n",
+               "__syncwarp (mask ffffffff) at ", ": threads 40-63\n"});
   check_fault("two barriers", mistaken<kOtherBarrier>, {"different barriers"});
-  check_fault("early return", mistaken<kEarlyReturn>,
-              {"every thread waits, or has ended", ": ended: threads 63"});
+  check_fault("early return", mistaken<kEarlyReturn>, {deadlock, ": ended: threads 63"});
   check_fault("outside of the mask", mistaken<kOutside>, {"outside of its own mask"});
-  check_fault("a lane is missing", mistaken<kMissingLane>,
-              {"every thread waits, or has ended", "__syncwarp (mask ffffffff) at ",
-               "threads 0-6 8-38 40", "ended: threads 7 39"});
+  check_fault(
+      "a lane is missing", mistaken<kMissingLane>,
+      {deadlock, "__syncwarp (mask ffffffff) at ", "threads 0-6 8-38 40", "ended: threads 7 39"});
   check_fault("overrun", mistaken<kOverrun>, {"behind its shared memory"});
 }
 
@@ -307,8 +226,10 @@ void refused_launches() {
 }  // namespace
 
 int main() {
-  right_kernels();
-  planted_faults();
+  threads_of_a_block();
+  clusters();
+  mistakes();
+  test::copies();
   orders();
   memory();
   refused_launches();

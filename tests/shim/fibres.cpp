@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "copies.h"
 #include "core/environment.h"
 #include "order.h"
 #include "report.h"
@@ -64,6 +65,7 @@ void thread_main() {
   }
   current->state = "running";
   launch_under_way->run(*launch_under_way);
+  end_copies();
   current->state = kEnded;
   if (--block.live == 0) end_block(block);
   run_next();
@@ -83,6 +85,7 @@ void prepare(const Launch& launch, const Order& order, unsigned first, unsigned 
       block.live = launch.threads;
       block.started = false;
       block.barrier = Barrier{};
+      block.phase_barriers.clear();
       for (Warp& warp : block.warps) warp = Warp{};
       for (unsigned t = 0; t < launch.threads; ++t) {
         const unsigned number = (c * cluster + rank) * padded + t;

@@ -2,6 +2,8 @@
 // The shim's side of csrc/cuda/platform.cuh, which says what each of these does.
 #include <cuda_runtime.h>
 
+#include "copies.h"
+
 namespace mbk::cuda {
 
 template <class T>
@@ -20,6 +22,37 @@ inline void cluster_sync(SHIM_WHERE) {
 template <class T>
 T* cluster_map(T* shared, unsigned rank, SHIM_WHERE) {
   return (T*)shim::shared_memory_of(rank, shared, where);
+}
+
+class Barrier {
+ public:
+  void init(unsigned arrivals, SHIM_WHERE) { shim::barrier_init(this, arrivals, where); }
+  void arrive(SHIM_WHERE) { shim::barrier_arrive(this, 0, where); }
+  void arrive_expect(unsigned bytes, SHIM_WHERE) { shim::barrier_arrive(this, bytes, where); }
+  void wait(unsigned parity, SHIM_WHERE) { shim::barrier_wait(this, parity, where); }
+
+ private:
+  uint64_t word_;
+};
+inline void bulk_load(void* to, const void* from, unsigned bytes, Barrier* barrier, SHIM_WHERE) {
+  shim::bulk_load(to, from, bytes, barrier, where);
+}
+inline void bulk_store(void* to, const void* from, unsigned bytes, SHIM_WHERE) {
+  shim::bulk_store(to, from, bytes, where);
+}
+inline void bulk_commit() { shim::bulk_commit(); }
+template <int kGroupsLeft>
+void bulk_wait() {
+  shim::bulk_wait(kGroupsLeft);
+}
+inline void fence_async() { shim::fence_async(); }
+inline void async_load(void* to, const void* from, SHIM_WHERE) {
+  shim::async_load(to, from, where);
+}
+inline void async_commit() { shim::async_commit(); }
+template <int kGroupsLeft>
+void async_wait() {
+  shim::async_wait(kGroupsLeft);
 }
 
 template <class P>

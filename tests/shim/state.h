@@ -14,6 +14,21 @@ inline constexpr int kCanaryBytes = 1024;
 struct Block;
 struct Warp;
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  unsigned group;
+};
+struct Copies {  // of one thread, in groups
+  std::vector<Copy> pending;
+  unsigned group;
+};
+struct Stored {  // on its way to global memory
+  void* to;
+  std::vector<char> data;
+};
+
 struct Fibre {
   StackPointer stack;
   unsigned number;  // in the order
@@ -28,6 +43,9 @@ struct Fibre {
   unsigned source;
   bool arrived;    // at the cluster's barrier, and has not yet waited
   unsigned phase;  // of the cluster's barrier when it arrived
+  Copies loads, stores;
+  std::vector<Stored> stored;
+  bool fenced;  // since the last group of stores
 };
 
 struct Barrier {
@@ -47,6 +65,15 @@ struct Warp {
   Gathering gatherings[32];
 };
 
+// A Barrier of csrc/cuda/platform.cuh: a phase is over when all have arrived, and all bytes.
+struct PhaseBarrier {
+  void* address;
+  unsigned arrivals, missing, phase;
+  int64_t bytes;
+  std::vector<Copy> loads;
+  std::vector<unsigned> waiting;
+};
+
 struct Cluster {
   unsigned arrived, phase;
 };
@@ -62,6 +89,7 @@ struct Block {
   Barrier barrier;
   Fibre* first;
   std::vector<Warp> warps;
+  std::vector<PhaseBarrier> phase_barriers;
 };
 
 extern Fibre* current;
