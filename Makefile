@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TOOLS := .venv/tools.stamp
 PACKAGE := .venv/package.stamp
 SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python -type f -not -name '*.pyc' -not -name '*.so')
-CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
 .PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang aarch64 torches cuda-all cuda-wheels clean

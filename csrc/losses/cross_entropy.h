@@ -45,7 +45,9 @@ struct SoftmaxCrossEntropy {
           keep((T)(1.0 - a.label_smoothing)),
           spread((T)(a.label_smoothing / (double)a.columns)),
           keep64(1.0 - a.label_smoothing),
-          coefficients(a.label_smoothing / (double)a.columns * a.class_weight_sum),
+          coefficients(kHasCoefficients
+                           ? a.label_smoothing / (double)a.columns * read(a.class_weight_sum)
+                           : 0),
           z_loss(a.z_loss),
           inverse_cap64(1.0 / a.softcap) {}
   };

@@ -1,0 +1,112 @@
+// Where threads wait for each other.
+#include "state.h"
+
+namespace shim {
+namespace {
+
+bool same(const char* a, const char* b) { return a == b || !__builtin_strcmp(a, b); }
+bool same(Where a, Where b) { return a.line == b.line && same(a.file, b.file); }
+
+}  // namespace
+
+bool block_barrier(const char* name, bool predicate, Where where) {
+  Block& block = *current->block;
+  Barrier& barrier = block.barrier;
+  if (barrier.arrived == 0) {
+    barrier.any = false;
+    barrier.name = name;
+    barrier.where = where;
+  } else if (!same(barrier.name, name) || !same(barrier.where, where)) {
+    fault("threads of one block meet at different barriers", where);
+  }
+  barrier.any = barrier.any || predicate;
+  if (++barrier.arrived == block.threads) {
+    barrier.arrived = 0;
+    barrier.result = barrier.any;
+    for (unsigned t = 0; t < block.threads; ++t) wake(block.first[t].number);
+  }
+  wait_here(name, where);
+  return barrier.result;
+}
+
+void cluster_arrive(Where where) {
+  Cluster& cluster = *current->block->cluster;
+  if (current->arrived) fault("arrives at the cluster's barrier twice without a wait", where);
+  current->arrived = true;
+  current->phase = cluster.phase;
+  if (++cluster.arrived < cluster_size() * current->block->threads) return;
+  cluster.arrived = 0;
+  ++cluster.phase;
+  Block* const first = current->block - current->block->rank;
+  for (unsigned b = 0; b < cluster_size(); ++b) {
+    for (unsigned t = 0; t < first[b].threads; ++t) {
+      if (first[b].first[t].state == kClusterWait) wake(first[b].first[t].number);
+    }
+  }
+}
+
+void cluster_wait(Where where) {
+  if (!current->arrived) fault("waits at the cluster's barrier without having arrived", where);
+  if (current->phase != current->block->cluster->phase) wake(current->number);
+  wait_here(kClusterWait, where);
+  current->arrived = false;
+}
+
+namespace {
+
+// Waits for the lanes of the mask; the last one that arrives hands out the results.
+template <class Result>
+uint64_t gather(const char* name, unsigned mask, Where where, Result result) {
+  Warp& warp = *current->warp;
+  const unsigned lane = current->thread.x % 32;
+  if (!(mask >> lane & 1)) fault("a lane outside of its own mask", where);
+  Gathering& gathering = warp.gatherings[__builtin_ctz(mask)];
+  if (gathering.arrived == 0) {
+    if (warp.claimed & mask) fault("lanes of one warp have masks that overlap", where);
+    warp.claimed |= mask;
+    gathering.mask = mask;
+    gathering.name = name;
+  } else if (gathering.mask != mask) {
+    fault("lanes of one warp have masks that overlap", where);
+  } else if (!same(gathering.name, name)) {
+    fault("lanes of one mask meet at different operations", where);
+  }
+  current->mask = mask;
+  gathering.arrived |= 1u << lane;
+  if (gathering.arrived == mask) {
+    gathering.arrived = 0;
+    warp.claimed &= ~mask;
+    Fibre* const lanes = current - lane;
+    for (unsigned k = 0; k < 32; ++k) {
+      if (!(mask >> k & 1)) continue;
+      lanes[k].result = result(lanes, lanes[k]);
+      wake(lanes[k].number);
+    }
+  }
+  wait_here(name, where);
+  return current->result;
+}
+
+}  // namespace
+
+uint64_t warp_exchange(const char* name, unsigned mask, uint64_t value, unsigned source,
+                       Where where) {
+  if (!(mask >> source & 1)) fault("takes the value of a lane outside of the mask", where);
+  current->value = value;
+  current->source = source;
+  return gather(name, mask, where,
+                [](const Fibre* lanes, const Fibre& self) { return lanes[self.source].value; });
+}
+
+unsigned warp_ballot(const char* name, unsigned mask, bool value, Where where) {
+  current->value = value;
+  return (unsigned)gather(name, mask, where, [mask](const Fibre* lanes, const Fibre&) {
+    uint64_t votes = 0;
+    for (unsigned k = 0; k < 32; ++k) {
+      if (mask >> k & 1) votes |= lanes[k].value << k;
+    }
+    return votes;
+  });
+}
+
+}  // namespace shim

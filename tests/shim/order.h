@@ -1,0 +1,102 @@
+#pragma once
+// The order in which runnable threads are taken, and clusters of a grid.
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace shim {
+
+class Order {
+ public:
+  static Order from_environment(unsigned clusters) {
+    const char* const text = getenv("MBKERN_SHIM_ORDER");
+    Order order;
+    if (text) order.text_ = text;
+    if (order.text_.compare(0, 7, "random:") == 0) {
+      order.kind_ = kRandom;
+      order.seed_ = strtoull(order.text_.c_str() + 7, nullptr, 10);
+    } else if (order.text_ == "descending") {
+      order.kind_ = kDescending;
+    } else if (order.text_ != "ascending") {
+      throw std::runtime_error("MBKERN_SHIM_ORDER=" + order.text_ +
+                               "; needed is ascending, descending or random:<seed>");
+    }
+    order.clusters_.resize(clusters);
+    for (unsigned i = 0; i < clusters; ++i) order.clusters_[i] = i;
+    if (order.kind_ == kDescending) std::reverse(order.clusters_.begin(), order.clusters_.end());
+    if (order.kind_ == kRandom) {
+      for (unsigned i = clusters; i > 1; --i) {
+        std::swap(order.clusters_[i - 1], order.clusters_[order.next() % i]);
+      }
+    }
+    return order;
+  }
+  unsigned cluster(unsigned i) const { return clusters_[i]; }
+  // Clusters that are under way together: one after the other in the plain orders.
+  unsigned clusters_at_once(unsigned threads) const {
+    const unsigned fit = std::max(1u, 4096 / threads);
+    return kind_ == kRandom ? std::min({fit, 4u, (unsigned)clusters_.size()}) : 1;
+  }
+  const std::string& text() const { return text_; }
+
+ private:
+  friend class Ready;
+  enum Kind { kAscending, kDescending, kRandom } kind_ = kAscending;
+  std::string text_ = "ascending";
+  uint64_t seed_ = 0;
+  std::vector<unsigned> clusters_;
+
+  uint64_t next() {  // splitmix64 (Steele, Lea & Flood 2014)
+    uint64_t z = (seed_ += 0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+};
+
+// The threads that can run: a bit each.
+class Ready {
+ public:
+  void reset(unsigned count, const Order& order) {
+    words_.assign((count + 63) / 64, 0);
+    order_ = order;
+  }
+  void add(unsigned number) { words_[number / 64] |= uint64_t{1} << number % 64; }
+  // The one whose turn it is, or -1. In random order: the first at or behind a random place.
+  int take() {
+    const int n = (int)words_.size();
+    if (order_.kind_ == Order::kDescending) {
+      for (int i = n; i-- > 0;) {
+        if (words_[i]) return take(i, 63 - __builtin_clzll(words_[i]));
+      }
+      return -1;
+    }
+    int start = 0;
+    if (order_.kind_ == Order::kRandom) {
+      const uint64_t place = order_.next() % (64u * (unsigned)n);
+      start = (int)(place / 64);
+      const uint64_t behind = words_[start] >> place % 64 << place % 64;
+      if (behind) return take(start, __builtin_ctzll(behind));
+      ++start;
+    }
+    for (int i = 0; i < n; ++i) {
+      const int word = (start + i) % n;
+      if (words_[word]) return take(word, __builtin_ctzll(words_[word]));
+    }
+    return -1;
+  }
+
+ private:
+  int take(int word, int bit) {
+    words_[word] &= ~(uint64_t{1} << bit);
+    return word * 64 + bit;
+  }
+  Order order_;
+  std::vector<uint64_t> words_;
+};
+
+}  // namespace shim
