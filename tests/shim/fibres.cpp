@@ -23,7 +23,7 @@ std::mutex one_launch;
 StackPool stacks;
 const Launch* launch_under_way;
 Ready ready;
-StackPointer scheduler;
+Stack scheduler;
 std::vector<Fibre> fibres;
 std::vector<Block> blocks;
 std::vector<Cluster> clusters;
@@ -70,6 +70,7 @@ void check_races(Where where) {
 
 // What a fibre's stack begins with.
 void thread_main() {
+  arrive_on_fresh_stack();
   Block& block = *current->block;
   if (!block.started) {
     block.started = true;
@@ -112,7 +113,7 @@ void prepare(const Launch& launch, const Order& order, unsigned first, unsigned 
         fibre.block = &block;
         fibre.warp = &block.warps[t / 32];
         fibre.state = "not started";
-        fibre.stack = new_stack(stacks.top(number), thread_main);
+        fibre.stack = stacks.fresh(number, thread_main);
         ready.add(number);
       }
     }
@@ -149,6 +150,7 @@ void run(const Launch& launch) {
   std::vector<char> shared(at_once * launch.cluster * bytes + 128);
   char* const aligned = shared.data() + (128 - (uintptr_t)shared.data() % 128) % 128;
   launch_under_way = &launch;
+  scheduler = thread_stack();
   clusters.assign(at_once, {});
   blocks.assign(at_once * launch.cluster, {});
   fibres.assign(blocks.size() * padded, {});

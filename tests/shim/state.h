@@ -33,7 +33,7 @@ struct Stored {  // on its way to global memory
 };
 
 struct Fibre {
-  StackPointer stack;
+  Stack stack;
   unsigned number;  // in the order
   uint3 thread;
   Block* block;
