@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mbkern import _C
+
 #: Storage types in the order of ``mbk::DType``.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 #: Types of class indices in the order of ``mbk::IndexType``.
@@ -14,6 +16,30 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+if _C.cuda_is_shim():
+
+    def on_cuda(tensor: Tensor) -> bool:
+        """Whether CUDA's kernels take a tensor; in this build, for tests, those of the CPU."""
+        return tensor.is_cpu
+
+elif _C.cuda_built():
+
+    def on_cuda(tensor: Tensor) -> bool:
+        """Whether CUDA's kernels take a tensor."""
+        return tensor.is_cuda
+
+else:
+
+    def on_cuda(tensor: Tensor) -> bool:
+        """Whether CUDA's kernels take a tensor; this build has none."""
+        return False
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether a tensor lies on a device that this build has kernels for."""
+    return tensor.is_cpu or on_cuda(tensor)
 
 
 def describe(tensor: Tensor) -> str:
@@ -29,7 +55,7 @@ def require_plain(tensor: Tensor, name: str) -> Tensor:
     """
     if (
         type(tensor) in _PLAIN
-        and tensor.is_cpu
+        and has_kernels(tensor)
         and tensor.layout is _STRIDED
         and not tensor.is_neg()
         and not _functorch_active()
@@ -52,9 +78,11 @@ def _explain(tensor: Tensor, name: str) -> Tensor:
             f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...); mbkern.functional "
             "and mbkern.nn support those, mbkern.loss_and_grad and LossSum do not"
         )
-    if not tensor.is_cpu:
+    if not has_kernels(tensor):
+        cure = "; install with MBKERN_CUDA=ON" if tensor.is_cuda else ""
+        built = "CPU and CUDA tensors" if _C.cuda_built() else "CPU tensors"
         raise NotImplementedError(
-            f"mbkern: {name} is on {tensor.device}; this build has kernels for CPU tensors only"
+            f"mbkern: {name} is on {tensor.device}; this build has kernels for {built} only{cure}"
         )
     if tensor.layout is not _STRIDED:
         raise TypeError(
@@ -65,6 +93,23 @@ def _explain(tensor: Tensor, name: str) -> Tensor:
             f"mbkern: {name} has no memory: {describe(tensor)}; its storage was freed, or never was"
         )
     return tensor.resolve_neg()
+
+
+def require_one_device(
+    first: Tensor, scalars: dict[str, object], tensors: dict[str, Tensor | None]
+) -> None:
+    """Raise if a tensor of a call lies on another device than the first one.
+
+    Scalars that are tensors may lie on the CPU: their value is then read at once.
+    """
+    for name, value in (*scalars.items(), *tensors.items()):
+        if not isinstance(value, Tensor) or value.device == first.device:
+            continue
+        if name not in scalars or not value.is_cpu:
+            raise ValueError(
+                f"mbkern: all tensors of a call must lie on one device: {name} is on "
+                f"{value.device}, the first of them on {first.device}"
+            )
 
 
 def require_dtype(tensor: Tensor, name: str) -> int:

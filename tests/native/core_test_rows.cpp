@@ -88,7 +88,16 @@ int64_t check_problem(Random& r, const RowProblem& p) {
     v[4].gradient = false;
     v[5].from_state = true;
     v[6].accumulate = v[7].accumulate = true, v[7].from_state = true;
-    for (const Variant& variant : v) {
+    std::vector<Variant> variants(v, v + 8);
+#if defined(MBKERN_CUDA)
+    if (t == 0) {
+      for (Variant on_device : {Variant{}, v[0], v[1], v[2], v[4], v[5], v[6], v[7]}) {
+        on_device.device = true;
+        variants.push_back(on_device);
+      }
+    }
+#endif
+    for (const Variant& variant : variants) {
       const Outcome o = run(tier, p, variant, &base);
       const std::string where = describe(p, tier, variant);
       elements += (int64_t)o.grad.size();
