@@ -4,6 +4,8 @@
 #include "core/exact_bins.h"
 #include "cuda/platform.cuh"
 
+#define MBK_DEVICE __device__ __forceinline__
+
 namespace mbk::MBK_ISA {
 
 inline constexpr unsigned kWholeWarp = 0xffffffffu;

@@ -44,6 +44,20 @@ MBK_DEVICE T* row_state(const RowArgs& a, int64_t item, int which) {
   return (T*)a.row_state + which * a.items + item;
 }
 
+// What the backward half needs of an item.
+template <class Loss, class T>
+MBK_DEVICE void save_state(const RowArgs& a, int64_t i,
+                           const typename Loss::template Item<double>& item, ItemKind kind) {
+  if (!a.row_state) return;
+  const T nan = canonical((T)__builtin_nanf(""));
+  const double saved[3] = {item.max, item.sums[0], item.sums[2]};
+#pragma unroll
+  for (int k = 0; k < (Loss::kSums > 2 ? 3 : 2); ++k)
+    *row_state<T>(a, i, k) = kind == ItemKind::plain ? (T)saved[k]
+                             : kind == ItemKind::bad ? nan
+                                                     : (T)0;
+}
+
 // The larger of two numbers; NaN if either is.
 template <class T>
 MBK_DEVICE T max_or_nan(T a, T b) {
@@ -78,11 +92,7 @@ MBK_DEVICE void finish_rows(const RowLaunch& p, ExactSumState& total, int* share
   if (!is_last_block(&p.work->losses_done, shared) || threadIdx.x != 0) return;
   const double divisor = read(p.args.denominator);
   if (p.totals) {
-    if (!alone) {
-      const volatile int64_t* from = (const volatile int64_t*)&p.work->total;
-      int64_t* to = (int64_t*)&total;
-      for (int i = 0; i < (int)(sizeof total / sizeof *to); ++i) to[i] = from[i];
-    }
+    if (!alone) read_state(total, p.work->total);
     finish(p.result, total, divisor);
   }
   p.work->divisor = divisor;

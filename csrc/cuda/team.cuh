@@ -75,9 +75,10 @@ struct TeamState {
 };
 inline constexpr int kCommonBytes = 192;  // what the items of a call have in common
 template <class T>
-size_t team_shared_bytes(int threads, int cluster) {
-  return kCommonBytes + sizeof(WarpState<T>) * (threads / 32) +
-         sizeof(TeamState) * (threads / kTeam<T>)*cluster;
+MBK_FN size_t team_shared_bytes(int threads, int cluster) {
+  const size_t bytes = kCommonBytes + sizeof(WarpState<T>) * (threads / 32) +
+                       sizeof(TeamState) * (threads / kTeam<T>)*cluster;
+  return (bytes + 127) / 128 * 128;
 }
 
 // The sums over the blocks of a row: exact, or in fp64 in order.
@@ -105,6 +106,7 @@ struct Team {
   MBK_DEVICE int total() const { return p.teams * p.cluster; }
   MBK_DEVICE bool speaks() const { return member() == 0 && thread() == 0; }  // for its row
 
+  MBK_DEVICE size_t bytes() const { return team_shared_bytes<T>(blockDim.x, p.cluster); }
   MBK_DEVICE unsigned char* common() const { return memory + 16; }
   MBK_DEVICE int* is_last() const { return (int*)memory; }
   MBK_DEVICE WarpState<T>* warps() const { return (WarpState<T>*)(memory + kCommonBytes); }

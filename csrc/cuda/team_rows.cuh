@@ -6,11 +6,9 @@
 // block sums.
 //
 // Two ways to hold a row. Resident: the teams hold all of it in registers, first its logits, then its
-// terms; while the gradient is written, the next row is loaded into the registers that become free.
-// Otherwise the teams go over the row in waves, and read it once more for each pass; this serves
+// terms, while the next row is on its way to shared memory. Otherwise the teams go over the row in waves, and read it once more for each pass; this serves
 // rows of any length, layout and alignment.
-#include "cuda/packed.cuh"
-#include "cuda/team.cuh"
+#include "cuda/stage.cuh"
 
 namespace mbk::MBK_ISA {
 
@@ -60,36 +58,6 @@ struct TeamRows {
   }
 
   // ---- the logits of a row, step by step ----
-
-  // The row that comes next, as it is loaded while this one's gradient is written.
-  struct NextRow {
-    Packed<In> input[kSteps];
-    const In* from;
-    int last;  // step * kGroup of the thread's last step
-
-    // Item i. What lies past the end of the row, or is no item at all, is not to be used: something
-    // else is loaded, so that every load is a whole definition of its registers. A condition would
-    // keep the old values alive.
-    MBK_DEVICE void begin(const TeamRows& rows, int64_t i) {
-      const Part at = rows.part(0);
-      const bool any = at.left > 0 && i < rows.a.items;
-      last = any ? (at.left - 1) / kGroup * kGroup : 0;
-      from = (const In*)rows.a.input + (any ? at.first : 0) +
-             ItemPosition(rows.a, any ? i : 0).offset(rows.a.input_strides);
-    }
-    MBK_DEVICE void load(int step) {
-      const int offset = step * kGroup < last ? step * kGroup : last;
-      input[step] = *(const Packed<In>*)(from + offset);
-    }
-    MBK_DEVICE void load_all() {
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) load(s);
-    }
-  };
-  struct NoNextRow {
-    MBK_DEVICE void begin(const TeamRows&, int64_t) {}
-    MBK_DEVICE void load(int) {}
-  };
 
   MBK_DEVICE T logit(T x, bool inside) const {
     if constexpr (Loss::kHasSoftcap) return inside ? Loss::logit(call(), x) : x;
@@ -206,11 +174,10 @@ struct TeamRows {
     if constexpr (Loss::kSums > 2) sums[Loss::kCoefficients] = (double)join_team<T>(coefficients);
   }
 
-  // The gradient of a part, from terms that were kept or from logits, and a step of the next row
-  // after each of its steps.
-  template <class S, class Next>
-  MBK_DEVICE void write_gradient(Values& v, const Row& r, const Part& at, S* grad, bool accumulate,
-                                 Next& next) const {
+  // The gradient of a part, from terms that were kept or from logits.
+  template <class S>
+  MBK_DEVICE void write_gradient(Values& v, const Row& r, const Part& at, S* grad,
+                                 bool accumulate) const {
     const int spot = at.left ? at.find(r.target, kRuns) : -1;
     const int64_t stride = a.grad_strides.column;
     S* const to = grad + at.first * stride;
@@ -243,7 +210,6 @@ struct TeamRows {
             *place = narrow<S>(g[k]);
           }
       }
-      next.load(s);
     });
     if (spot >= 0) to[spot * stride] = narrow<S>(canonical(at_target));
   }
@@ -260,8 +226,7 @@ struct TeamRows {
 
   // Item i; `v` holds its logits where the row is resident. Every thread of a row's teams takes part,
   // also where there is no such item.
-  template <class Next>
-  MBK_DEVICE void row(int64_t i, Values& v, Next& next) {
+  MBK_DEVICE void row(int64_t i, Values& v) {
     const bool active = i < a.items;
     const ItemPosition at(a, active ? i : 0);
     Row r;
@@ -311,7 +276,7 @@ struct TeamRows {
     item.target_term = Loss::kHasIndex ? (double)Loss::term(target_logit - r.max) : 1;
     item.scale = active ? common().item_scale(a, at) : 0;
     if (!a.from_state) {
-      if (active && team.speaks()) save(i, item, kind);
+      if (active && team.speaks()) save_state<Loss, T>(a, i, item, kind);
       const T weight =
           active ? item_value<T>(a.sample_weight, a.sample_weight_strides, at) : (T)0;
       team.push(active ? i : -1, item, weight, kind);
@@ -328,39 +293,30 @@ struct TeamRows {
     if (kind == ItemKind::ignored) r.factor = r.scale = 0, finite = true;
     if (kind == ItemKind::bad)
       r.factor = r.scale = canonical((T)__builtin_nanf("")), r.target = -1, finite = false;
-    next.begin(*this, i + p.row_step);
     const bool write = active && !(kind == ItemKind::ignored && a.accumulate);
     const int64_t offset = at.offset(a.grad_strides);
     for (int64_t w = 0; w < waves(); ++w) {
       Part here = part(w);
       if (!write) here.left = 0;
       if (__is_same(In, T) || !a.accumulate)  // one copy of the code where the types are the same
-        write_gradient(v, r, here, (In*)a.grad + offset, __is_same(In, T) && a.accumulate, next);
+        write_gradient(v, r, here, (In*)a.grad + offset, __is_same(In, T) && a.accumulate);
       else
-        write_gradient(v, r, here, (T*)a.grad + offset, true, next);
+        write_gradient(v, r, here, (T*)a.grad + offset, true);
       if (!finite && !a.accumulate) canonicalise(here, (In*)a.grad + offset);
     }
   }
 
-  MBK_DEVICE void save(int64_t i, const Item& item, ItemKind kind) const {
-    if (!a.row_state) return;
-    const T nan = canonical((T)__builtin_nanf(""));
-    const double saved[3] = {item.max, item.sums[0], item.sums[2]};
-#pragma unroll
-    for (int k = 0; k < (Loss::kSums > 2 ? 3 : 2); ++k)
-      *row_state<T>(a, i, k) = kind == ItemKind::plain ? (T)saved[k]
-                               : kind == ItemKind::bad ? nan
-                                                       : (T)0;
-  }
-
   // ---- all rows of a block ----
 
-  MBK_DEVICE void unpack(const Packed<In> (&x)[kSteps], Resident& v) const {
-    const Part at = part(0);
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s)
-#pragma unroll
-      for (int k = 0; k < kRuns; ++k) v.v[s][k] = logit((T)x[s].get(k), at.has(s, k));
+  // Columns of row i that the team holds, and where they are.
+  MBK_DEVICE int columns_of_team(int64_t i) const {
+    const int64_t left = i < a.items ? a.columns - team.member() * kBlock : 0;
+    return left < 0 ? 0 : left > kBlock ? (int)kBlock : (int)left;
+  }
+  MBK_DEVICE void stage_row(Stage<In>& stage, int64_t i) const {
+    const int columns = columns_of_team(i);
+    const int64_t offset = columns ? ItemPosition(a, i).offset(a.input_strides) : 0;
+    stage.load((const In*)a.input + offset + team.member() * kBlock, columns);
   }
 
   MBK_DEVICE void run() {
@@ -368,25 +324,33 @@ struct TeamRows {
       common().call = Call(a);
       common().item_scale = ItemScale<T>(a);
     }
-    team.begin();
-    int64_t base = (int64_t)(blockIdx.x / p.cluster) * p.rows_of_block;
     Values v;
-    typename Pick<kResident, NextRow, NoNextRow>::type next;
+    int64_t base = (int64_t)(blockIdx.x / p.cluster) * p.rows_of_block;
     if constexpr (kResident) {
-      next.begin(*this, base + team.group());
-      next.load_all();
-    }
-    for (; base < a.items; base += p.row_step) {
-      const int64_t i = base + team.group();
-      if constexpr (kResident) unpack(next.input, v);
-      row(i, v, next);
-      if constexpr (kResident) {
-        if (!a.grad) {
-          next.begin(*this, i + p.row_step);
-          next.load_all();
+      Stage<In> stage(team.memory + team.bytes());
+      stage.begin();
+      team.begin();
+      stage_row(stage, base + team.group());
+      for (; base < a.items; base += p.row_step) {
+        const int64_t i = base + team.group();
+        stage.wait(columns_of_team(i));
+        const Part at = part(0);
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          const Packed<In> x = stage.step(s);
+#pragma unroll
+          for (int k = 0; k < kRuns; ++k) v.v[s][k] = logit((T)x.get(k), at.has(s, k));
         }
+        stage_row(stage, i + p.row_step);
+        row(i, v);
+        team.template flush_if_full<Loss>(call());
       }
-      team.template flush_if_full<Loss>(call());
+    } else {
+      team.begin();
+      for (; base < a.items; base += p.row_step) {
+        row(base + team.group(), v);
+        team.template flush_if_full<Loss>(call());
+      }
     }
     team.template flush<Loss>(call());
     team.finish();

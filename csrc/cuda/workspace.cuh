@@ -38,6 +38,12 @@ MBK_DEVICE void merge_atomically(ExactSumState& into, const ExactSumState& from)
   AtomicAdd{}(into.negative_infinity, from.negative_infinity);
 }
 
+// A state that other blocks have added to.
+MBK_DEVICE void read_state(ExactSumState& to, const ExactSumState& from) {
+  const volatile int64_t* source = (const volatile int64_t*)&from;
+  for (int i = 0; i < (int)(sizeof to / sizeof(int64_t)); ++i) ((int64_t*)&to)[i] = source[i];
+}
+
 // The end of a call, by one thread: the loss from the exact total, which is used up.
 MBK_DEVICE void finish(const Result& result, ExactSumState& total, double divisor) {
   if (result.loss_sum) {

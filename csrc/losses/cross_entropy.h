@@ -160,7 +160,7 @@ struct CrossEntropy {
 
   // Calls f with the member of the family that the arguments ask for.
   template <class F>
-  MBK_FN static void visit(const RowArgs& a, F f) {
+  MBK_HOST_FN static void visit(const RowArgs& a, F f) {
     if (!a.target_is_index) {
       a.softcap != 0 ? f(SoftmaxCrossEntropy<Targets::kProbabilities, true>{})
                      : f(SoftmaxCrossEntropy<Targets::kProbabilities, false>{});
