@@ -109,6 +109,7 @@ struct TeamRows {
     int64_t target;
     const In *logits, *probabilities;
     T max, factor, scale, at_target;  // of the gradient
+    bool ignored;
   };
 
   MBK_DEVICE T maximum(Values& v, const Row& r) const {
@@ -190,6 +191,7 @@ struct TeamRows {
         const T e = kKeepTerms ? x[k] : Loss::term(x[k] - r.max);
         const T q = coefficient(r.probabilities, at, s, k);
         g[k] = Loss::gradient(call(), e, x[k], q, r.factor, r.scale);
+        if (Loss::kHasSoftcap && r.ignored) g[k] = 0;  // 0 times a logit that is not finite
       }
       if constexpr (kResident) {
         Packed<S>* const place = (Packed<S>*)(to + s * kGroup);
@@ -236,6 +238,7 @@ struct TeamRows {
     ItemKind kind = active ? describe_item<Loss>(a, at, r.target) : ItemKind::ignored;
     if (kind == ItemKind::bad && !a.from_state && team.speaks()) note_bad_target(p, i, r.target);
     if (kind != ItemKind::plain) r.target = -1;
+    r.ignored = kind == ItemKind::ignored;  // all terms will be 0
 
     Item item;
     item.target_weight = 1;
@@ -247,7 +250,7 @@ struct TeamRows {
 
     int64_t apart = r.target;  // the column whose term is kept out of the sums
     if (a.from_state) {
-      r.max = active ? *row_state<T>(a, i, 0) : (T)0;
+      r.max = kind == ItemKind::ignored ? (T)__builtin_inff() : *row_state<T>(a, i, 0);
     } else {
       r.max = maximum(v, r);
       if constexpr (!Loss::kHasIndex) apart = first_maximum(v, r);

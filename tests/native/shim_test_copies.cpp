@@ -107,12 +107,13 @@ void copies() {
     check_fault(name, bulk, {text, "shim_test_copies.cpp:"}, 1, kEach);
   };
   right("bulk copies", bulk_pipeline<kNone>);
-  wrong("no wait for a bulk load", bulk_pipeline<kNoWait>, 2);
   wrong("a bulk load into what is still read", bulk_pipeline<kEarlyRefill>, kTiles);
   wrong("the source of a bulk store overwritten", bulk_pipeline<kEarlyOverwrite>, kTiles);
   wrong("a wait for too few bulk stores", bulk_pipeline<kWaitForTooFew>, kTiles);
-  wrong("a wait for another phase", bulk_pipeline<kWrongParity>, 2);
-  fault("no wait, but the next load", bulk_pipeline<kNoWait>, "phase nobody has waited for");
+  fault("no wait for a bulk load", bulk_pipeline<kNoWait>, "phase nobody has waited for");
+  fault("a wait for another phase", bulk_pipeline<kWrongParity>, "phase nobody has waited for");
+  check_fault("no wait at all", bulk_pipeline<kNoWait>, {"before its bulk loads have arrived"}, 1,
+              2 * (int)kThreads);
   fault("fewer bytes than come", bulk_pipeline<kTooFewBytes>, "Barrier::wait at");
   fault("no init", bulk_pipeline<kNoInit>, "a Barrier that has not been initialised");
   fault("no fence before a store", bulk_pipeline<kNoFence>, "without a fence_async");

@@ -20,12 +20,16 @@ bool block_barrier(const char* name, bool predicate, Where where) {
     fault("threads of one block meet at different barriers", where);
   }
   barrier.any = barrier.any || predicate;
+  races::Tag* const tag = &barrier.tags[barrier.phase % 2];
+  races::publish(tag);
   if (++barrier.arrived == block.threads) {
     barrier.arrived = 0;
+    ++barrier.phase;
     barrier.result = barrier.any;
     for (unsigned t = 0; t < block.threads; ++t) wake(block.first[t].number);
   }
   wait_here(name, where);
+  races::see(tag);
   return barrier.result;
 }
 
@@ -34,6 +38,7 @@ void cluster_arrive(Where where) {
   if (current->arrived) fault("arrives at the cluster's barrier twice without a wait", where);
   current->arrived = true;
   current->phase = cluster.phase;
+  races::publish(&cluster.tags[cluster.phase % 2]);
   if (++cluster.arrived < cluster_size() * current->block->threads) return;
   cluster.arrived = 0;
   ++cluster.phase;
@@ -47,8 +52,10 @@ void cluster_arrive(Where where) {
 
 void cluster_wait(Where where) {
   if (!current->arrived) fault("waits at the cluster's barrier without having arrived", where);
-  if (current->phase != current->block->cluster->phase) wake(current->number);
+  Cluster& cluster = *current->block->cluster;
+  if (current->phase != cluster.phase) wake(current->number);
   wait_here(kClusterWait, where);
+  races::see(&cluster.tags[current->phase % 2]);
   current->arrived = false;
 }
 
@@ -56,7 +63,7 @@ namespace {
 
 // Waits for the lanes of the mask; the last one that arrives hands out the results.
 template <class Result>
-uint64_t gather(const char* name, unsigned mask, Where where, Result result) {
+uint64_t gather(const char* name, unsigned mask, bool orders_memory, Where where, Result result) {
   Warp& warp = *current->warp;
   const unsigned lane = current->thread.x % 32;
   if (!(mask >> lane & 1)) fault("a lane outside of its own mask", where);
@@ -72,9 +79,12 @@ uint64_t gather(const char* name, unsigned mask, Where where, Result result) {
     fault("lanes of one mask meet at different operations", where);
   }
   current->mask = mask;
+  races::Tag* const tag = &gathering.tags[gathering.phase % 2];
+  if (orders_memory) races::publish(tag);
   gathering.arrived |= 1u << lane;
   if (gathering.arrived == mask) {
     gathering.arrived = 0;
+    ++gathering.phase;
     warp.claimed &= ~mask;
     Fibre* const lanes = current - lane;
     for (unsigned k = 0; k < 32; ++k) {
@@ -84,6 +94,7 @@ uint64_t gather(const char* name, unsigned mask, Where where, Result result) {
     }
   }
   wait_here(name, where);
+  if (orders_memory) races::see(tag);
   return current->result;
 }
 
@@ -94,19 +105,23 @@ uint64_t warp_exchange(const char* name, unsigned mask, uint64_t value, unsigned
   if (!(mask >> source & 1)) fault("takes the value of a lane outside of the mask", where);
   current->value = value;
   current->source = source;
-  return gather(name, mask, where,
+  return gather(name, mask, false, where,
                 [](const Fibre* lanes, const Fibre& self) { return lanes[self.source].value; });
 }
 
 unsigned warp_ballot(const char* name, unsigned mask, bool value, Where where) {
   current->value = value;
-  return (unsigned)gather(name, mask, where, [mask](const Fibre* lanes, const Fibre&) {
+  return (unsigned)gather(name, mask, false, where, [mask](const Fibre* lanes, const Fibre&) {
     uint64_t votes = 0;
     for (unsigned k = 0; k < 32; ++k) {
       if (mask >> k & 1) votes |= lanes[k].value << k;
     }
     return votes;
   });
+}
+
+void warp_barrier(const char* name, unsigned mask, Where where) {
+  gather(name, mask, true, where, [](const Fibre*, const Fibre&) { return uint64_t{0}; });
 }
 
 }  // namespace shim

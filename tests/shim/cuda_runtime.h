@@ -31,7 +31,7 @@ inline int __syncthreads_and(int predicate, SHIM_WHERE) {
   return !shim::block_barrier("__syncthreads_and", predicate == 0, where);
 }
 inline void __syncwarp(unsigned mask = 0xffffffff, SHIM_WHERE) {
-  shim::warp_ballot("__syncwarp", mask, false, where);
+  shim::warp_barrier("__syncwarp", mask, where);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, SHIM_WHERE) {
   return shim::warp_ballot("__ballot_sync", mask, predicate != 0, where);
@@ -91,23 +91,23 @@ struct Integer {  // what atomics take
 };
 template <class T>
 using Same = typename Integer<T>::type;
+// Relaxed, as CUDA's are. Two steps do: nobody comes in between.
 template <class T, class Change>
 T atomic(T* address, Change change) {
-  T old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(address, &old, change(old), false, __ATOMIC_RELAXED,
-                                      __ATOMIC_RELAXED)) {
-  }
+  order_atomic(address);
+  const T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  __atomic_store_n(address, change(old), __ATOMIC_RELAXED);
   return old;
 }
 }  // namespace shim
 
 template <class T>
 T atomicAdd(T* address, shim::Same<T> value) {
-  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  return shim::atomic(address, [=](T old) { return (T)(old + value); });
 }
 template <class T>
 T atomicExch(T* address, shim::Same<T> value) {
-  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+  return shim::atomic(address, [=](T) { return value; });
 }
 template <class T>
 T atomicMax(T* address, shim::Same<T> value) {
@@ -119,7 +119,7 @@ T atomicMin(T* address, shim::Same<T> value) {
 }
 template <class T>
 T atomicOr(T* address, shim::Same<T> value) {
-  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+  return shim::atomic(address, [=](T old) { return old | value; });
 }
 template <class T>
 T atomicCAS(T* address, shim::Same<T> expected, shim::Same<T> value) {
@@ -128,7 +128,7 @@ T atomicCAS(T* address, shim::Same<T> expected, shim::Same<T> value) {
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return shim::atomic(address, [=](unsigned old) { return old >= limit ? 0 : old + 1; });
 }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { shim::order_fence(); }  // the threads are one of the CPU's
 inline void __threadfence_block() { __threadfence(); }
 
 template <class T>

@@ -23,7 +23,7 @@ std::mutex one_launch;
 StackPool stacks;
 const Launch* launch_under_way;
 Ready ready;
-StackPointer scheduler;
+Stack scheduler;
 std::vector<Fibre> fibres;
 std::vector<Block> blocks;
 std::vector<Cluster> clusters;
@@ -35,9 +35,11 @@ void run_next() {
   const int next = failure.empty() ? ready.take() : -1;
   if (next < 0) {
     current = nullptr;
+    races::run_host();
     switch_stack(&self->stack, scheduler);
   } else if (&fibres[next] != self) {
     current = &fibres[next];
+    races::run_thread(current->number);
     switch_stack(&self->stack, current->stack);
   }
 }
@@ -48,6 +50,12 @@ void poison(Block& block) {
 }
 
 void end_block(Block& block) {
+  races::see(&block.ended);
+  for (const PhaseBarrier& b : block.phase_barriers) {
+    if (!b.loads.empty()) {
+      fault("the block ends before its bulk loads have arrived", launch_under_way->where);
+    }
+  }
   for (int i = 0; i < kCanaryBytes; ++i) {
     if ((unsigned char)block.shared[block.shared_bytes + i] != kCanary) {
       fault("the block has written behind its shared memory", launch_under_way->where);
@@ -56,17 +64,26 @@ void end_block(Block& block) {
   poison(block);
 }
 
+void check_races(Where where) {
+  if (races::found()) fault("a data race, reported above", where);
+}
+
 // What a fibre's stack begins with.
 void thread_main() {
+  arrive_on_fresh_stack();
   Block& block = *current->block;
   if (!block.started) {
     block.started = true;
     poison(block);
+    races::publish(&block.begun);
   }
+  races::see(&block.begun);
   current->state = "running";
   launch_under_way->run(*launch_under_way);
   end_copies();
+  check_races(launch_under_way->where);
   current->state = kEnded;
+  races::publish(&block.ended);
   if (--block.live == 0) end_block(block);
   run_next();
   __builtin_unreachable();
@@ -96,7 +113,7 @@ void prepare(const Launch& launch, const Order& order, unsigned first, unsigned 
         fibre.block = &block;
         fibre.warp = &block.warps[t / 32];
         fibre.state = "not started";
-        fibre.stack = new_stack(stacks.top(number), thread_main);
+        fibre.stack = stacks.fresh(number, thread_main);
         ready.add(number);
       }
     }
@@ -107,10 +124,13 @@ void prepare(const Launch& launch, const Order& order, unsigned first, unsigned 
 void run_clusters(const Launch& launch, const Order& order, unsigned first, unsigned count) {
   prepare(launch, order, first, count);
   current = &fibres[ready.take()];
+  races::start_launch(fibres.size(), blocks.size());
+  races::run_thread(current->number);
   switch_stack(&scheduler, current->stack);
   bool ended = true;
   for (unsigned b = 0; b < count * launch.cluster; ++b) ended = ended && blocks[b].live == 0;
   if (failure.empty() && !ended) failure = "every thread waits, or has ended";
+  races::end_launch();
   if (failure.empty()) return;
   const std::string what = failure;
   failure.clear();
@@ -125,18 +145,22 @@ void run(const Launch& launch) {
   const unsigned all = launch.blocks / launch.cluster;
   const Order order = Order::from_environment(all);
   const unsigned padded = (launch.threads + 31) / 32 * 32;
-  const unsigned at_once = order.clusters_at_once(launch.cluster * padded);
+  const unsigned at_once = races::kOn ? all : order.clusters_at_once(launch.cluster * padded);
   const size_t bytes = (launch.shared_bytes + kCanaryBytes + 127) / 128 * 128;
   std::vector<char> shared(at_once * launch.cluster * bytes + 128);
   char* const aligned = shared.data() + (128 - (uintptr_t)shared.data() % 128) % 128;
   launch_under_way = &launch;
+  scheduler = thread_stack();
   clusters.assign(at_once, {});
   blocks.assign(at_once * launch.cluster, {});
   fibres.assign(blocks.size() * padded, {});
+  if (fibres.size() + blocks.size() * races::kWorks > races::kMaxThreads)
+    throw Fault("CUDA shim: too many threads to find races");
   stacks.grow(fibres.size());
   for (size_t b = 0; b < blocks.size(); ++b) {
     blocks[b].shared = aligned + b * bytes;
     blocks[b].shared_bytes = launch.shared_bytes;
+    blocks[b].number = (unsigned)b;
     blocks[b].threads = launch.threads;
     blocks[b].first = &fibres[b * padded];
     blocks[b].warps.resize(padded / 32);
@@ -150,6 +174,7 @@ void wake(unsigned number) { ready.add(number); }
 void wait_here(const char* state, Where where) {
   current->state = state;
   current->where = where;
+  check_races(where);
   run_next();
   current->state = "running";
 }
@@ -172,6 +197,24 @@ const dim3& grid_size() {
   size = dim3(launch_under_way->blocks);
   return size;
 }
+#if defined(MBKERN_SHIM_RACES)
+// A fence covers what its thread does next to the atomic: the atomic publishes what came before the
+// last fence, and the next fence sees what the atomic has met.
+void order_atomic(void* address) {
+  races::Tag* const tag = (races::Tag*)address;
+  Fibre* const self = current;
+  const races::Agent agent(races::kAtomic, self->block->number);
+  races::see(tag);
+  races::publish(&self->met);
+  races::see(&self->fence);
+  races::publish(tag);
+}
+void order_fence() {
+  races::see(&current->met);
+  races::publish(&current->fence);
+}
+#endif
+
 void* shared_memory() { return current->block->shared; }
 unsigned cluster_rank() { return current->block->rank; }
 unsigned cluster_size() { return launch_under_way->cluster; }

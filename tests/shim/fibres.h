@@ -74,6 +74,16 @@ uint64_t warp_exchange(const char* name, unsigned mask, uint64_t value, unsigned
                        Where where);
 // The same for a vote: the lanes whose value is not zero.
 unsigned warp_ballot(const char* name, unsigned mask, bool value, Where where);
+void warp_barrier(const char* name, unsigned mask, Where where);
+
+// For the race detector (races.h): around each atomic, and a __threadfence.
+#if defined(MBKERN_SHIM_RACES)
+void order_atomic(void* address);
+void order_fence();
+#else
+inline void order_atomic(void*) {}
+inline void order_fence() {}
+#endif
 
 // Ends the launch: the calling thread has made a mistake.
 [[noreturn]] void fault(const char* what, Where where);

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
+
 namespace shim {
 
 class Order {
@@ -27,7 +29,8 @@ class Order {
     }
     order.clusters_.resize(clusters);
     for (unsigned i = 0; i < clusters; ++i) order.clusters_[i] = i;
-    if (order.kind_ == kDescending) std::reverse(order.clusters_.begin(), order.clusters_.end());
+    if (order.kind_ == kDescending && !races::kOn)
+      std::reverse(order.clusters_.begin(), order.clusters_.end());
     if (order.kind_ == kRandom) {
       for (unsigned i = clusters; i > 1; --i) {
         std::swap(order.clusters_[i - 1], order.clusters_[order.next() % i]);
@@ -69,25 +72,28 @@ class Ready {
   // The one whose turn it is, or -1. In random order: the first at or behind a random place.
   int take() {
     const int n = (int)words_.size();
-    if (order_.kind_ == Order::kDescending) {
-      for (int i = n; i-- > 0;) {
-        if (words_[i]) return take(i, 63 - __builtin_clzll(words_[i]));
+    int word = 0;
+    switch (order_.kind_) {
+      case Order::kAscending:
+        while (word < n && !words_[word]) ++word;
+        break;
+      case Order::kDescending:
+        for (word = n - 1; word >= 0; --word) {
+          if (words_[word]) return take(word, 63 - __builtin_clzll(words_[word]));
+        }
+        return -1;
+      case Order::kRandom: {
+        const uint64_t place = order_.next() % (64u * (unsigned)n);
+        word = (int)(place / 64);
+        const uint64_t behind = words_[word] >> place % 64 << place % 64;
+        if (behind) return take(word, __builtin_ctzll(behind));
+        int left = n;
+        do word = word + 1 == n ? 0 : word + 1;
+        while (!words_[word] && --left);
+        if (!left) return -1;
       }
-      return -1;
     }
-    int start = 0;
-    if (order_.kind_ == Order::kRandom) {
-      const uint64_t place = order_.next() % (64u * (unsigned)n);
-      start = (int)(place / 64);
-      const uint64_t behind = words_[start] >> place % 64 << place % 64;
-      if (behind) return take(start, __builtin_ctzll(behind));
-      ++start;
-    }
-    for (int i = 0; i < n; ++i) {
-      const int word = (start + i) % n;
-      if (words_[word]) return take(word, __builtin_ctzll(words_[word]));
-    }
-    return -1;
+    return word < n ? take(word, __builtin_ctzll(words_[word])) : -1;
   }
 
  private:

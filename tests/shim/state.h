@@ -1,8 +1,10 @@
 #pragma once
 // What the scheduler knows of the threads, warps, blocks and clusters that are under way.
+#include <memory>
 #include <vector>
 
 #include "fibres.h"
+#include "races.h"
 #include "switch.h"
 
 namespace shim {
@@ -19,6 +21,7 @@ struct Copy {
   const void* from;
   size_t bytes;
   unsigned group;
+  std::shared_ptr<races::Tag> done;
 };
 struct Copies {  // of one thread, in groups
   std::vector<Copy> pending;
@@ -30,7 +33,7 @@ struct Stored {  // on its way to global memory
 };
 
 struct Fibre {
-  StackPointer stack;
+  Stack stack;
   unsigned number;  // in the order
   uint3 thread;
   Block* block;
@@ -46,10 +49,15 @@ struct Fibre {
   Copies loads, stores;
   std::vector<Stored> stored;
   bool fenced;  // since the last group of stores
+  // What its last __threadfence covers; what its atomics have met and the next one lets it see;
+  // what came before the copies that it has issued.
+  races::Tag fence, met, issued;
 };
 
+// Tags alternate from phase to phase: nobody is two phases ahead of another.
 struct Barrier {
-  unsigned arrived;
+  unsigned arrived, phase;
+  races::Tag tags[2];
   bool any, result;
   const char* name;
   Where where;
@@ -57,7 +65,8 @@ struct Barrier {
 
 // The lanes of one mask on their way to one operation, kept at the place of its lowest lane.
 struct Gathering {
-  unsigned mask, arrived;
+  unsigned mask, arrived, phase;
+  races::Tag tags[2];
   const char* name;
 };
 struct Warp {
@@ -70,18 +79,21 @@ struct PhaseBarrier {
   void* address;
   unsigned arrivals, missing, phase;
   int64_t bytes;
+  races::Tag tags[2];
   std::vector<Copy> loads;
   std::vector<unsigned> waiting;
 };
 
 struct Cluster {
   unsigned arrived, phase;
+  races::Tag tags[2];
 };
 
 struct Block {
   uint3 index;
   Cluster* cluster;
   unsigned rank;
+  unsigned number;  // among those under way
   unsigned threads, live;
   bool started;
   char* shared;
@@ -90,6 +102,7 @@ struct Block {
   Fibre* first;
   std::vector<Warp> warps;
   std::vector<PhaseBarrier> phase_barriers;
+  races::Tag begun, ended;
 };
 
 extern Fibre* current;

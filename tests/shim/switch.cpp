@@ -6,6 +6,12 @@
 
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <pthread.h>
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #if defined(__x86_64__)
 asm(R"(
 .text
@@ -67,31 +73,69 @@ shim_switch_stack:
 )");
 #endif
 
-namespace shim {
+// Saves the registers that a call must keep on the current stack, and goes on on the other one.
+extern "C" void shim_switch_stack(void** from, void* to);
 
-StackPointer new_stack(char* top, void (*entry)()) {
-#if defined(__x86_64__)
-  constexpr size_t kSaved = 64, kEntry = 48;  // six registers, then the address to return to
-#else
-  constexpr size_t kSaved = 160, kEntry = 88;  // x30
-#endif
-  memset(top - kSaved, 0, kSaved);
-  memcpy(top - kSaved + kEntry, &entry, sizeof entry);
-  return top - kSaved;
+namespace shim {
+namespace {
+
+constexpr size_t kGuard = 65536, kBytes = 65536, kTogether = 64;  // pages may have 64 KB
+
+}  // namespace
+
+// The address sanitizer must know which stack is in use, and that nothing is left on a fresh one.
+#if defined(__SANITIZE_ADDRESS__)
+
+void switch_stack(Stack* from, const Stack& to) {
+  void* fake_stack;
+  __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.bytes);
+  shim_switch_stack(&from->pointer, to.pointer);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+}
+void arrive_on_fresh_stack() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
+Stack thread_stack() {
+  pthread_attr_t attributes;
+  void* bottom;
+  size_t bytes;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &bottom, &bytes);
+  pthread_attr_destroy(&attributes);
+  return {nullptr, (char*)bottom, bytes};
 }
 
+#else
+
+void switch_stack(Stack* from, const Stack& to) { shim_switch_stack(&from->pointer, to.pointer); }
+void arrive_on_fresh_stack() {}
+Stack thread_stack() { return {}; }
+#define ASAN_UNPOISON_MEMORY_REGION(bottom, bytes) ((void)(bottom))
+
+#endif
+
 void StackPool::grow(size_t count) {
-  constexpr size_t kGuard = 65536, kBytes = 65536, kTogether = 64;  // pages may have 64 KB
-  while (tops_.size() < count) {
+  while (bottoms_.size() < count) {
     void* const memory = mmap(nullptr, kTogether * (kGuard + kBytes), PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     for (size_t i = 0; i < kTogether; ++i) {
       char* const guard = (char*)memory + i * (kGuard + kBytes);
       mprotect(guard, kGuard, PROT_NONE);
-      tops_.push_back(guard + kGuard + kBytes);
+      bottoms_.push_back(guard + kGuard);
     }
   }
+}
+
+Stack StackPool::fresh(size_t i, void (*entry)()) const {
+#if defined(__x86_64__)
+  constexpr size_t kSaved = 64, kEntry = 48;  // six registers, then the address to return to
+#else
+  constexpr size_t kSaved = 160, kEntry = 88;  // x30
+#endif
+  ASAN_UNPOISON_MEMORY_REGION(bottoms_[i], kBytes);
+  char* const saved = bottoms_[i] + kBytes - kSaved;
+  memset(saved, 0, kSaved);
+  memcpy(saved + kEntry, &entry, sizeof entry);
+  return {saved, bottoms_[i], kBytes};
 }
 
 }  // namespace shim

@@ -6,23 +6,28 @@
 
 namespace shim {
 
-typedef void* StackPointer;
+struct Stack {
+  void* pointer;  // while nobody is on it
+  char* bottom;
+  size_t bytes;
+};
 
-// Saves the registers that a call must keep on the current stack and goes on where `to` was left.
-extern "C" void shim_switch_stack(StackPointer* from, StackPointer to);
-inline void switch_stack(StackPointer* from, StackPointer to) { shim_switch_stack(from, to); }
-
-// A stack that begins with `entry`, which never returns.
-StackPointer new_stack(char* top, void (*entry)());
+// Goes on where `to` was left. What `from` does next begins where this returns.
+void switch_stack(Stack* from, const Stack& to);
+// The first thing on a stack that has been made by StackPool::fresh.
+void arrive_on_fresh_stack();
+// The stack of the calling thread of the CPU.
+Stack thread_stack();
 
 // Stacks are kept from launch to launch. Below each lies a page that cannot be touched.
 class StackPool {
  public:
   void grow(size_t count);
-  char* top(size_t i) const { return tops_[i]; }
+  // Number i, that begins with `entry`, which never returns.
+  Stack fresh(size_t i, void (*entry)()) const;
 
  private:
-  std::vector<char*> tops_;
+  std::vector<char*> bottoms_;
 };
 
 }  // namespace shim
