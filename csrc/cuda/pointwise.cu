@@ -14,6 +14,7 @@ struct PointwiseLaunch {
   PointwiseArgs args;
   Result result;
   Workspace* work;
+  double* terms;         // of fp64 losses, one an element, to be summed in order; may be null
   bool totals, vectors;  // vectors: every view is dense, and aligned for kVector elements at once
 };
 
@@ -183,13 +184,16 @@ __global__ void __launch_bounds__(kPointwiseThreads, 4)
   for (int64_t i = first; i < dense; i += threads) {
     T loss[kVector];
     loop.vector(i * kVector, loss);
-    if (sizeof(T) == 4 && p.totals)
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) sum.add((float)loss[k], shared.total);
+    for (int k = 0; k < kVector; ++k) {
+      if (sizeof(T) == 4 && p.totals) sum.add((float)loss[k], shared.total);
+      if (sizeof(T) == 8 && p.terms) p.terms[i * kVector + k] = (double)loss[k];
+    }
   }
   for (int64_t i = dense * kVector + first; i < size; i += threads) {
     const T loss = loop.element(i);
     if (sizeof(T) == 4 && p.totals) sum.add((float)loss, shared.total);
+    if (sizeof(T) == 8 && p.terms) p.terms[i] = (double)loss;
   }
   if (sizeof(T) == 4 && p.totals) {
     sum.flush_warp(shared.total);
@@ -256,13 +260,8 @@ void run(const Queue& queue, int loss, DType type, PointwiseArgs a, const Result
   }
   const bool reduces =
       (result.reduction != Reduction::none && result.loss) || result.loss_sum;
-  PointwiseLaunch p{a, result, work.state, reduces && sizeof(T) == 4, is_dense(a)};
-  if (reduces && sizeof(T) == 8) {  // summed afterwards, in order
-    View& losses = p.args.views[kLosses];
-    losses.data = work.losses, losses.dtype = DType::f64;
-    int64_t stride = 1;
-    for (int d = a.dims - 1; d >= 0; --d) losses.strides[d] = stride, stride *= a.shape[d];
-  }
+  PointwiseLaunch p{a, result, work.state, nullptr, reduces && sizeof(T) == 4, is_dense(a)};
+  if (reduces && sizeof(T) == 8) p.terms = work.losses;
   const int64_t each = kPointwiseThreads * kVector;
   const auto blocks = static_cast<unsigned>(
       std::min<int64_t>(std::max<int64_t>(1, (a.size + each - 1) / each),

@@ -175,6 +175,44 @@ int64_t row_threads(const Options& options) {
   return elements;
 }
 
+// Rows that take several teams, blocks and clusters of the CUDA kernels, or several waves.
+int64_t row_devices(const Options& options) {
+  int64_t elements = 0;
+#if defined(MBKERN_CUDA)
+  uint64_t seed = 1000;
+  const mbk::Backend& tier = *mbk::available_backends()[0];
+  for (const int64_t columns : {1023, 1024, 1032, 2048, 3080, 8192, 9000, 16384, 16392, 33000, 40001,
+                                70000, 140000, 262144, 300000, 600001})
+    for (int type = 0; type < mbk::kDTypes; ++type)
+      for (int round = 0; round < (options.quick || columns > 40000 ? 1 : 4); ++round) {
+        Random r{++seed};
+        const RowProblem p = make_row_problem(r, (DType)type, columns);
+        const Outcome base = run(tier, p, {});
+        Variant v;
+        v.accumulate = true;
+        const Outcome sum = run(tier, p, v);
+        for (int kind = 0; kind < 5; ++kind) {
+          Variant on_device;
+          on_device.device = true;
+          on_device.input_layout = on_device.grad_layout = kind == 1 ? 1 : kind == 2 ? 3 : 0;
+          on_device.in_place = kind == 0;
+          on_device.accumulate = kind == 3;
+          on_device.from_state = kind == 4;
+          const Outcome o = run(tier, p, on_device, &base);
+          const std::string where = describe(p, tier, on_device);
+          elements += (int64_t)o.grad.size();
+          compare("gradient", o.grad, kind == 3 ? sum.grad : base.grad, where);
+          if (kind == 4) continue;
+          compare("loss", o.losses, base.losses, where);
+          compare("state", o.state, base.state, where);
+          compare("total", o.total, base.total, where);
+        }
+      }
+#endif
+  (void)options;
+  return elements;
+}
+
 // A class index out of range throws, with the values in the message, before anything is written.
 int64_t row_refusals(const Options&) {
   constexpr struct {
