@@ -42,10 +42,12 @@ slow: $(PACKAGE)
 bench: $(PACKAGE)
 	python bench/run.py
 
-gpu-check: $(PACKAGE)
-	@if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  python -m mbkern selftest && python -m pytest tests -q -m gpu; \
-	else echo 'no GPU: nothing checked'; fi
+# STAGE=build|bits|test|sanitize|bench: one of them. Runs offline, in .venv, or without one in the
+# Python at hand if that has torch.
+HAS_TORCH := import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)
+gpu-check:
+	@test -d .venv || $(PYTHON) -c '$(HAS_TORCH)' || $(MAKE) $(PACKAGE)
+	@$$(test -d .venv && echo python || echo $(PYTHON)) bench/gpu_check.py $(addprefix --stage ,$(STAGE))
 
 lint: $(PACKAGE)
 	ruff check .

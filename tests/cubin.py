@@ -35,7 +35,7 @@ class Kernel:
     """A kernel for one architecture, and what its launch takes."""
 
     arch: str  # "sm_90"
-    name: str  # demangled, without the hash that names an anonymous namespace
+    name: str
     registers: int
     stack: int  # bytes, as of local and shared memory
     local: int
@@ -128,7 +128,7 @@ def _kernels(cubin: Path) -> Iterator[Kernel]:
 
 
 def _demangle(symbols: list[str]) -> list[str]:
-    text = _run("c++filt", stdin="\n".join(symbols)) if symbols else ""
-    return [
-        re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", n) for n in text.splitlines()
-    ]
+    """Without parameters and without the namespaces that all kernels are in."""
+    text = _run("c++filt", "-p", stdin="\n".join(symbols)) if symbols else ""
+    unwanted = r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|\bmbk::cuda::"
+    return [re.sub(unwanted, "", name) for name in text.splitlines()]

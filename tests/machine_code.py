@@ -20,6 +20,7 @@ two together leave no room.
   (0 * 0 + constant) and to widen fp16 (0 + x with .F32); both are exact.
 - Atomics on floating numbers would make sums depend on the order of threads.
 - Local memory holds spilled registers, and arrays whose index is not known at compile time.
+- Kernels that stream tensors move 16 bytes an access: see WIDE.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cubin import Instruction, Kernel, kernels
 
 TABLE = Path(__file__).with_name("machine_code.txt")
 CONTRACTION_OFF = "-fmad false"
 EXACT = {"RCP", "RSQ", "RCP64H", "RSQ64H"}  # starts of exact divisions and square roots
+# Kernels that must have accesses of 16 bytes: rows kept in registers, and element-wise losses.
+WIDE = (r"^team_rows<.*, true>$", r"^pointwise<")
 
 
 def _operands(i: Instruction) -> list[str]:
@@ -90,6 +95,10 @@ def problems(kernel: Kernel) -> list[str]:
         found.append(f"local memory: {kernel.stack} bytes of stack, {kernel.local} of its own")
     if CONTRACTION_OFF not in kernel.flags:
         found.append(f"contraction: compiled with {kernel.flags or 'no flags'}")
+    if any(re.search(name, kernel.name) for name in WIDE) and not (
+        wide_loads(kernel) and wide_stores(kernel)
+    ):
+        found.append("no loads, or no stores, of 16 bytes")
     if not kernel.code:
         found.append("no code was read")
     return [f"{kernel.arch} {kernel.name}: {line}" for line in found]
@@ -105,57 +114,57 @@ def wide_stores(kernel: Kernel) -> int:
     return kernel.count(r"STG\.(\w+\.)*128|UBLKCP|UTMASTG")
 
 
-# Of each kernel: registers, bytes of static shared memory, wide loads, wide stores.
-Resources = tuple[int, int, int, int]
-Kernels = dict[tuple[str, str], Resources]  # architecture, name
+class Resources(NamedTuple):
+    """A row of the table. Kernels of one name can be in several sources."""
+
+    arch: str
+    registers: int
+    shared: int  # bytes, without what a launch adds
+    loads: int  # wide ones
+    stores: int
+    name: str
 
 
-def resources(found: Sequence[Kernel]) -> Kernels:
-    """What the table holds of these kernels."""
-    table: Kernels = {}
-    for k in found:
-        assert (k.arch, k.name) not in table, f"two kernels are called {k.name}"
-        table[k.arch, k.name] = (k.registers, k.shared, wide_loads(k), wide_stores(k))
-    return table
+def resources(found: Sequence[Kernel]) -> list[Resources]:
+    """What the table holds of these kernels, architectures by number."""
+    rows = [
+        Resources(k.arch, k.registers, k.shared, wide_loads(k), wide_stores(k), k.name)
+        for k in found
+    ]
+    return sorted(rows, key=lambda row: (len(row.arch), row.arch, row.name, row))
 
 
-def read_table() -> tuple[str, Kernels]:
-    """The compiler of the committed table, and the table."""
-    title, _, *rows = TABLE.read_text().splitlines()
-    table: Kernels = {}
-    for row in rows:
-        arch, *numbers, name = row.split(maxsplit=5)
-        registers, shared, loads, stores = map(int, numbers)
-        table[arch, name] = registers, shared, loads, stores
-    return title.split()[-1], table
+def read_table() -> tuple[str, list[Resources]]:
+    """The compiler of the committed table, and its rows."""
+    title, _, *lines = TABLE.read_text().splitlines()
+    rows = []
+    for line in lines:
+        arch, *numbers, name = line.split(maxsplit=5)
+        rows.append(Resources(arch, *map(int, numbers), name))
+    return title.split()[-1], rows
 
 
 def write_table(found: Sequence[Kernel]) -> None:
     """Replace the rows of these kernels' architectures; of another compiler all of them."""
     (compiler,) = {k.compiler for k in found}
-    before, table = read_table() if TABLE.exists() else ("", {})
+    before, rows = read_table() if TABLE.exists() else ("", [])
     archs = {k.arch for k in found}
-    kept = {key: r for key, r in table.items() if before == compiler and key[0] not in archs}
-    rows = sorted(({**kept, **resources(found)}).items(), key=lambda row: (len(row[0][0]), row[0]))
-    lines = [
-        f"{arch:<7}" + "".join(f"{number:>10}" for number in numbers) + f"  {name}"
-        for (arch, name), numbers in rows
-    ]
-    head = f"{'arch':<7}{'registers':>10}{'shared':>10}{'loads':>10}{'stores':>10}  kernel"
-    TABLE.write_text(
-        "\n".join([f"# made by tests/machine_code.py from nvcc {compiler}", head, *lines, ""])
-    )
+    kept = [row for row in rows if before == compiler and row.arch not in archs]
+    rows = sorted([*kept, *resources(found)], key=lambda row: (len(row.arch), row.arch, row.name))
+    lines = [f"# made by tests/machine_code.py from nvcc {compiler}"]
+    for arch, *numbers, name in [Resources._fields, *rows]:
+        lines.append(f"{arch:<6}" + "".join(f"{number:>10}" for number in numbers) + f"  {name}")
+    TABLE.write_text("\n".join([*lines, ""]))
 
 
-def differences(found: Sequence[Kernel], table: Kernels) -> list[str]:
+def differences(found: Sequence[Kernel], table: Sequence[Resources]) -> list[str]:
     """How kernels differ from the table; architectures that are not built are not compared."""
     archs = {k.arch for k in found}
-    actual = resources(found)
-    expected = {key: r for key, r in table.items() if key[0] in archs}
+    actual = Counter(resources(found))
+    expected = Counter(row for row in table if row.arch in archs)
     return [
-        f"{' '.join(key)}: built {actual.get(key)}, in the table {expected.get(key)}"
-        for key in sorted(actual.keys() | expected.keys())
-        if actual.get(key) != expected.get(key)
+        *(f"built, not in the table: {row}" for row in actual - expected),
+        *(f"in the table, not built: {row}" for row in expected - actual),
     ]
 
 
