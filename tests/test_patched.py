@@ -211,6 +211,7 @@ def test_patch_is_counted() -> None:
     assert probe() == "torch"
 
 
+@pytest.mark.cpu
 @every_way
 def test_nested_and_left_by_exceptions(mode: bool) -> None:
     block = patched(mode=mode)
@@ -340,6 +341,7 @@ PASSED_ON: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.cpu
 @every_way
 @pytest.mark.parametrize(
     ("name", "args", "kwargs", "reason"),
@@ -698,6 +700,7 @@ def test_torch_error_inputs(mode: bool) -> None:
                     getattr(F, name)(sample.input, *sample.args, **sample.kwargs)
 
 
+@pytest.mark.cpu
 @every_way
 def test_class_index_out_of_range(mode: bool) -> None:
     """Found by the kernel only; the error is torch's all the same."""

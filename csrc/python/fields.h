@@ -53,6 +53,10 @@ class Fields {
     bool present;
     return scalar(s, present) && present;
   }
+  // Whether the device would read one of the scalars while it writes over it.
+  bool overwrites(const Tensor& output, const Scalar& a, const Scalar& b) const {
+    return !on_host() && (output.spans(a.pointer) || output.spans(b.pointer));
+  }
   // Where results go: the reduction, the mean's divisor, the loss, and the sum of the terms.
   bool result(Result& r) {
     r.reduction = static_cast<Reduction>(integer());

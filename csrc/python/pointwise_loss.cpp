@@ -68,6 +68,9 @@ py::object pointwise_loss(const py::tuple& fields) {
     if ((v == kWeight || v == kItemScale) && t.dtype != type) return py::none();
   }
   if ((r.loss_sum && type == DType::f64) || !merge(views, a)) return py::none();
+  if (f.overwrites(grad_input, a.scale, r.denominator) ||
+      f.overwrites(grad_target, a.scale, r.denominator))
+    return py::none();
 
   if (!f.on_host()) {
     if (workspace_bytes < cuda::workspace_bytes(input.numel(), type == DType::f64))

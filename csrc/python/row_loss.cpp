@@ -93,7 +93,7 @@ py::object row_loss(const py::tuple& fields) {
          (!r.loss_sum || !in_double);
   good = good && a.label_smoothing >= 0 && a.label_smoothing <= 1 &&
          (!capped || (a.softcap > 0 && a.softcap < HUGE_VAL));
-  if (!good) return py::none();
+  if (!good || f.overwrites(grad, a.scale, r.denominator)) return py::none();
 
   if (!f.on_host()) {
     if (workspace_bytes < cuda::workspace_bytes(a.items, in_double)) return py::none();

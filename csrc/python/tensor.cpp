@@ -192,6 +192,16 @@ bool Tensor::same_shape(const Tensor& other) const {
   return dims == other.dims && std::equal(shape, shape + dims, other.shape);
 }
 
+bool Tensor::spans(const void* address) const {
+  if (kind != Kind::floating || !address || !numel()) return false;
+  std::int64_t last = 0;
+  for (int d = 0; d < dims; ++d) last += (shape[d] - 1) * strides[d];
+  constexpr std::int64_t kBytes[kDTypes] = {4, 2, 2, 8};
+  const char *const first = static_cast<const char*>(data), *const at =
+                                                                static_cast<const char*>(address);
+  return first <= at && at < first + (last + 1) * kBytes[static_cast<int>(dtype)];
+}
+
 bool item_strides(const Tensor& tensor, bool has_classes, Strides& out) {
   const std::int64_t* const stride = tensor.strides;
   out = {0, 0, 0};

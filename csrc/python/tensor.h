@@ -62,6 +62,8 @@ class Tensor {
   std::int64_t numel() const;
   bool is(DType type) const { return kind == Kind::floating && dtype == type; }
   bool same_shape(const Tensor& other) const;
+  // Whether an address lies between the first and the last byte of a floating tensor's elements.
+  bool spans(const void* address) const;
 
  private:
   bool read_table(PyObject* object);

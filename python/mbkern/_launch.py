@@ -285,8 +285,8 @@ class RowCall:
         return loss, done
 
     def _retry(self, kernel: Callable[..., float | None], fields: tuple[Any, ...]) -> float:
-        """Say why the kernel returned None; or run it on dense copies, where dimensions that do not
-        merge are the reason."""
+        """Say why the kernel returned None; or run it on copies, where dimensions that do not merge
+        are the reason, or numbers in memory that CUDA would write over while it reads them."""
         self.explain()
         _, _, _, weight, sample_weight, grad, item_scale, *rest = fields
         require_one_device(
@@ -299,6 +299,8 @@ class RowCall:
             None if t is None else t.contiguous()
             for t in (self.input, self.target, weight, sample_weight, grad, item_scale)
         ]
+        for k in (8, 11):
+            rest[k] = rest[k].clone() if isinstance(rest[k], Tensor) else rest[k]
         done = kernel((self.number, *copies, *rest))
         if done is None:
             raise NotImplementedError(
