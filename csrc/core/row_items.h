@@ -55,9 +55,10 @@ struct ItemScale {
   double scale, denominator,
       common;  // common: of every item, if items have no factors of their own
   bool same;
-  MBK_FN explicit ItemScale(const RowArgs& a)
+  MBK_FN explicit ItemScale(const RowArgs& a) : ItemScale(a, read(a.denominator)) {}
+  MBK_FN ItemScale(const RowArgs& a, double divisor)
       : scale(read(a.scale)),
-        denominator(read(a.denominator)),
+        denominator(divisor),
         common(scale / denominator),
         same(!a.item_scale && !a.sample_weight) {}
   MBK_FN double operator()(const RowArgs& a, const ItemPosition& at) const {

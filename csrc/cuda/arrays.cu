@@ -1,8 +1,7 @@
 // Small operations on dense arrays, exact sums that stay on the device, elementary functions.
 #include <string.h>
 
-#include "core/math.h"
-#include "core/math64.h"
+#include "core/elementary.h"
 #include "cuda/reduce_launch.h"
 
 namespace mbk::MBK_ISA {
@@ -98,39 +97,6 @@ void launch_exact(const Queue& queue, const Exact& p) {
         "launching an exact sum");
 }
 
-struct ExpNonpositive {
-  template <class T>
-  static MBK_FN T of(T x) { return exp_nonpositive(x); }
-};
-struct Exp {
-  template <class T>
-  static MBK_FN T of(T x) { return exp(x); }
-};
-struct Expm1 {
-  template <class T>
-  static MBK_FN T of(T x) { return expm1(x); }
-};
-struct Log {
-  template <class T>
-  static MBK_FN T of(T x) { return log(x); }
-};
-struct Log1p {
-  template <class T>
-  static MBK_FN T of(T x) { return log1p(x); }
-};
-struct Sigmoid {
-  template <class T>
-  static MBK_FN T of(T x) { return sigmoid(x); }
-};
-struct Softplus {
-  template <class T>
-  static MBK_FN T of(T x) { return softplus(x); }
-};
-struct Tanh {
-  template <class T>
-  static MBK_FN T of(T x) { return tanh(x); }
-};
-
 template <class T>
 struct Over {
   const T* x;
@@ -142,9 +108,9 @@ __global__ void __launch_bounds__(kArrayThreads) over_array(const __grid_constan
   each(p.n, [&](int64_t i) { p.y[i] = F::of(p.x[i]); });
 }
 template <class F>
-bool try_function(const char* name, const char* wanted, const Queue& queue, bool in_double,
-                  const void* x, void* y, int64_t n) {
-  if (strcmp(name, wanted) != 0) return false;
+bool try_function(const char* name, const Queue& queue, bool in_double, const void* x, void* y,
+                  int64_t n) {
+  if (strcmp(name, F::name) != 0) return false;
   if (in_double)
     launch_arrays(queue, &over_array<F, double>,
                   Over<double>{static_cast<const double*>(x), static_cast<double*>(y), n}, n);
@@ -152,6 +118,11 @@ bool try_function(const char* name, const char* wanted, const Queue& queue, bool
     launch_arrays(queue, &over_array<F, float>,
                   Over<float>{static_cast<const float*>(x), static_cast<float*>(y), n}, n);
   return true;
+}
+template <class... F>
+bool find_function(FunctionList<F...>, const char* name, const Queue& queue, bool in_double,
+                   const void* x, void* y, int64_t n) {
+  return (try_function<F>(name, queue, in_double, x, y, n) || ...);
 }
 
 }  // namespace
@@ -196,14 +167,7 @@ void exact_add(const Queue& queue, ExactSumState* into, const float* values, int
 
 bool elementary(const Queue& queue, const char* name, bool in_double, const void* x, void* y,
                 int64_t n) {
-  return try_function<ExpNonpositive>("exp_nonpositive", name, queue, in_double, x, y, n) ||
-         try_function<Exp>("exp", name, queue, in_double, x, y, n) ||
-         try_function<Expm1>("expm1", name, queue, in_double, x, y, n) ||
-         try_function<Log>("log", name, queue, in_double, x, y, n) ||
-         try_function<Log1p>("log1p", name, queue, in_double, x, y, n) ||
-         try_function<Sigmoid>("sigmoid", name, queue, in_double, x, y, n) ||
-         try_function<Softplus>("softplus", name, queue, in_double, x, y, n) ||
-         try_function<Tanh>("tanh", name, queue, in_double, x, y, n);
+  return find_function(ElementaryFunctions{}, name, queue, in_double, x, y, n);
 }
 
 }  // namespace mbk::MBK_ISA

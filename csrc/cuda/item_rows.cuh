@@ -55,8 +55,8 @@ struct ItemRows {
   const Call call;
   const ItemScale<T> item_scale;
 
-  MBK_DEVICE explicit ItemRows(const RowLaunch& launch)
-      : p(launch), a(launch.args), call(a), item_scale(a) {}
+  MBK_DEVICE ItemRows(const RowLaunch& launch, double divisor)
+      : p(launch), a(launch.args), call(a), item_scale(a, divisor) {}
 
   MBK_DEVICE T logit(const In* row, int j) const {
     return Loss::logit(call, (T)widen(row[j * a.input_strides.column]));
@@ -178,12 +178,16 @@ __global__ void __launch_bounds__(kItemThreads, 4) item_rows(const __grid_consta
   typedef Compute<In> T;
   struct Shared {
     ExactSumState total;
+    double divisor;
     int is_last;
   };
   Shared& shared = *shared_memory<Shared>();
   if (threadIdx.x == 0) clear(shared.total);
   __syncthreads();
-  const ItemRows<Loss, In> rows(p);
+  const double divisor = divisor_of_rows(p, shared.total);
+  if (threadIdx.x == 0) shared.divisor = divisor;
+  __syncthreads();
+  const ItemRows<Loss, In> rows(p, shared.divisor);
   ThreadSum sum;
   for (int64_t i = (int64_t)blockIdx.x * kItemThreads + threadIdx.x; i < p.args.items;
        i += (int64_t)gridDim.x * kItemThreads) {
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(kItemThreads, 4) item_rows(const __grid_consta
   if (p.args.from_state) return;
   sum.flush_warp(shared.total);
   __syncthreads();
-  finish_rows(p, shared.total, &shared.is_last);
+  finish_rows(p, shared.divisor, shared.total, &shared.is_last);
 }
 
 }  // namespace mbk::MBK_ISA

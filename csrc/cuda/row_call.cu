@@ -32,10 +32,13 @@ void run(const Queue& queue, int loss, DType input, RowArgs a, const Result& res
   p.totals = reduces && sizeof(T) == 4;
   if (reduces && sizeof(T) == 8 && !a.losses) a.losses = work.losses;
   p.args = a;
+  constexpr int64_t kFewItems = 1024;  // read by every block in less time than a launch takes
+  p.weigh = wants_weights && weighted && sizeof(T) == 4 && a.items <= kFewItems;
+  const bool reduce_weights = wants_weights && weighted && !p.weigh;
   const RowPlan plan = plan_rows(device, loss, input, p);
 
-  if (plan.blocks > 1 || wants_weights || smooths_weights || sizeof(T) == 8) work.clear();
-  if (wants_weights && weighted)
+  if (plan.blocks > 1 || reduce_weights || smooths_weights || sizeof(T) == 8) work.clear();
+  if (reduce_weights)
     launch_reduce<T>(work, ItemWeights<T>{a}, a.items, {&work.state->divisor, 1, nullptr, {}, {}});
   if (smooths_weights)
     launch_reduce<T>(work, Array<T>{static_cast<const T*>(a.class_weight)}, a.columns,

@@ -11,6 +11,7 @@ struct RowLaunch {
   Workspace* work;
   TargetErrors* errors;
   bool totals;  // the sum of the losses is wanted
+  bool weigh;   // every block adds up the weights of the items, few as they are, for the divisor
   // Of team_rows: a row is the work of `teams` in each of the `cluster` blocks; a block has
   // 1 << (log2 of teams) of them a row where it has several rows.
   int teams, team_shift, cluster, rows_of_block;
@@ -81,16 +82,33 @@ MBK_DEVICE T item_loss(const typename Loss::template Call<T>& call,
   return canonical((T)(Loss::loss(call, item, Loss::log_sum(item)) * sample_weight));
 }
 
+// The divisor of the mean, by whole blocks; in thread 0. `state` is shared memory, zero before and
+// after.
+MBK_DEVICE double divisor_of_rows(const RowLaunch& p, ExactSumState& state) {
+  if (!p.weigh) return read(p.args.denominator);
+  ThreadSum sum;
+  for (int64_t i = threadIdx.x; i < p.args.items; i += blockDim.x)
+    sum.add(item_weight<float>(p.args, i), state);
+  sum.flush_warp(state);
+  __syncthreads();
+  double divisor = 0;
+  if (threadIdx.x == 0) {
+    divisor = round_in_place(state, false);
+    clear(state);
+  }
+  __syncthreads();
+  return divisor;
+}
+
 // The end of a kernel of row losses, by whole blocks: the block's total joins the others, and the
 // last block stores the result. `total` is shared memory, one state a block, complete.
-MBK_DEVICE void finish_rows(const RowLaunch& p, ExactSumState& total, int* shared) {
+MBK_DEVICE void finish_rows(const RowLaunch& p, double divisor, ExactSumState& total, int* shared) {
   const bool alone = gridDim.x == 1;
   if (p.totals && threadIdx.x == 0) {
     normalise(total);
     if (!alone) merge_atomically(p.work->total, total);
   }
   if (!is_last_block(&p.work->losses_done, shared) || threadIdx.x != 0) return;
-  const double divisor = read(p.args.denominator);
   if (p.totals) {
     if (!alone) read_state(total, p.work->total);
     finish(p.result, total, divisor);

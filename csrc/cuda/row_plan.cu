@@ -58,13 +58,17 @@ constexpr int kUsualThreads = 256;
 constexpr int kOneRow = 16;  // a shift that leaves no second row
 
 template <class T>
-Teams share_rows(int64_t blocks_of_row, int64_t most_blocks, int clusters) {
-  const int usual = kUsualThreads / kTeam<T>;
+Teams share_rows(int64_t items, int64_t blocks_of_row, int64_t most_blocks, int clusters) {
+  const int usual = kUsualThreads / kTeam<T>, most = kMaxThreads / kTeam<T>;
   const int shift = log2_up(std::min(blocks_of_row, most_blocks));
-  if (1 << shift <= usual / 2) return {kUsualThreads, 1 << shift, shift, 1};
+  if (1 << shift <= usual / 2) {
+    // All items in one block, if it can be: such a call is one launch, with nothing to clear.
+    const bool all = items << shift > usual && items << shift <= most;
+    return {all ? kMaxThreads : kUsualThreads, 1 << shift, shift, 1};
+  }
   // Blocks of the usual size, two or more of which a multiprocessor holds, as long as there are
   // clusters of them; then larger ones.
-  for (const int teams : {usual, kMaxThreads / kTeam<T>})
+  for (const int teams : {usual, most})
     for (int cluster = 1; cluster <= clusters; cluster *= 2) {
       const int64_t share = ceil_div(std::min(blocks_of_row, most_blocks), cluster);
       const int even = static_cast<int>(share + share % 2);  // whole warps
@@ -86,14 +90,14 @@ RowPlan plan_teams(const Device& device, const RowKernels& kernels, DType input,
   };
   if (kernels.resident && can_reside(a, input)) {
     constexpr int kPortableCluster = 8;
-    t = share_rows<T>(blocks_of_row, blocks_of_row, device.has_clusters() ? kPortableCluster : 1);
+    t = share_rows<T>(a.items, blocks_of_row, blocks_of_row, device.has_clusters() ? kPortableCluster : 1);
     if (t.threads && shared_bytes(true) <= device.shared_bytes) {
       plan.kernel = kernels.resident;
       plan.shared_bytes = shared_bytes(true);
     }
   }
   if (!plan.kernel) {
-    t = share_rows<T>(blocks_of_row, kMaxThreads / kTeam<T>, 1);
+    t = share_rows<T>(a.items, blocks_of_row, kMaxThreads / kTeam<T>, 1);
     plan.kernel = kernels.reread;
     plan.shared_bytes = shared_bytes(false);
   }
@@ -109,7 +113,7 @@ RowPlan plan_teams(const Device& device, const RowKernels& kernels, DType input,
 }
 
 RowPlan plan_items(const Device& device, const RowKernels& kernels, const RowArgs& a) {
-  RowPlan plan{kernels.items, 1, kItemThreads, 1, sizeof(ExactSumState) + 16};
+  RowPlan plan{kernels.items, 1, kItemThreads, 1, sizeof(ExactSumState) + 32};
   const int64_t wanted = std::max<int64_t>(1, ceil_div(a.items, kItemThreads));
   plan.blocks = static_cast<unsigned>(std::min<int64_t>(wanted, active(device, plan)));
   return plan;

@@ -236,7 +236,7 @@ struct Team {
   }
 
   // The end of the kernel.
-  MBK_DEVICE void finish() const {
+  MBK_DEVICE void finish(double divisor) const {
     if (p.args.from_state) return;
     __syncthreads();
     if (threadIdx.x < sizeof(ExactSumState) / sizeof(int64_t)) {
@@ -245,7 +245,7 @@ struct Team {
         *total += *((const int64_t*)&warps()[w].total + threadIdx.x);
     }
     __syncthreads();
-    finish_rows(p, warps()[0].total, is_last());
+    finish_rows(p, divisor, warps()[0].total, is_last());
   }
 };
 

@@ -45,6 +45,7 @@ struct TeamRows {
   struct Common {
     Call call;
     ItemScale<T> item_scale;
+    double divisor;
   };
   static_assert(sizeof(Common) + 16 <= kCommonBytes);
   MBK_DEVICE Common& common() const { return *(Common*)team.common(); }
@@ -322,17 +323,24 @@ struct TeamRows {
     stage.load((const In*)a.input + offset + team.member() * kBlock, columns);
   }
 
-  MBK_DEVICE void run() {
+  MBK_DEVICE void begin() {
+    team.begin();
+    const double divisor = divisor_of_rows(p, team.warps()[0].total);
     if (threadIdx.x == 0) {
       common().call = Call(a);
-      common().item_scale = ItemScale<T>(a);
+      common().item_scale = ItemScale<T>(a, divisor);
+      common().divisor = divisor;
     }
+    __syncthreads();
+  }
+
+  MBK_DEVICE void run() {
     Values v;
     int64_t base = (int64_t)(blockIdx.x / p.cluster) * p.rows_of_block;
     if constexpr (kResident) {
       Stage<In> stage(team.memory + team.bytes());
       stage.begin();
-      team.begin();
+      begin();
       stage_row(stage, base + team.group());
       for (; base < a.items; base += p.row_step) {
         const int64_t i = base + team.group();
@@ -349,14 +357,14 @@ struct TeamRows {
         team.template flush_if_full<Loss>(call());
       }
     } else {
-      team.begin();
+      begin();
       for (; base < a.items; base += p.row_step) {
         row(base + team.group(), v);
         team.template flush_if_full<Loss>(call());
       }
     }
     team.template flush<Loss>(call());
-    team.finish();
+    team.finish(common().divisor);
   }
 };
 

@@ -115,6 +115,8 @@ py::tuple take_target_errors() {
 void add_cuda(py::module_& m) {
   m.def("cuda_built", [] { return kCudaBuilt; });
   m.def("cuda_is_shim", [] { return kShim; });
+  m.def("cuda_shim_is_on", &shim_is_on);
+  m.def("cuda_switch_shim", &switch_shim, py::arg("on"));
   m.def("cuda_workspace_bytes", &cuda::workspace_bytes, py::arg("items"), py::arg("in_double"));
   m.def("cuda_scale_array", &scale_array, py::arg("fields"));
   m.def("cuda_convert_array", &convert_array, py::arg("fields"));

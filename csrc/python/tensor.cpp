@@ -39,6 +39,8 @@ struct Torch {
   PyObject *is_neg, *data_ptr, *dtype, *is_cpu, *is_cuda, *get_device, *shape, *stride;  // interned
 } torch;
 
+bool shimmed = kShim;
+
 constexpr int kFloatingTypes = 4;
 
 bool append_integers(PyObject* sequence, std::vector<std::int64_t>& out) {
@@ -77,6 +79,9 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
   return torch.table != nullptr;
 }
 
+void switch_shim(bool on) { shimmed = kShim && on; }
+bool shim_is_on() { return shimmed; }
+
 Tensor::Tensor(PyObject* object, int& device) {
   if (object == Py_None) {
     kind = Kind::absent;
@@ -112,7 +117,7 @@ bool Tensor::set_dtype(int position) {
 
 bool Tensor::set_device(std::int32_t type, int index) {
   if (type == kDeviceCpu) {
-    device_ = kShim ? 0 : kHost;
+    device_ = shimmed ? 0 : kHost;
   } else if (kCudaBuilt && !kShim && type == kDeviceCuda) {
     device_ = index;
   }

@@ -23,7 +23,7 @@ bool set_torch(const pybind11::tuple& types, const pybind11::tuple& dtypes,
 inline constexpr int kHost = -1, kNoDevice = -2;
 
 // What this build has kernels for. The shim, for tests, runs CUDA's kernels on the CPU: there, all
-// tensors of the CPU are taken for those of CUDA device 0.
+// tensors of the CPU are taken for those of CUDA device 0, unless it is switched off.
 #ifdef MBKERN_CUDA
 inline constexpr bool kCudaBuilt = true;
 #else
@@ -34,6 +34,9 @@ inline constexpr bool kShim = true;
 #else
 inline constexpr bool kShim = false;
 #endif
+
+void switch_shim(bool on);
+bool shim_is_on();
 
 class Tensor {
  public:

@@ -126,9 +126,8 @@ def bad_classes() -> Iterator[tuple[int, int, Tensor]]:
 def check_bad_targets(dtype: torch.dtype, tiers: list[Tier]) -> Finding:
     """On the CPU, a class index out of range must raise before anything is written."""
     finding = Finding(BAD_TARGETS)
-    isas = list(dict.fromkeys(tier.isa for tier in tiers))
-    for isa in isas:
-        _C.set_isa(isa)
+    for isa, tier in {tier.isa: tier for tier in tiers}.items():
+        tier.enter()
         for columns, bad, target in bad_classes():
             x = torch.zeros(301, columns, dtype=dtype)
             grad = torch.full_like(x, 7.0)
@@ -142,7 +141,9 @@ def check_bad_targets(dtype: torch.dtype, tiers: list[Tier]) -> Finding:
                     finding.problem = f"{isa}: class {bad} at 200 is not named: {error}"
             if bool((grad != 7.0).any()) or (total is not None and bool(total.state.any())):
                 finding.problem = f"{isa}: class {bad} of {columns}: outputs were written"
-    finding.digest = digest({"refusals": torch.tensor([finding.runs // len(isas)])})
+    finding.digest = digest(
+        {"refusals": torch.tensor([finding.runs // len({tier.isa for tier in tiers})])}
+    )
     return finding
 
 
@@ -150,6 +151,7 @@ def check_bad_targets_on_cuda(dtype: torch.dtype, tier: Tier) -> Finding:
     """On CUDA it must make its row NaN, leave all other rows alone, and be noted."""
     finding = Finding("bad targets on CUDA")
     wide = torch.float64 if dtype is torch.float64 else torch.float32
+    tier.enter()
     _cuda.take_target_errors()
     for columns, bad, target in bad_classes():
         x = tier.move(numbers(1, (301, columns), dtype))
@@ -185,6 +187,7 @@ def check_elementary(name: str, double: bool, tiers: list[Tier]) -> Finding:
         x = np.copysign(x, -1)  # NaNs, too
     reference: Outputs | None = None
     for tier in {tier.isa: tier for tier in tiers}.values():
+        tier.enter()
         outputs = {name: tier.elementary(name, x)}
         finding.runs += 1
         if reference is None:
@@ -241,7 +244,7 @@ def compare(found: list[Finding], golden: dict[str, str] | None) -> list[str]:
 
 def run(write_golden: bool = False, device: str | None = None) -> int:
     """Check everything, print a table, and return the exit status."""
-    isa, threads = _C.isa(), torch.get_num_threads()
+    isa, threads, shim = _C.isa(), torch.get_num_threads(), _C.cuda_shim_is_on()
     found = find_tiers(device, thread_counts)
     if not found:
         print("no GPU that torch sees, or no kernels for CUDA in this build: nothing checked")
@@ -254,6 +257,7 @@ def run(write_golden: bool = False, device: str | None = None) -> int:
     finally:
         _C.set_isa(isa)
         torch.set_num_threads(threads)
+        _C.cuda_switch_shim(shim)
 
 
 def _run(write_golden: bool, tiers: list[Tier]) -> int:

@@ -32,6 +32,7 @@ class Tier:
     def enter(self) -> None:
         """Let the calls that follow run here."""
         torch.set_num_threads(self.threads)
+        _C.cuda_switch_shim(self.name == "shim")
         if self.isa:
             _C.set_isa(self.isa)
 
@@ -57,12 +58,7 @@ class Tier:
 
 
 def find_tiers(device: str | None, thread_counts: Callable[[], list[int]]) -> list[Tier]:
-    """What there is to run on: of a device ("cpu" or "cuda"), or everything.
-
-    In a build for tests, CUDA's kernels run on the CPU, in place of its own.
-    """
-    if _C.cuda_is_shim():
-        return [Tier("shim", on_cuda=True)]
+    """What there is to run on: of a device ("cpu" or "cuda"), or everything."""
     found = []
     if device != "cuda":
         found += [
@@ -70,6 +66,8 @@ def find_tiers(device: str | None, thread_counts: Callable[[], list[int]]) -> li
             for isa in _C.isas()
             for threads in thread_counts()
         ]
-    if device != "cpu" and _C.cuda_built() and torch.cuda.is_available():
+    if device != "cpu" and _C.cuda_is_shim():  # a build for tests: CUDA's kernels, on the CPU
+        found.append(Tier("shim", on_cuda=True))
+    elif device != "cpu" and _C.cuda_built() and torch.cuda.is_available():
         found.append(Tier("cuda", on_cuda=True))
     return found

@@ -22,7 +22,7 @@ if _C.cuda_is_shim():
 
     def on_cuda(tensor: Tensor) -> bool:
         """Whether CUDA's kernels take a tensor; in this build, for tests, those of the CPU."""
-        return tensor.is_cpu
+        return tensor.is_cpu and _C.cuda_shim_is_on()
 
 elif _C.cuda_built():
 
