@@ -55,13 +55,17 @@ def main(binary: str, name: str) -> int:
         if not re.search(name, kernel.name):
             continue
         print(f"{kernel.arch} {kernel.name}: {len(kernel.code)} instructions")
-        for operations, where in families(kernel).items():
+        found = families(kernel)
+        for operations, where in found.items():
             size = sum(number for _, number in operations)
             print(f"  {len(where)} times {size}, first at {where[0]:#x}: {_text(operations)}")
         for block in blocks(kernel):
-            if len(block) >= LEAST * STEPS:
+            if len(block) >= LEAST * STEPS and not any(
+                block[0].address in w for w in found.values()
+            ):
                 common = Counter(i.opcode.split(".")[0] for i in block).most_common(9)
-                print(f"  one block of {len(block)} at {block[0].address:#x}: {_text(tuple(common))}, ...")
+                where = f"{len(block)} at {block[0].address:#x}"
+                print(f"  one block of {where}: {_text(tuple(common))}, ...")
     return 0
 
 
