@@ -8,10 +8,13 @@
 #   make torches     one wheel under several torch versions
 #   make cuda-all    kernels for every architecture  make cuda-wheels  by nvcc from the package index
 #   make full        all checks a CPU can do
-# CUDAARCHS names the GPUs to build for; without it, this machine's, or one.
+# CUDAARCHS='80;90-real' names the GPUs to build kernels for; without it, those of this machine, or 9.0.
 PYTHON ?= python3
 CLANG ?= $(firstword $(foreach v,22 21 20 19 18 17 16 15,$(shell command -v clang++-$v)) clang++)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+ifndef CUDAARCHS
+export CUDAARCHS := $(if $(shell nvidia-smi -L 2>/dev/null),,90-real)
+endif
 
 TOOLS := .venv/tools.stamp
 PACKAGE := .venv/package.stamp
