@@ -52,6 +52,7 @@ class Fields {
   void* address() { return PyLong_AsVoidPtr(get()); }
   mbk::DType dtype() { return static_cast<mbk::DType>(integer()); }
   Tensor tensor() { return Tensor(get()); }
+  Tensor output() { return Tensor(get(), true); }
   // A number or a 0-dim tensor; None: absent. False where it is neither.
   bool scalar(mbk::Scalar& s, bool& present) {
     PyObject* field = get();
@@ -73,7 +74,7 @@ class Fields {
   bool result(mbk::Result& r) {
     r.reduction = static_cast<mbk::Reduction>(integer());
     const bool known = scalar(r.denominator, r.has_denominator);
-    const Tensor loss = tensor(), sum = tensor();
+    const Tensor loss = output(), sum = output();
     r.loss = loss.data, r.loss_dtype = loss.dtype;
     r.loss_sum = static_cast<mbk::ExactSumState*>(sum.data);
     return known && loss.kind <= Tensor::Kind::floating && sum.kind != Tensor::Kind::unsuited;
@@ -125,8 +126,8 @@ py::object row_loss(const py::tuple& fields) {
   mbk::Result r{};
   const int loss = static_cast<int>(f.integer());
   const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
-  const Tensor sample_weight = f.tensor(), grad = f.tensor(), item_scale = f.tensor();
-  const Tensor losses = f.tensor(), state = f.tensor();
+  const Tensor sample_weight = f.tensor(), grad = f.output(), item_scale = f.tensor();
+  const Tensor losses = f.output(), state = f.output();
   a.accumulate = f.boolean(), a.from_state = f.boolean(), a.ignore_index = f.integer();
   a.label_smoothing = f.number(), a.z_loss = f.number();
   bool capped = false;
@@ -220,8 +221,8 @@ py::object pointwise_loss(const py::tuple& fields) {
   mbk::Result r{};
   const int loss = static_cast<int>(f.integer());
   const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
-  const Tensor item_scale = f.tensor(), losses = f.tensor();
-  const Tensor grad_input = f.tensor(), grad_target = f.tensor();
+  const Tensor item_scale = f.tensor(), losses = f.output();
+  const Tensor grad_input = f.output(), grad_target = f.output();
   a.accumulate = f.boolean(), a.parameter = f.number();
   bool good = f.scalar(a.scale);
   good = f.result(r) && good;
@@ -250,6 +251,13 @@ py::object pointwise_loss(const py::tuple& fields) {
     divisor = mbk::run_pointwise_loss(backend, loss, type, a, r);
   }
   return py::float_(divisor);
+}
+
+// The value of a floating 0-dim tensor; None for anything else.
+py::object scalar_value(const py::object& object) {
+  const Tensor t(object.ptr());
+  if (t.kind != Tensor::Kind::floating || t.dims != 0) return py::none();
+  return py::float_(mbk::read_scalar({0, t.data, t.dtype}));
 }
 
 py::object exact_result(Address state, const py::tuple& fields) {
@@ -359,6 +367,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("set_torch", &mbk::python::set_torch, py::arg("types"), py::arg("dtypes"),
         py::arg("exchange"));
+  m.def("scalar_value", &scalar_value, py::arg("tensor"));
   m.def("row_loss", &row_loss, py::arg("fields"));
   m.def("pointwise_loss", &pointwise_loss, py::arg("fields"));
 }

@@ -75,7 +75,7 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
   return torch.table != nullptr;
 }
 
-Tensor::Tensor(PyObject* object) {
+Tensor::Tensor(PyObject* object, bool is_output) {
   if (object == Py_None) {
     kind = Kind::absent;
     return;
@@ -88,7 +88,7 @@ Tensor::Tensor(PyObject* object) {
   }
   // Freed storage, and zero tensors, which never had one.
   if (!data && numel()) kind = Kind::unsuited;
-  if (kind == Kind::floating) {  // a lazy negation is only known to torch
+  if (kind == Kind::floating && !is_output) {  // a lazy negation is only known to torch
     const py::object negated = steal(PyObject_CallMethodNoArgs(object, torch.is_neg));
     if (negated.ptr() != Py_False) kind = Kind::unsuited;
     PyErr_Clear();

@@ -24,8 +24,10 @@ class Tensor {
   enum class Kind { absent, floating, index, unsuited };
 
   // None: absent. Unsuited is what no pointer may be taken of (a fake, functorch-wrapped, sparse,
-  // negated ... tensor, or a subclass), what is not on the CPU, and other dtypes.
-  explicit Tensor(PyObject* object);
+  // negated ... tensor, or a subclass), what is not on the CPU, and other dtypes. Whether a tensor
+  // is negated costs as much as all the rest; an output is not, or Python's check_output refused
+  // it.
+  explicit Tensor(PyObject* object, bool is_output = false);
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbkern import _composite, _ops
+from mbkern import _C, _composite, _ops
 from mbkern._arguments import Number, check_output, hint_value
 from mbkern._launch import (
     RowCall,
@@ -63,40 +63,38 @@ def _differentiable(
     return tuple(next(found) if t.requires_grad else None for t in tensors)
 
 
-class _Formed:
-    """A gradient formed in forward, and the factor it already holds."""
+def _hand_out(ctx: Any, incoming: Tensor, *, keep_zeros: bool) -> tuple[Tensor | None, ...]:
+    """The gradients formed in forward, times what the incoming gradient is more than the hint.
 
-    __slots__ = ("dense", "grad", "hint", "of_rows")
-
-    def __init__(self, grad: Tensor, hint: float, dense: bool, of_rows: bool) -> None:
-        self.grad: Tensor | None = grad
-        self.hint = hint
-        self.dense = dense
-        self.of_rows = of_rows
-
-    def take(self, incoming: Tensor) -> Tensor:
-        """Hand out the gradient times incoming / hint.
-
-        Our reference is dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
-        clones any other.
-        """
-        grad = self.grad
-        if grad is None:
-            raise RuntimeError(_SECOND_BACKWARD)
+    Our references are dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
+    clones any other.
+    """
+    grads: tuple[Tensor | None, ...] = ctx.formed
+    if not grads:
+        raise RuntimeError(_SECOND_BACKWARD)
+    value = _C.scalar_value(incoming)
+    if value is None:  # no plain number
         if _is_legacy_batched(incoming):  # is_grads_batched: many incoming gradients at once
-            return grad * (incoming / self.hint).to(grad.dtype)
-        if _graph_is_kept():
-            grad = grad.clone()
-        else:
-            self.grad = None
-        value = incoming.item() / self.hint
-        if value == 1.0:
-            return grad
-        if self.dense:
-            return scale_dense(grad, value, keep_zeros=self.of_rows)
-        if self.of_rows and not math.isfinite(value):
-            return grad.masked_scatter_(grad != 0, grad[grad != 0] * value)
-        return grad.mul_(value)
+            factors = incoming / ctx.hint
+            return tuple(None if g is None else g * factors.to(g.dtype) for g in grads)
+        value = incoming.item()
+    if _graph_is_kept():
+        grads = tuple(None if g is None else g.clone() for g in grads)
+    else:
+        ctx.formed = ()
+    factor = value / ctx.hint
+    if factor == 1.0:
+        return grads
+    dense = not ctx.request.inplace
+    return tuple(None if g is None else _scaled(g, factor, dense, keep_zeros) for g in grads)
+
+
+def _scaled(grad: Tensor, factor: float, dense: bool, keep_zeros: bool) -> Tensor:
+    if dense:
+        return scale_dense(grad, factor, keep_zeros=keep_zeros)
+    if keep_zeros and not math.isfinite(factor):
+        return grad.masked_scatter_(grad != 0, grad[grad != 0] * factor)
+    return grad.mul_(factor)
 
 
 def _bump_version(tensor: Tensor) -> None:
@@ -160,7 +158,8 @@ class RowLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_value(hint)
             grad = input.detach() if inplace else new_gradient(input)
             result, _ = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
-            ctx.formed, ctx.request = _Formed(grad, factor, not inplace, True), request
+            # What backward returns.
+            ctx.formed, ctx.hint, ctx.request = (grad, None, None), factor, request
             # Only looked at by create_graph.
             ctx.save_for_backward(input, target)
             if inplace:
@@ -181,7 +180,7 @@ class RowLoss(torch.autograd.Function):
             )
             return first, second, None
         if ctx.formed is not None:
-            return ctx.formed.take(incoming), None, None
+            return _hand_out(ctx, incoming, keep_zeros=True)
         request: Request = ctx.request
         input, target, weight, sample_weight, state = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
@@ -256,10 +255,7 @@ class PointwiseLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_value(hint)
             grads = _gradients(tensors, needs, inplace)
             result, _ = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
-            ctx.request = request
-            ctx.formed = tuple(
-                None if g is None else _Formed(g, factor, not inplace, False) for g in grads
-            )
+            ctx.formed, ctx.hint, ctx.request = (*grads, None), factor, request
             ctx.save_for_backward(input, target)
             if inplace and needs[0]:
                 _bump_version(input)
@@ -276,7 +272,7 @@ class PointwiseLoss(torch.autograd.Function):
             formula = _composite.pointwise_loss
             return (*_differentiable(formula, ctx.request, incoming, input, target), None)
         if ctx.formed is not None:
-            return (*(f.take(incoming) if f is not None else None for f in ctx.formed), None)
+            return _hand_out(ctx, incoming, keep_zeros=False)
         request: Request = ctx.request
         input, target, weight = ctx.saved_tensors
         options: PointwiseOptions = replace(request.options, weight=weight)
@@ -317,6 +313,9 @@ def _gradients(
 
 
 # Function.apply checks for torch.func transforms and unwraps its arguments, at a cost that a small
-# loss feels; the callers of these two have checked that there is nothing to do.
+# loss feels; the callers of these two have checked that there is nothing to do. The node's apply
+# looks up whether there is a backward or a vjp.
+RowLoss._backward_cls.apply = RowLoss.backward  # type: ignore[attr-defined]
+PointwiseLoss._backward_cls.apply = PointwiseLoss.backward  # type: ignore[attr-defined]
 apply_row = super(torch.autograd.Function, RowLoss).apply
 apply_pointwise = super(torch.autograd.Function, PointwiseLoss).apply
