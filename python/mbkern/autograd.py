@@ -192,7 +192,6 @@ class RowLoss(torch.autograd.Function):
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
                 torch.tensor(ctx.divisor, dtype=torch.float64, device="cpu"),
-                torch.zeros(1, dtype=torch.int64, device="cpu"),
                 request.loss.name, options.reduction, options.ignore_index,
                 options.label_smoothing, options.z_loss, options.softcap or 0.0, False,
             )  # fmt: skip
@@ -281,7 +280,6 @@ class PointwiseLoss(torch.autograd.Function):
             many = _ops.pointwise_loss_backward(
                 incoming, input, target, weight, None,
                 torch.tensor(ctx.divisor, dtype=torch.float64, device="cpu"),
-                torch.zeros(1, dtype=torch.int64, device="cpu"),
                 request.loss.name, options.reduction, options.parameter, False, *needs,
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
