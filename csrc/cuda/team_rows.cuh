@@ -299,6 +299,9 @@ struct TeamRows {
       team.push(active ? i : -1, item, weight, kind);
     }
     if (!a.grad) return;
+    // The gradient may lie over the logits, and every thread has read the target's. A row whose sums
+    // were taken has met barriers since.
+    if (a.from_state && Loss::kHasIndex) team.sync();
 
     const auto factors =
         Loss::factors(call(), item, call().z_loss != 0 ? Loss::log_sum(item) : 0.0);
