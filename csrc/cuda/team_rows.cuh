@@ -299,10 +299,6 @@ struct TeamRows {
       team.push(active ? i : -1, item, weight, kind);
     }
     if (!a.grad) return;
-    // The gradient may lie over the logits, and every thread has read the target's. A row whose sums
-    // were taken has met barriers since.
-    if (a.from_state && Loss::kHasIndex) team.sync();
-
     const auto factors =
         Loss::factors(call(), item, call().z_loss != 0 ? Loss::log_sum(item) : 0.0);
     r.factor = (T)factors.all;
@@ -313,7 +309,8 @@ struct TeamRows {
     if (kind == ItemKind::ignored) r.factor = r.scale = 0, finite = true;
     if (kind == ItemKind::bad)
       r.factor = r.scale = canonical((T)__builtin_nanf("")), r.target = -1, finite = false;
-    // Every thread has read the target's logit, which may be overwritten now.
+    // The gradient may lie over the logits, and every thread has read the target's. A row whose
+    // sums several teams have joined has met barriers since.
     if (a.from_state || team.total() == 1) team.sync();
     const bool write = active && !(kind == ItemKind::ignored && a.accumulate);
     const int64_t offset = at.offset(a.grad_strides);
