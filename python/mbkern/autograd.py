@@ -30,7 +30,7 @@ from mbkern._launch import (
 )
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss
-from mbkern._tensors import on_cuda
+from mbkern._tensors import CUDA_BUILT, on_cuda
 
 __all__ = ["PointwiseLoss", "Request", "RowLoss"]
 
@@ -92,7 +92,7 @@ class _Formed:
             grad = grad.clone()
         else:
             self.grad = None
-        if on_cuda(grad):
+        if CUDA_BUILT and on_cuda(grad):
             return rescale_on_device(grad, incoming, self.hint, keep_zeros=self.of_rows)
         value: float = incoming.item() / self.hint  # type: ignore[assignment]  # a number here
         if value == 1.0:
