@@ -27,6 +27,7 @@ class Fields {
   void* address() { return PyLong_AsVoidPtr(get()); }
   // The first tensor must not be a scalar's: it sets the device of the call.
   Tensor tensor() { return Tensor(get(), device_); }
+  Tensor output() { return Tensor(get(), device_, true); }
   bool on_host() const { return device_ == kHost; }
   // A number or a 0-dim tensor; None: absent. False where it is neither, or lies on another device.
   // One on the host is read now if the call is the device's: that waits for nothing.
@@ -61,7 +62,7 @@ class Fields {
   bool result(Result& r) {
     r.reduction = static_cast<Reduction>(integer());
     const bool known = scalar(r.denominator, r.has_denominator);
-    const Tensor loss = tensor(), sum = tensor();
+    const Tensor loss = output(), sum = output();
     r.loss = loss.data, r.loss_dtype = loss.dtype;
     r.loss_sum = static_cast<ExactSumState*>(sum.data);
     return known && loss.kind <= Tensor::Kind::floating && sum.kind != Tensor::Kind::unsuited;

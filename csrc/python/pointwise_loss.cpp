@@ -44,8 +44,8 @@ py::object pointwise_loss(const py::tuple& fields) {
   Result r{};
   const int loss = static_cast<int>(f.integer());
   const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
-  const Tensor item_scale = f.tensor(), losses = f.tensor();
-  const Tensor grad_input = f.tensor(), grad_target = f.tensor();
+  const Tensor item_scale = f.tensor(), losses = f.output();
+  const Tensor grad_input = f.output(), grad_target = f.output();
   a.accumulate = f.boolean(), a.parameter = f.number();
   bool good = f.scalar(a.scale);
   good = f.result(r) && good;

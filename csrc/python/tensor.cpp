@@ -82,7 +82,7 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
 void switch_shim(bool on) { shimmed = kShim && on; }
 bool shim_is_on() { return shimmed; }
 
-Tensor::Tensor(PyObject* object, int& device) {
+Tensor::Tensor(PyObject* object, int& device, bool is_output) {
   if (object == Py_None) {
     kind = Kind::absent;
     return;
@@ -97,7 +97,7 @@ Tensor::Tensor(PyObject* object, int& device) {
   if (device != device_) kind = Kind::unsuited;
   // Freed storage, and zero tensors, which never had one.
   if (!data && numel()) kind = Kind::unsuited;
-  if (kind == Kind::floating) {  // a lazy negation is only known to torch
+  if (kind == Kind::floating && !is_output) {  // a lazy negation is only known to torch
     const py::object negated = steal(PyObject_CallMethodNoArgs(object, torch.is_neg));
     if (negated.ptr() != Py_False) kind = Kind::unsuited;
     PyErr_Clear();

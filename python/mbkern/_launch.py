@@ -143,7 +143,7 @@ def zeros_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Allocate a gradient, in ``like``'s layout if that is dense; huge pages where they pay."""
-    grad = torch.empty_like(like, dtype=dtype)
+    grad = torch.empty_like(like) if dtype is None else torch.empty_like(like, dtype=dtype)
     size = grad.nbytes
     if size >= _HUGE_PAGE_BYTES and grad.is_cpu:
         _C.advise_huge_pages(grad.data_ptr(), size)
