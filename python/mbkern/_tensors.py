@@ -18,6 +18,9 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+#: Asked before ``on_cuda`` where a small call would feel a function's time.
+CUDA_BUILT = _C.cuda_built()
+
 if _C.cuda_is_shim():
 
     def on_cuda(tensor: Tensor) -> bool:
@@ -55,7 +58,7 @@ def require_plain(tensor: Tensor, name: str) -> Tensor:
     """
     if (
         type(tensor) in _PLAIN
-        and has_kernels(tensor)
+        and (tensor.is_cpu or on_cuda(tensor))
         and tensor.layout is _STRIDED
         and not tensor.is_neg()
         and not _functorch_active()
