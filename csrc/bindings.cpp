@@ -47,7 +47,14 @@ class Fields {
       throw std::invalid_argument("mbkern._C: wrong number of fields; the callers differ");
   }
   std::int64_t integer() { return PyLong_AsLongLong(get()); }
-  double number() { return PyFloat_AsDouble(get()); }
+  double number() { return as_number(get()); }
+  // A number; None: absent.
+  double number(bool& present) {
+    PyObject* field = get();
+    present = field != Py_None;
+    return present ? as_number(field) : 0;
+  }
+  bool numbers() const { return numbers_; }
   bool boolean() { return integer() != 0; }
   void* address() { return PyLong_AsVoidPtr(get()); }
   mbk::DType dtype() { return static_cast<mbk::DType>(integer()); }
@@ -80,6 +87,11 @@ class Fields {
   }
 
  private:
+  // Python would read a tensor as a number, and lose that it is differentiated.
+  double as_number(PyObject* field) {
+    numbers_ = numbers_ && !mbk::python::is_tensor(field);
+    return PyFloat_AsDouble(field);
+  }
   PyObject* get() {
     if (next_ < PyTuple_GET_SIZE(fields_.ptr())) return PyTuple_GET_ITEM(fields_.ptr(), next_++);
     ++next_;  // finish() will see it
@@ -87,6 +99,7 @@ class Fields {
   }
   const py::tuple& fields_;
   Py_ssize_t next_ = 0;
+  bool numbers_ = true;
 };
 
 // Lets other Python threads run, where that is worth its time.
@@ -130,16 +143,15 @@ py::object row_loss(const py::tuple& fields) {
   a.accumulate = f.boolean(), a.from_state = f.boolean(), a.ignore_index = f.integer();
   a.label_smoothing = f.number(), a.z_loss = f.number();
   bool capped = false;
-  mbk::Scalar cap{};
-  bool good = f.scalar(cap, capped) && !cap.pointer;
-  a.softcap = cap.value;
-  good = f.scalar(a.scale) && good;
+  a.softcap = f.number(capped);
+  bool good = f.scalar(a.scale);
   a.denominator = {f.number(), nullptr, mbk::DType::f64};
   good = f.result(r) && good;
   a.threads = static_cast<int>(f.integer());
   f.finish();
 
   using Kind = Tensor::Kind;
+  good = good && f.numbers();
   if (!good || input.kind != Kind::floating || input.dims < 1) return py::none();
   const bool in_double = input.dtype == mbk::DType::f64;
   a.columns = input.shape[input.dims > 1 ? 1 : 0];
@@ -229,6 +241,7 @@ py::object pointwise_loss(const py::tuple& fields) {
   f.finish();
 
   using Kind = Tensor::Kind;
+  good = good && f.numbers();
   if (!good || input.kind != Kind::floating || target.kind != Kind::floating) return py::none();
   const std::vector<const Tensor*> views = {&input,  &target,     &weight,     &item_scale,
                                             &losses, &grad_input, &grad_target};

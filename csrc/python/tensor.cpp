@@ -165,6 +165,10 @@ bool Tensor::same_shape(const Tensor& other) const {
   return dims == other.dims && std::equal(shape, shape + dims, other.shape);
 }
 
+bool is_tensor(PyObject* object) {
+  return !PyFloat_CheckExact(object) && PyObject_TypeCheck(object, torch.types[0]);
+}
+
 bool item_strides(const Tensor& tensor, bool has_classes, Strides& out) {
   const std::int64_t* const stride = tensor.strides;
   out = {0, 0, 0};

@@ -19,9 +19,8 @@ from mbkern import _C
 from mbkern._arguments import (
     REDUCTIONS,
     Number,
-    check_label_smoothing,
+    check_row_options,
     check_row_shapes,
-    check_softcap,
     class_weight,
     weights_as,
 )
@@ -185,8 +184,7 @@ class RowCall:
         self.target = require_plain(self.target, "target")
         require_dtype(self.input, "input")
         check_row_shapes(self.input, self.target, self.options.ignore_index)
-        check_label_smoothing(self.options.label_smoothing)
-        check_softcap(self.options.softcap)
+        check_row_options(self.options.label_smoothing, self.options.z_loss, self.options.softcap)
 
     def run(
         self,
@@ -239,7 +237,7 @@ class RowCall:
         self.explain()
         _, _, _, weight, sample_weight, grad, item_scale, *rest = fields
         copies = [
-            None if t is None else t.contiguous()
+            None if t is None else t.contiguous().resolve_neg()
             for t in (self.input, self.target, weight, sample_weight, grad, item_scale)
         ]
         done = _C.row_loss((self.number, *copies, *rest))

@@ -108,7 +108,7 @@ class PointwiseCall:
         dimensions that do not merge are the reason."""
         self.explain()
         views = (self.input, self.target, *rest[:5])
-        copies = [None if v is None else v.contiguous() for v in views]
+        copies = [None if v is None else v.contiguous().resolve_neg() for v in views]
         done = _C.pointwise_loss((self.number, *copies, *rest[5:]))
         if done is None:
             raise NotImplementedError(

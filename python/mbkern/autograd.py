@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _composite, _ops
-from mbkern._arguments import Number, check_output, hint_value
+from mbkern._arguments import Number, check_output, compute_dtype, hint_value
 from mbkern._launch import (
     RowCall,
     RowOptions,
@@ -42,12 +42,22 @@ _DOUBLE_BACKWARD = (
 )
 
 
+_OVERWRITTEN = (
+    "mbkern: with inplace=True the gradient is over the input, and it has been modified by an "
+    "inplace operation since; the input is gone after the loss, and must not be written to"
+)
+
+
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _differentiable(
-    formula: Callable[..., Tensor], request: Request, incoming: Tensor, *tensors: Tensor
+    formula: Callable[..., Tensor],
+    request: Request,
+    divisor: float,
+    incoming: Tensor,
+    *tensors: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the formula as a graph: for create_graph, to be differentiated again.
 
@@ -57,7 +67,10 @@ def _differentiable(
     if request.inplace or not _composite.is_available(request.loss):
         raise RuntimeError(_DOUBLE_BACKWARD.format(name=request.loss.name))
     dtype = request.loss_dtype or tensors[0].dtype
-    value = formula(request.loss, *tensors, request.options, dtype)
+    options = request.options
+    if isinstance(options.denominator, Tensor):  # as it was in forward
+        options = replace(options, denominator=divisor)
+    value = formula(request.loss, *tensors, options, dtype)
     needed = [t for t in tensors if t.requires_grad]
     found = iter(torch.autograd.grad(value, needed, incoming, create_graph=True))
     return tuple(next(found) if t.requires_grad else None for t in tensors)
@@ -66,13 +79,14 @@ def _differentiable(
 class _Formed:
     """A gradient formed in forward, and the factor it already holds."""
 
-    __slots__ = ("dense", "grad", "hint", "of_rows")
+    __slots__ = ("dense", "grad", "hint", "of_rows", "version")
 
     def __init__(self, grad: Tensor, hint: float, dense: bool, of_rows: bool) -> None:
         self.grad: Tensor | None = grad
         self.hint = hint
         self.dense = dense
         self.of_rows = of_rows
+        self.version: int | None = None  # of the logits, where the gradient is over them
 
     def take(self, incoming: Tensor) -> Tensor:
         """Hand out the gradient times incoming / hint.
@@ -83,8 +97,13 @@ class _Formed:
         grad = self.grad
         if grad is None:
             raise RuntimeError(_SECOND_BACKWARD)
+        if self.version is not None and grad._version != self.version:
+            raise RuntimeError(_OVERWRITTEN)
         if _is_legacy_batched(incoming):  # is_grads_batched: many incoming gradients at once
-            return grad * (incoming / self.hint).to(grad.dtype)
+            compute = compute_dtype(grad.dtype)
+            factor = (incoming.double() / self.hint).to(compute)
+            many = (grad.to(compute) * factor).to(grad.dtype)
+            return torch.where(grad == 0, grad, many) if self.of_rows else many
         if _graph_is_kept():
             grad = grad.clone()
         else:
@@ -99,12 +118,13 @@ class _Formed:
         return grad.mul_(value)
 
 
-def _bump_version(tensor: Tensor) -> None:
+def _bump_version(tensor: Tensor) -> int:
     torch.autograd.graph.increment_version(tensor)
     if tensor._base is not None:
         # Reading it brings the history of a view up to date; torch crashes in a later
         # register_hook otherwise.
         _ = tensor.grad_fn
+    return tensor._version
 
 
 def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
@@ -159,12 +179,12 @@ class RowLoss(torch.autograd.Function):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_value(hint)
             grad = input.detach() if inplace else new_gradient(input)
-            result, _ = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
+            result, ctx.divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             ctx.formed, ctx.request = _Formed(grad, factor, not inplace, True), request
             # Only looked at by create_graph.
-            ctx.save_for_backward(input, target)
+            ctx.save_for_backward(input, target, options.weight, options.sample_weight)
             if inplace:
-                _bump_version(input)
+                ctx.formed.version = _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         state = call.new_state()
@@ -177,7 +197,7 @@ class RowLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             input, target = ctx.saved_tensors[:2]
             first, second = _differentiable(
-                _composite.row_loss, ctx.request, incoming, input, target
+                _composite.row_loss, ctx.request, ctx.divisor, incoming, input, target
             )
             return first, second, None
         if ctx.formed is not None:
@@ -255,14 +275,14 @@ class PointwiseLoss(torch.autograd.Function):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_value(hint)
             grads = _gradients(tensors, needs, inplace)
-            result, _ = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
+            result, ctx.divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.request = request
             ctx.formed = tuple(
                 None if g is None else _Formed(g, factor, not inplace, False) for g in grads
             )
-            ctx.save_for_backward(input, target)
+            ctx.save_for_backward(input, target, options.weight)
             if inplace and needs[0]:
-                _bump_version(input)
+                ctx.formed[0].version = _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         result, ctx.divisor = call.run(loss_dtype=loss_dtype)
@@ -274,7 +294,8 @@ class PointwiseLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             input, target = ctx.saved_tensors[:2]
             formula = _composite.pointwise_loss
-            return (*_differentiable(formula, ctx.request, incoming, input, target), None)
+            both = _differentiable(formula, ctx.request, ctx.divisor, incoming, input, target)
+            return (*both, None)
         if ctx.formed is not None:
             return (*(f.take(incoming) if f is not None else None for f in ctx.formed), None)
         request: Request = ctx.request

@@ -33,6 +33,7 @@ from mbkern._arguments import Number, check_reduction, combine_weights, result_d
 from mbkern._launch import RowCall, RowOptions
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss, find
+from mbkern._tensors import is_differentiated
 from mbkern.autograd import Request, apply_pointwise, apply_row
 
 __all__ = ["cross_entropy", "half_squared_error", "mse_loss"]
@@ -120,8 +121,7 @@ def row_loss(
             )
         both = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(both), target.to(both)
-    if options.weight is not None or options.sample_weight is not None:
-        _refuse_weight_gradients(options.weight, options.sample_weight)
+    _refuse_other_gradients(options.weight, options.sample_weight, options.denominator)
     if _traced.is_needed(input, target):
         return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -211,7 +211,7 @@ def pointwise_loss(
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     check_reduction(reduction, denominator)
-    _refuse_weight_gradients(weight, sample_weight)
+    _refuse_other_gradients(weight, sample_weight, denominator)
     if input.shape != target.shape:
         if inplace:
             raise ValueError(
@@ -233,10 +233,12 @@ def pointwise_loss(
     return value
 
 
-def _refuse_weight_gradients(*weights: Tensor | None) -> None:
-    for weight in weights:
-        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+def _refuse_other_gradients(
+    weight: Tensor | None, sample_weight: Tensor | None, denominator: Number | None
+) -> None:
+    for value in (weight, sample_weight, denominator):
+        if isinstance(value, Tensor) and torch.is_grad_enabled() and is_differentiated(value):
             raise NotImplementedError(
-                "mbkern: no gradient is computed for weights; detach them, or use "
+                "mbkern: no gradient is computed for weights and denominators; detach them, or use "
                 "torch.nn.functional"
             )
