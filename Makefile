@@ -5,18 +5,20 @@
 #   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
 #   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
 #   make torches     one wheel under several torch versions
+#   make cuda-all    kernels for every architecture  make cuda-wheels  by nvcc from the package index
 #   make full        all checks a CPU can do
+# CUDAARCHS names the GPUs to build for; without it, this machine's, or one.
 PYTHON ?= python3
 CLANG ?= $(firstword $(foreach v,22 21 20 19 18 17 16 15,$(shell command -v clang++-$v)) clang++)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 TOOLS := .venv/tools.stamp
 PACKAGE := .venv/package.stamp
-SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so')
-CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python -type f -not -name '*.pyc' -not -name '*.so')
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang aarch64 torches clean
+.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang aarch64 torches cuda-all cuda-wheels clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -40,10 +42,12 @@ slow: $(PACKAGE)
 bench: $(PACKAGE)
 	python bench/run.py
 
-gpu-check: $(PACKAGE)
-	@if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  python -m mbkern selftest && python -m pytest tests -q -m gpu; \
-	else echo 'no GPU: nothing checked'; fi
+# STAGE=build|bits|test|sanitize|bench: one of them. Runs offline, in .venv, or without one in the
+# Python at hand if that has torch.
+HAS_TORCH := import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)
+gpu-check:
+	@test -d .venv || $(PYTHON) -c '$(HAS_TORCH)' || $(MAKE) $(PACKAGE)
+	@$$(test -d .venv && echo python || echo $(PYTHON)) bench/gpu_check.py $(addprefix --stage ,$(STAGE))
 
 lint: $(PACKAGE)
 	ruff check .
@@ -52,7 +56,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint test slow sanitize clang aarch64 torches exhaustive
+full: lint test slow sanitize clang aarch64 torches cuda-all cuda-wheels exhaustive
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native
@@ -101,6 +105,25 @@ torches: $(PACKAGE)
 	  build/torch-$$version/bin/python -m mbkern selftest | tail -n 1; \
 	  build/torch-$$version/bin/python -m pytest -q $(BOUNDARY); \
 	done
+
+# The kernels for all architectures, and PTX of the first and of the last for what comes between and
+# after; then their machine code. make cuda-all FLAGS=--write renews the table of registers.
+ALL_ARCHS := 80;86-real;89-real;90-real;100-real;120
+CUDA_OBJECTS := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=ON
+cuda-all: $(PACKAGE)
+	CUDAARCHS='$(ALL_ARCHS)' $(CUDA_OBJECTS) -B build/cuda-all
+	cmake --build build/cuda-all --target mbkern_cuda
+	python tests/machine_code.py $(FLAGS) $$(find build/cuda-all -name '*.cu.o')
+
+# By the compiler that pip brings, with no other on the path.
+cuda-wheels: export PATH := $(CURDIR)/.venv/bin:/usr/bin:/bin
+cuda-wheels: $(PACKAGE)
+	$(PYTHON) -m venv build/nvcc
+	build/nvcc/bin/python -m pip install -q -r cmake/nvcc-wheels.txt
+	CUDACXX="$$(build/nvcc/bin/python cmake/wheel_nvcc.py)" CUDAARCHS=90-real \
+	  $(CUDA_OBJECTS) -B build/cuda-wheels
+	cmake --build build/cuda-wheels --target mbkern_cuda
+	python tests/machine_code.py $$(find build/cuda-wheels -name '*.cu.o')
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(PACKAGE)

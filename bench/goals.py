@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.allocator import DEFAULT, RECYCLED
@@ -143,11 +143,11 @@ def _through_torch() -> list[Goal]:
 GOALS = (*_against_torch(), *_against_the_machine(), *_through_torch())
 
 
-def judge(groups: list[Group]) -> list[Verdict]:
+def judge(groups: Sequence[Group], goals: Sequence[Goal] = GOALS) -> list[Verdict]:
     """Every goal at every place that it speaks of."""
     return [
         _judge(goal, group)
-        for goal in GOALS
+        for goal in goals
         for group in groups
         if group.suite == goal.suite and goal.where(group)
     ]

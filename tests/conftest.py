@@ -11,6 +11,32 @@ import torch.nn.functional as F
 from mbkern import _C, _launch, _patched
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """In the build for tests, CUDA's kernels take all tensors, but in tests of the CPU's own."""
+    _C.cuda_switch_shim(item.get_closest_marker("cpu") is None)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The GPU, for what only a GPU shows."""
+    if _C.cuda_is_shim():
+        pytest.skip("NOT CHECKED: this build runs CUDA's kernels on the CPU")
+    if not _C.cuda_built():
+        pytest.skip("NOT CHECKED: this build has kernels for CPU tensors only")
+    if not torch.cuda.is_available():
+        pytest.skip("NOT CHECKED: torch sees no GPU")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where CUDA's kernels run: the GPU, or in the build for tests the CPU."""
+    if _C.cuda_is_shim():
+        return torch.device("cpu")
+    found: torch.device = request.getfixturevalue("gpu")
+    return found
+
+
 @pytest.fixture(params=_C.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with each instruction set of this machine."""

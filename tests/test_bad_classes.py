@@ -9,6 +9,7 @@ from guarded import Arena
 import mbkern
 from mbkern import functional as F
 
+pytestmark = pytest.mark.cpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 

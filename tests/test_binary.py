@@ -75,6 +75,13 @@ def test_links_only_the_system() -> None:
     assert not [name for name in needed if foreign.match(name)]
 
 
+def test_needs_no_cuda_library() -> None:
+    """The runtime is linked in, and looks for the driver when it is first used."""
+    names = {s.name for s in Elf(MODULE).symbols(DYNSYM) if not s.defined}
+    assert any(name.startswith("Py") for name in names)
+    assert not [name for name in names if re.match(r"cu[A-Z]|cuda|__cuda|nv", name)]
+
+
 def test_openmp_is_optional() -> None:
     found = {s for s in Elf(MODULE).symbols(DYNSYM) if s.name in OPENMP}
     assert found == {Symbol(name, WEAK, defined=False) for name in OPENMP}

@@ -12,6 +12,8 @@ from torch import Tensor
 import mbkern
 from mbkern import functional as F
 
+pytestmark = pytest.mark.cpu
+
 
 def inputs(items: int = 64, columns: int = 5000) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.linspace(-5, 5, items * columns).view(items, columns)

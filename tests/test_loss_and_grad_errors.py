@@ -157,6 +157,7 @@ def memory(value: Any) -> bytes:
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what: str) -> None:
     """The message names the argument and its value, and nothing has been written."""
@@ -177,6 +178,7 @@ def test_refused(what: str) -> None:
     assert [memory(v) for v in watched] == before, "something was written"
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bad_class_leaves_everything(dtype: torch.dtype) -> None:
     """However many good rows come before it, and whatever the output is."""

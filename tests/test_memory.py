@@ -15,6 +15,7 @@ import mbkern
 from mbkern import _C
 from mbkern import functional as F
 
+pytestmark = pytest.mark.cpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -18,6 +18,7 @@ import mbkern
 from mbkern import _C
 from mbkern import functional as F
 
+pytestmark = pytest.mark.cpu
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 Call = Callable[[], tuple[Tensor, ...]]
 

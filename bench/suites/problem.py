@@ -74,20 +74,20 @@ class Problem:
         loss, gradient = result
         worst = abs(loss.item() - self._loss) / abs(self._loss)
         for ours, exact in zip(gradient, self._gradient, strict=True):
-            worst = _worse(worst, (ours.double() - exact).abs().max().item() / self._largest)
+            worst = worse(worst, (ours.double() - exact).abs().max().item() / self._largest)
         return worst
 
     def exp_error(self) -> float:
         """Largest error of ``plain`` as the exponential of the logits, whose maximum is 1."""
         worst = 0.0
         for ours, logits in zip(self.plain, self._pristine, strict=True):
-            worst = _worse(worst, (ours.double() - logits.double().exp()).abs().max().item())
+            worst = worse(worst, (ours.double() - logits.double().exp()).abs().max().item())
         return worst
 
 
-def _worse(a: float, b: float) -> float:
+def worse(a: float, b: float) -> float:
     """The larger error; NaN is the worst of all."""
-    return a if a >= b else b
+    return a if a >= b or a != a else b
 
 
 def backward(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Any]:

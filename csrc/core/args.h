@@ -50,7 +50,7 @@ struct RowArgs {
 
   // Options. Arrays are in the type that the loss is computed in: fp32, or fp64 for fp64 input.
   const void* class_weight;   // (columns), null: all one
-  double class_weight_sum;    // of all classes
+  Scalar class_weight_sum;    // of all classes; used with label smoothing
   const void* sample_weight;  // one an item, null: all one
   Strides sample_weight_strides;
   double label_smoothing, z_loss, softcap;  // softcap 0: none

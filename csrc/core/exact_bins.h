@@ -9,15 +9,16 @@
 namespace mbk::MBK_ISA {
 
 // s += value * 2^(position - 149)
-MBK_FN void add_integer(ExactSumState& s, int64_t value, int position) {
+template <class Add = PlainAdd>
+MBK_FN void add_integer(ExactSumState& s, int64_t value, int position, Add into = Add{}) {
   const int64_t sign = value >> 63;
   const uint64_t magnitude = (uint64_t)((value ^ sign) - sign);
   const int limb = position >> 5, shift = position & 31;
   const uint64_t part[2] = {(magnitude & 0xffffffffu) << shift, (magnitude >> 32) << shift};
   for (int k = 0; k < 2; ++k) {
     const int64_t low = (int64_t)(part[k] & 0xffffffffu), high = (int64_t)(part[k] >> 32);
-    s.limb[limb + k] += (low ^ sign) - sign;
-    s.limb[limb + k + 1] += (high ^ sign) - sign;
+    into(s.limb[limb + k], (low ^ sign) - sign);
+    into(s.limb[limb + k + 1], (high ^ sign) - sign);
   }
 }
 
@@ -131,6 +132,15 @@ MBK_FN bool sum_bins(const float* x, int64_t n, double& coarse, double& fine) {
   coarse = sum_lanes(c_sum), fine = sum_lanes(f_sum);
   return !any(unfit);
 }
+// The sum of both bins, rounded once to float. |fine| is below 2^-7, coarse 0 or at least 2^-16:
+// Knuth's sum is exact, and rounding it to odd leaves one rounding, that to float.
+MBK_FN float round_bins(double coarse, double fine) {
+  double s = coarse + fine;
+  const double v = s - coarse, error = (coarse - (s - v)) + (fine - v);
+  if (error != 0 && !(bits(s) & 1))
+    s = as_float((int64_t)(bits(s) + ((error > 0) == (s > 0) ? 1 : -1)));
+  return (float)s;
+}
 // The exact sum of at most kFlush numbers, rounded once to float. What lies behind the last number,
 // up to a whole vector, must be 0.
 MBK_FN float sum_few(const float* x, int64_t n) {
@@ -141,13 +151,7 @@ MBK_FN float sum_few(const float* x, int64_t n) {
     add_each(s, x, n);
     return round_to_float(s);
   }
-  // |fine| is below 2^-7, coarse 0 or at least 2^-16: Knuth's sum is exact, and rounding it to odd
-  // leaves one rounding, that to float.
-  double s = c + f;
-  const double v = s - c, error = (c - (s - v)) + (f - v);
-  if (error != 0 && !(bits(s) & 1))
-    s = as_float((int64_t)(bits(s) + ((error > 0) == (s > 0) ? 1 : -1)));
-  return (float)s;
+  return round_bins(c, f);
 }
 
 }  // namespace mbk::MBK_ISA

@@ -11,13 +11,19 @@ inline constexpr int kLimbs = 9;
 
 MBK_FN void clear(ExactSumState& s) { s = ExactSumState{}; }
 
+// How a limb is added to: plainly, or atomically on a device.
+struct PlainAdd {
+  MBK_FN void operator()(int64_t& limb, int64_t value) const { limb += value; }
+};
+
 // Each call moves a limb by less than 2^32, so normalise() is due within 2^30 calls.
-MBK_FN void add(ExactSumState& s, float x) {
+template <class Add = PlainAdd>
+MBK_FN void add(ExactSumState& s, float x, Add into = Add{}) {
   const uint32_t u = bits(x);
   int exponent = (u >> 23) & 0xff;
   int64_t mantissa = u & 0x7fffff;
   if (exponent == 0xff) {
-    (mantissa ? s.nan : (u >> 31 ? s.negative_infinity : s.positive_infinity)) += 1;
+    into(mantissa ? s.nan : (u >> 31 ? s.negative_infinity : s.positive_infinity), 1);
     return;
   }
   if (exponent) {
@@ -27,8 +33,8 @@ MBK_FN void add(ExactSumState& s, float x) {
   const uint64_t shifted = (uint64_t)mantissa << (exponent & 31);
   int64_t low = (int64_t)(shifted & 0xffffffffu), high = (int64_t)(shifted >> 32);
   const int64_t sign = -(int64_t)(u >> 31);  // 0 or -1: two's complement negation without a branch
-  s.limb[exponent >> 5] += (low ^ sign) - sign;
-  s.limb[(exponent >> 5) + 1] += (high ^ sign) - sign;
+  into(s.limb[exponent >> 5], (low ^ sign) - sign);
+  into(s.limb[(exponent >> 5) + 1], (high ^ sign) - sign);
 }
 
 // Carries: every limb but the last ends in [0, 2^32). Equal sums have equal normalised states.
@@ -52,8 +58,8 @@ MBK_FN void merge(ExactSumState& into, const ExactSumState& from) {
 }
 
 // The sum as double: rounded to nearest even, or to odd, from where any narrower type is reached by
-// one correct rounding (Boldo & Melquiond 2008).
-MBK_FN double round_exact(ExactSumState s, bool to_odd) {
+// one correct rounding (Boldo & Melquiond 2008). The state is used up.
+MBK_FN double round_in_place(ExactSumState& s, bool to_odd) {
   if (s.nan || (s.positive_infinity && s.negative_infinity))
     return as_float((int64_t)0x7ff8000000000000);
   if (s.positive_infinity) return as_float((int64_t)0x7ff0000000000000);
@@ -96,6 +102,7 @@ MBK_FN double round_exact(ExactSumState s, bool to_odd) {
   const double magnitude = (double)window * as_float((int64_t)(1023 + exponent) << 52);
   return negative ? -magnitude : magnitude;
 }
+MBK_FN double round_exact(ExactSumState s, bool to_odd) { return round_in_place(s, to_odd); }
 MBK_FN float round_to_float(const ExactSumState& s) { return (float)round_exact(s, true); }
 
 }  // namespace mbk::MBK_ISA

@@ -19,6 +19,9 @@
 #define MBK_ISA host
 #endif
 
+// Code that launches loops; always inlined for the same reason as these, but never on a device.
+#define MBK_HOST_FN inline __attribute__((always_inline))
+
 #if defined(__CUDACC__)
 #define MBK_FN __host__ __device__ __forceinline__
 #else

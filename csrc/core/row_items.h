@@ -36,15 +36,29 @@ MBK_FN int64_t item_target(const RowArgs& a, const ItemPosition& at) {
   return t == a.ignore_index || (uint64_t)t >= (uint64_t)a.columns ? -1 : t;
 }
 
+// The weight that an item has in the mean's divisor.
+template <class T>
+MBK_FN T item_weight(const RowArgs& a, int64_t item) {
+  const ItemPosition at(a, item);
+  T w = 1;
+  if (a.target_is_index) {
+    const int64_t target = item_target(a, at);
+    if (target < 0) return 0;
+    if (a.class_weight) w = ((const T*)a.class_weight)[target];
+  }
+  return w * item_value<T>(a.sample_weight, a.sample_weight_strides, at);
+}
+
 // d(result)/d(item's own loss), before the item's weight; the same order of operations everywhere.
 template <class T>
 struct ItemScale {
   double scale, denominator,
       common;  // common: of every item, if items have no factors of their own
   bool same;
-  MBK_FN explicit ItemScale(const RowArgs& a)
+  MBK_FN explicit ItemScale(const RowArgs& a) : ItemScale(a, read(a.denominator)) {}
+  MBK_FN ItemScale(const RowArgs& a, double divisor)
       : scale(read(a.scale)),
-        denominator(read(a.denominator)),
+        denominator(divisor),
         common(scale / denominator),
         same(!a.item_scale && !a.sample_weight) {}
   MBK_FN double operator()(const RowArgs& a, const ItemPosition& at) const {

@@ -1,6 +1,8 @@
 // This ISA's table: all that the rest of the program sees of it.
 #include "core/backend.h"
 
+#include "cpu/elementary_table.h"
+
 #define MBK_STRING_(x) #x
 #define MBK_STRING(x) MBK_STRING_(x)
 
@@ -9,10 +11,10 @@ namespace mbk::MBK_ISA {
 RowFn row_function(int loss, DType input);
 PointwiseFn pointwise_function(int loss, DType type);
 void pointwise_sum(const PointwiseArgs&);
-extern const Elementary elementary_table[];
+extern const ElementaryTable elementary_table;
 
 extern const Backend backend;
 constexpr Backend backend{MBK_STRING(MBK_ISA), &row_function, &pointwise_function, &pointwise_sum,
-                          elementary_table};
+                          elementary_table.rows};
 
 }  // namespace mbk::MBK_ISA

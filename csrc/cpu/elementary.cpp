@@ -1,7 +1,8 @@
-// The elementary functions over arrays, for the self-test and the exhaustive accuracy test.
-// Compiled once per ISA. The caller sees to the default floating-point environment.
-#include "core/backend.h"
-#include "core/math64.h"
+// The elementary functions over arrays. Compiled once per ISA. The caller sees to the default
+// floating-point environment.
+#include "core/elementary.h"
+
+#include "cpu/elementary_table.h"
 
 namespace mbk::MBK_ISA {
 namespace {
@@ -26,73 +27,14 @@ void over_array(const T* x, T* y, int64_t n) {
   }
 }
 
-struct ExpNonpositive {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return exp_nonpositive(x);
-  }
-};
-struct Exp {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return exp(x);
-  }
-};
-struct Expm1 {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return expm1(x);
-  }
-};
-struct Log {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return log(x);
-  }
-};
-struct Log1p {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return log1p(x);
-  }
-};
-struct Sigmoid {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return sigmoid(x);
-  }
-};
-struct Softplus {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return softplus(x);
-  }
-};
-struct Tanh {
-  template <class V>
-  static MBK_FN V of(V x) {
-    return tanh(x);
-  }
-};
-
-template <class F>
-constexpr Elementary entry(const char* name) {
-  return {name, over_array<F, float>, over_array<F, double>};
+template <class... F>
+MBK_HOST_FN constexpr ElementaryTable table_of(FunctionList<F...>) {
+  return {{{F::name, over_array<F, float>, over_array<F, double>}..., {nullptr, nullptr, nullptr}}};
 }
 
 }  // namespace
 
-extern const Elementary elementary_table[];
-constexpr Elementary elementary_table[] = {
-    entry<ExpNonpositive>("exp_nonpositive"),
-    entry<Exp>("exp"),
-    entry<Expm1>("expm1"),
-    entry<Log>("log"),
-    entry<Log1p>("log1p"),
-    entry<Sigmoid>("sigmoid"),
-    entry<Softplus>("softplus"),
-    entry<Tanh>("tanh"),
-    {nullptr, nullptr, nullptr},
-};
+extern const ElementaryTable elementary_table;
+constexpr ElementaryTable elementary_table = table_of(ElementaryFunctions{});
 
 }  // namespace mbk::MBK_ISA

@@ -356,7 +356,7 @@ struct LongRow : RowSums<Loss, In> {
         if constexpr (Loss::kHasCoefficients) coefficient = q.template at<W>(call, j, k);
         W g = Loss::gradient(call, e, capped, coefficient, splat<W>(factor), splat<W>(scale));
         if constexpr (kAccumulate) g = load<W>(to + k) + g;
-        if constexpr (kCanonical) g = canonical(g);
+        if constexpr (kAccumulate || kCanonical) g = canonical(g);
         store(to + k, g);
       }
     }

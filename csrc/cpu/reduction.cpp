@@ -1,42 +1,10 @@
 #include "cpu/reduction.h"
 
-#include "core/dtype.h"
-#include "core/exact_sum.h"
+#include "core/store_result.h"
 
 namespace mbk {
 
 using namespace mbk::MBK_ISA;
-
-namespace {
-
-// Rounding to odd keeps what a second rounding, to a 16-bit type, must know.
-float round_to_odd(double x) {
-  const float nearest = static_cast<float>(x);
-  const double back = nearest;
-  if (back == x || x != x || bits(nearest) & 1) return nearest;
-  const bool outward = (back < x) == (x > 0);
-  return as_float(static_cast<int32_t>(bits(nearest) + (outward ? 1 : -1)));
-}
-
-void store_rounded(const Result& r, double value) {
-  value = canonical(value);
-  switch (r.loss_dtype) {
-    case DType::f32:
-      *static_cast<float*>(r.loss) = static_cast<float>(value);
-      break;
-    case DType::bf16:
-      *static_cast<bf16*>(r.loss) = narrow<bf16>(canonical(round_to_odd(value)));
-      break;
-    case DType::f16:
-      *static_cast<f16*>(r.loss) = narrow<f16>(canonical(round_to_odd(value)));
-      break;
-    case DType::f64:
-      *static_cast<double*>(r.loss) = value;
-      break;
-  }
-}
-
-}  // namespace
 
 ExactSumState ThreadTotals::merged() const {
   ExactSumState all = one_;
@@ -69,19 +37,11 @@ double divisor_of(const Result& r, double weights) {
   return r.has_denominator ? read(r.denominator) : weights;
 }
 
-void store_result(const Result& r, const ExactSumState& total, double divisor) {
-  if (!r.loss || r.reduction == Reduction::none) return;
-  if (r.reduction == Reduction::mean) {
-    store_rounded(r, round_exact(total, false) / divisor);
-  } else {
-    // Rounded to odd in fp64, so that the rounding to a narrower type is the only one.
-    store_rounded(r, round_exact(total, r.loss_dtype != DType::f64));
-  }
+void store_result(const Result& r, ExactSumState total, double divisor) {
+  host::store_result(r, total, divisor);
 }
-
 void store_result(const Result& r, double total, double divisor) {
-  if (!r.loss || r.reduction == Reduction::none) return;
-  store_rounded(r, r.reduction == Reduction::mean ? total / divisor : total);
+  host::store_result(r, total, divisor);
 }
 
 }  // namespace mbk

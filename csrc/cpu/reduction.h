@@ -29,7 +29,7 @@ double read_scalar(const Scalar& s);
 double divisor_of(const Result& r, double weights);
 
 // loss = total / divisor (mean) or total (sum), rounded once to its dtype where the total is exact.
-void store_result(const Result& r, const ExactSumState& total, double divisor);
+void store_result(const Result& r, ExactSumState total, double divisor);
 void store_result(const Result& r, double total, double divisor);
 
 }  // namespace mbk

@@ -11,7 +11,7 @@
 #include "core/dtype.h"
 #include "core/environment.h"
 #include "core/exact_sum.h"
-#include "core/row_items.h"
+#include "core/ordered_sum.h"
 #include "cpu/parallel.h"
 
 namespace mbk {
@@ -19,14 +19,6 @@ namespace mbk {
 using namespace mbk::MBK_ISA;
 
 namespace {
-
-// The weight that an item has in the mean's divisor.
-template <class T>
-T item_weight(const RowArgs& a, const ItemPosition& at, int64_t target) {
-  const T w =
-      a.class_weight && a.target_is_index ? static_cast<const T*>(a.class_weight)[target] : T{1};
-  return w * item_value<T>(a.sample_weight, a.sample_weight_strides, at);
-}
 
 [[noreturn]] void refuse_target(const RowArgs& a, int64_t item) {
   const ItemPosition at(a, item);
@@ -37,16 +29,14 @@ T item_weight(const RowArgs& a, const ItemPosition& at, int64_t target) {
                           std::to_string(a.ignore_index) + ")");
 }
 
-// Checks every class index and adds up the weights: exactly for fp32, in order for fp64.
+// Checks every class index and adds up the weights: exactly for fp32, in the fixed order for fp64.
 template <class T>
 double check_and_weigh(const RowArgs& a) {
   const bool weighted = (a.class_weight && a.target_is_index) || a.sample_weight;
   if (!a.target_is_index && !weighted) return static_cast<double>(a.items);
   std::atomic<int64_t> bad{a.items};
   std::atomic<int64_t> count{0};
-  const int threads = sizeof(T) == 8 && weighted ? 1 : a.threads;
-  ThreadTotals totals(weighted ? threads : 1);
-  double ordered = 0;
+  ThreadTotals totals(weighted ? a.threads : 1);
   auto body = [&](int64_t begin, int64_t end, int thread) {
     int64_t counted = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -64,20 +54,16 @@ double check_and_weigh(const RowArgs& a) {
       }
       ++counted;
       if (!weighted) continue;
-      const T w = item_weight<T>(a, at, target);
-      if constexpr (sizeof(T) == 8) {
-        ordered += w;
-      } else {
-        add(totals.data()[thread], w);
-      }
+      if constexpr (sizeof(T) == 4) add(totals.data()[thread], item_weight<T>(a, i));
     }
     if (weighted) normalise(totals.data()[thread]);
     count += counted;
   };
-  parallel_for(a.items, kElementsPerTask, threads, body);
+  parallel_for(a.items, kElementsPerTask, a.threads, body);
   if (bad < a.items) refuse_target(a, bad);
   if (!weighted) return static_cast<double>(count);
-  return sizeof(T) == 8 ? ordered : exact_value(totals.merged());
+  if constexpr (sizeof(T) == 4) return exact_value(totals.merged());
+  return ordered_sum(a.items, [&a](int64_t i) { return (double)item_weight<T>(a, i); });
 }
 
 template <class T>
@@ -86,9 +72,7 @@ double sum_of_class_weights(const RowArgs& a) {
   if (!a.class_weight) return static_cast<double>(a.columns);
   const T* w = static_cast<const T*>(a.class_weight);
   if constexpr (sizeof(T) == 8) {
-    double sum = 0;
-    for (int64_t j = 0; j < a.columns; ++j) sum += w[j];
-    return sum;
+    return ordered_sum(a.columns, [w](int64_t j) { return w[j]; });
   } else {
     ExactSumState sum{};
     exact_add(sum, w, a.columns);
@@ -108,7 +92,8 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
   a.denominator = {divisor, nullptr, DType::f64};
   // Read before anything is written: it may lie in the gradient's memory.
   a.scale = {read(a.scale), nullptr, DType::f64};
-  a.class_weight_sum = a.label_smoothing != 0 ? sum_of_class_weights<T>(a) : 0;
+  a.class_weight_sum = {a.label_smoothing != 0 ? sum_of_class_weights<T>(a) : 0, nullptr,
+                        DType::f64};
 
   ThreadTotals totals(a.threads);
   std::vector<T> losses;
@@ -138,9 +123,8 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
     if (result.loss_sum) exact_merge(*result.loss_sum, total);
     store_result(result, total, divisor);
   } else if (reduces) {
-    double total = 0;
-    for (int64_t i = 0; i < a.items; ++i) total += static_cast<const double*>(a.losses)[i];
-    store_result(result, total, divisor);
+    const double* terms = static_cast<const double*>(a.losses);
+    store_result(result, ordered_sum(a.items, [terms](int64_t i) { return terms[i]; }), divisor);
   }
   return divisor;
 }

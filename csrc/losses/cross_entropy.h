@@ -45,7 +45,9 @@ struct SoftmaxCrossEntropy {
           keep((T)(1.0 - a.label_smoothing)),
           spread((T)(a.label_smoothing / (double)a.columns)),
           keep64(1.0 - a.label_smoothing),
-          coefficients(a.label_smoothing / (double)a.columns * a.class_weight_sum),
+          coefficients(kHasCoefficients
+                           ? a.label_smoothing / (double)a.columns * read(a.class_weight_sum)
+                           : 0),
           z_loss(a.z_loss),
           inverse_cap64(1.0 / a.softcap) {}
   };
@@ -158,7 +160,7 @@ struct CrossEntropy {
 
   // Calls f with the member of the family that the arguments ask for.
   template <class F>
-  MBK_FN static void visit(const RowArgs& a, F f) {
+  MBK_HOST_FN static void visit(const RowArgs& a, F f) {
     if (!a.target_is_index) {
       a.softcap != 0 ? f(SoftmaxCrossEntropy<Targets::kProbabilities, true>{})
                      : f(SoftmaxCrossEntropy<Targets::kProbabilities, false>{});

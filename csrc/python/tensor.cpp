@@ -18,7 +18,7 @@ struct DLTensor {
   std::uint64_t byte_offset;
 };
 static_assert(sizeof(DLTensor) == 48);
-constexpr std::int32_t kDeviceCpu = 1;
+constexpr std::int32_t kDeviceCpu = 1, kDeviceCuda = 2;
 enum DLCode : std::uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4 };
 
 struct ExchangeHeader {
@@ -36,8 +36,10 @@ struct Torch {
   PyTypeObject* types[2] = {};
   PyObject* dtypes[9] = {};
   const ExchangeTable* table = nullptr;
-  PyObject *is_neg, *data_ptr, *dtype, *is_cpu, *shape, *stride;  // interned names
+  PyObject *is_neg, *data_ptr, *dtype, *is_cpu, *is_cuda, *get_device, *shape, *stride;  // interned
 } torch;
+
+bool shimmed = kShim;
 
 constexpr int kFloatingTypes = 4;
 
@@ -62,6 +64,8 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
   torch.data_ptr = PyUnicode_InternFromString("data_ptr");
   torch.dtype = PyUnicode_InternFromString("dtype");
   torch.is_cpu = PyUnicode_InternFromString("is_cpu");
+  torch.is_cuda = PyUnicode_InternFromString("is_cuda");
+  torch.get_device = PyUnicode_InternFromString("get_device");
   torch.shape = PyUnicode_InternFromString("shape");
   torch.stride = PyUnicode_InternFromString("stride");
   torch.table = nullptr;
@@ -75,7 +79,10 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
   return torch.table != nullptr;
 }
 
-Tensor::Tensor(PyObject* object) {
+void switch_shim(bool on) { shimmed = kShim && on; }
+bool shim_is_on() { return shimmed; }
+
+Tensor::Tensor(PyObject* object, int& device) {
   if (object == Py_None) {
     kind = Kind::absent;
     return;
@@ -86,6 +93,8 @@ Tensor::Tensor(PyObject* object) {
     kind = Kind::unsuited;
     return;
   }
+  if (device == kNoDevice) device = device_;
+  if (device != device_) kind = Kind::unsuited;
   // Freed storage, and zero tensors, which never had one.
   if (!data && numel()) kind = Kind::unsuited;
   if (kind == Kind::floating) {  // a lazy negation is only known to torch
@@ -106,10 +115,19 @@ bool Tensor::set_dtype(int position) {
   return true;
 }
 
+bool Tensor::set_device(std::int32_t type, int index) {
+  if (type == kDeviceCpu) {
+    device_ = shimmed ? 0 : kHost;
+  } else if (kCudaBuilt && !kShim && type == kDeviceCuda) {
+    device_ = index;
+  }
+  return device_ != kNoDevice;
+}
+
 bool Tensor::read_table(PyObject* object) {
   DLTensor t;
-  if (torch.table->read(object, &t) != 0 || t.device_type != kDeviceCpu || t.lanes != 1)
-    return false;
+  if (torch.table->read(object, &t) != 0 || t.lanes != 1) return false;
+  if (!set_device(t.device_type, t.device_id)) return false;
   if (t.dims > 0 && !t.strides) return false;
   data = static_cast<char*>(t.data) + (t.data ? t.byte_offset : 0);
   dims = t.dims, shape = t.shape, strides = t.strides;
@@ -140,7 +158,16 @@ bool Tensor::read_table(PyObject* object) {
 bool Tensor::read_attributes(PyObject* object) {
   const py::object on_cpu = steal(PyObject_GetAttr(object, torch.is_cpu));
   const py::object type = steal(PyObject_GetAttr(object, torch.dtype));
-  if (on_cpu.ptr() != Py_True || !type) return false;
+  if (!on_cpu || !type) return false;
+  if (on_cpu.ptr() == Py_True) {
+    if (!set_device(kDeviceCpu, 0)) return false;
+  } else {
+    const py::object on_cuda = steal(PyObject_GetAttr(object, torch.is_cuda));
+    if (on_cuda.ptr() != Py_True) return false;
+    const py::object index = steal(PyObject_CallMethodNoArgs(object, torch.get_device));
+    if (!index || !set_device(kDeviceCuda, static_cast<int>(PyLong_AsLong(index.ptr()))))
+      return false;
+  }
   const auto* found = std::find(std::begin(torch.dtypes), std::end(torch.dtypes), type.ptr());
   if (found == std::end(torch.dtypes)) return false;
   const py::object sizes = steal(PyObject_GetAttr(object, torch.shape));

@@ -19,13 +19,34 @@ namespace mbk::python {
 bool set_torch(const pybind11::tuple& types, const pybind11::tuple& dtypes,
                const pybind11::object& exchange);
 
+// Whose memory a tensor lies in: the host's, or that of the CUDA device of this number.
+inline constexpr int kHost = -1, kNoDevice = -2;
+
+// What this build has kernels for. The shim, for tests, runs CUDA's kernels on the CPU: there, all
+// tensors of the CPU are taken for those of CUDA device 0, unless it is switched off.
+#ifdef MBKERN_CUDA
+inline constexpr bool kCudaBuilt = true;
+#else
+inline constexpr bool kCudaBuilt = false;
+#endif
+#ifdef MBKERN_CUDA_SHIM
+inline constexpr bool kShim = true;
+#else
+inline constexpr bool kShim = false;
+#endif
+
+void switch_shim(bool on);
+bool shim_is_on();
+
 class Tensor {
  public:
   enum class Kind { absent, floating, index, unsuited };
 
   // None: absent. Unsuited is what no pointer may be taken of (a fake, functorch-wrapped, sparse,
-  // negated ... tensor, or a subclass), what is not on the CPU, and other dtypes.
-  explicit Tensor(PyObject* object);
+  // negated ... tensor, or a subclass), what lies on a device without kernels in this build, and
+  // other dtypes. All tensors of a call lie on one device: the first one that is read sets it
+  // (from kNoDevice), and one that lies elsewhere is unsuited.
+  Tensor(PyObject* object, int& device);
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
@@ -45,8 +66,10 @@ class Tensor {
  private:
   bool read_table(PyObject* object);
   bool read_attributes(PyObject* object);
+  bool set_device(std::int32_t type, int index);
   bool set_dtype(int position);
 
+  int device_ = kNoDevice;
   std::vector<std::int64_t> sizes_;  // shape and strides, if read from attributes
 };
 

@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from mbkern import autograd, functional, nn
+from mbkern._cuda import TargetErrors, take_target_errors
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
@@ -26,6 +27,7 @@ __all__ = [
     "NUMERICS_VERSION",
     "LossSum",
     "PatchReport",
+    "TargetErrors",
     "__version__",
     "autograd",
     "functional",
@@ -34,5 +36,6 @@ __all__ = [
     "nn",
     "patch",
     "patched",
+    "take_target_errors",
     "unpatch",
 ]

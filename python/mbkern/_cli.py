@@ -18,7 +18,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _selftest(args: argparse.Namespace) -> int:
     from mbkern import _selftest
 
-    return _selftest.run(write_golden=args.write_golden)
+    return _selftest.run(write_golden=args.write_golden, device=args.device)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     selftest = commands.add_parser("selftest", help="recompute the golden digests on this machine")
+    selftest.add_argument(
+        "--device", choices=("cpu", "cuda"), help="only the kernels of this device"
+    )
     selftest.add_argument("--write-golden", action="store_true", help=argparse.SUPPRESS)
     selftest.set_defaults(run=_selftest)
     return parser

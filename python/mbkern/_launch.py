@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbkern import _C
+from mbkern import _C, _cuda
 from mbkern._arguments import (
     REDUCTIONS,
     Number,
     check_row_options,
     check_row_shapes,
     class_weight,
+    hint_value,
     weights_as,
 )
 from mbkern._tensors import (
     DTYPES,
     INDEX_TYPES,
     describe,
+    has_internal_overlap,
+    on_cuda,
     require_dtype,
+    require_one_device,
     require_plain,
 )
 
@@ -63,10 +68,38 @@ def scalar_argument(value: Number | None, name: str) -> float | Tensor:
     return tensor
 
 
+def hint_argument(hint: Number) -> float | Tensor:
+    """Return grad_scale as what can be divided out again, or raise.
+
+    A tensor on CUDA is copied there, and its value not looked at: should it be 0 or not finite, so
+    are the gradients not finite.
+    """
+    if isinstance(hint, Tensor) and on_cuda(hint):
+        return scalar_argument(hint, "grad_scale").clone()  # type: ignore[union-attr]
+    return hint_value(hint)
+
+
 def new_scalar(dtype: torch.dtype) -> Tensor | None:
     """Allocate a 0-dim result, faster than ``torch.empty``; None for a dtype without kernels."""
     like = _SCALARS.get(dtype)
     return None if like is None else torch.empty_like(like)
+
+
+def rescale_on_device(
+    grad: Tensor, incoming: Tensor, hint: float | Tensor, *, keep_zeros: bool = False
+) -> Tensor:
+    """Multiply a gradient on CUDA by incoming / hint, in place; nobody looks at the factor but the
+    device, which does not touch the gradient where it is 1."""
+    scale = scalar_argument(incoming, "the incoming gradient")
+    dense = grad if _fills_its_memory(grad) else grad.contiguous()
+    kernel = _cuda.on_device_of(grad, _C.cuda_scale_array)
+    kernel((dense, scale, hint, keep_zeros, _cuda.current_stream(grad)))
+    return grad if dense is grad else grad.copy_(dense)
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    span = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True)) + 1
+    return tensor.is_contiguous() or (span == tensor.numel() and not has_internal_overlap(tensor))
 
 
 def scale_dense(tensor: Tensor, factor: float, *, keep_zeros: bool = False) -> Tensor:
@@ -85,7 +118,11 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a contiguous tensor in another dtype, rounded once, with canonical NaNs."""
     if tensor.dtype is dtype:
         return tensor
-    out = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    out = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    if on_cuda(tensor):
+        kernel = _cuda.on_device_of(tensor, _C.cuda_convert_array)
+        kernel((tensor, out, _cuda.current_stream(tensor)))
+        return out
     _C.convert_array(
         tensor.data_ptr(), DTYPES[tensor.dtype], out.data_ptr(), DTYPES[dtype], tensor.numel(),
         torch.get_num_threads(),
@@ -96,6 +133,8 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def zeros_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Allocate a gradient of zeros, without torch's thread pool."""
     grad = new_gradient(like, dtype)
+    if on_cuda(grad):
+        return grad.zero_()
     ctypes.memset(grad.data_ptr(), 0, grad.nbytes)
     return grad
 
@@ -104,7 +143,7 @@ def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Allocate a gradient, in ``like``'s layout if that is dense; huge pages where they pay."""
     grad = torch.empty_like(like, dtype=dtype)
     size = grad.nbytes
-    if size >= _HUGE_PAGE_BYTES:
+    if size >= _HUGE_PAGE_BYTES and grad.is_cpu:
         _C.advise_huge_pages(grad.data_ptr(), size)
     return grad
 
@@ -166,7 +205,8 @@ class RowCall:
         """Memory for what is saved of an item: maximum, sum of the other terms, and for class
         probabilities the sum of the coefficients."""
         rows = 2 if self.has_index else 3
-        return torch.empty((rows, math.prod(self.shape)), dtype=self.compute, device="cpu")
+        shape = (rows, math.prod(self.shape))
+        return torch.empty(shape, dtype=self.compute, device=self.input.device)
 
     def per_item(self, values: Tensor, name: str) -> Tensor:
         """Broadcast one value an item to the shape of the unreduced loss."""
@@ -195,17 +235,24 @@ class RowCall:
         item_scale: Tensor | None = None,
         state: Tensor | None = None,
         from_state: bool = False,
-        divisor: float = 1.0,
+        divisor: float | Tensor = 1.0,
         loss_dtype: torch.dtype | None = None,
         loss_sum: Tensor | None = None,
-    ) -> tuple[Tensor | None, float]:
-        """Run the kernel; return the loss and the divisor of a mean.
+    ) -> tuple[Tensor | None, float | Tensor]:
+        """Run the kernel; return the loss and the divisor of a mean, on CUDA a tensor.
 
         ``from_state`` is the backward half: no loss, the gradient from the saved state, over
         ``divisor``.
         """
         o = self.options
         dtype = loss_dtype or self.input.dtype
+        kernel, workspace, stream = _C.row_loss, None, 0
+        if on_cuda(self.input):
+            kernel = _cuda.on_device_of(self.input, kernel)
+            workspace = _cuda.new_workspace(
+                self.input, math.prod(self.shape), self.compute is torch.float64
+            )
+            stream = _cuda.current_stream(self.input)
         denominator = (
             None if o.denominator is None else scalar_argument(o.denominator, "denominator")
         )
@@ -214,33 +261,43 @@ class RowCall:
         losses = loss = None
         if not from_state:
             if o.reduction == "none":
-                losses = torch.empty(self.shape, dtype=self.compute, device="cpu")
-            else:
+                losses = torch.empty(self.shape, dtype=self.compute, device=self.input.device)
+            elif workspace is None:
                 loss = new_scalar(dtype)
+            else:
+                loss = self.input.new_empty((), dtype=dtype)
 
         fields = (
             self.number, self.input, self.target, self.weight, self.sample_weight, grad,
             item_scale, losses, state, accumulate, from_state, o.ignore_index, o.label_smoothing,
             o.z_loss, o.softcap, scale, divisor, REDUCTIONS[o.reduction], denominator, loss,
-            loss_sum, torch.get_num_threads(),
+            loss_sum, torch.get_num_threads(), workspace, stream,
         )  # fmt: skip
-        done = _C.row_loss(fields)
+        done: float | Tensor | None = kernel(fields)
         if done is None:
-            done = self._retry(fields)
+            done = self._retry(kernel, fields)
+        if workspace is not None:
+            done = workspace[0]
         if losses is not None:
             return converted(losses, dtype), done
         return loss, done
 
-    def _retry(self, fields: tuple[Any, ...]) -> float:
+    def _retry(self, kernel: Callable[..., float | None], fields: tuple[Any, ...]) -> float:
         """Say why the kernel returned None; or run it on dense copies, where dimensions that do not
         merge are the reason."""
         self.explain()
         _, _, _, weight, sample_weight, grad, item_scale, *rest = fields
+        require_one_device(
+            self.input,
+            {"scale": rest[8], "divisor": rest[9], "denominator": rest[11]},
+            {"target": self.target, "weight": weight, "sample_weight": sample_weight,
+             "grad_out": grad, "the incoming gradient": item_scale, "loss_sum": rest[13]},
+        )  # fmt: skip
         copies = [
             None if t is None else t.contiguous().resolve_neg()
             for t in (self.input, self.target, weight, sample_weight, grad, item_scale)
         ]
-        done = _C.row_loss((self.number, *copies, *rest))
+        done = kernel((self.number, *copies, *rest))
         if done is None:
             raise NotImplementedError(
                 f"mbkern: no kernel takes input {describe(self.input)} and target "
@@ -256,19 +313,39 @@ class RowCall:
 
 def exact_result(state: Tensor, denominator: Number | None, dtype: torch.dtype) -> Tensor:
     """Round an exact sum, over ``denominator`` if given, to a 0-dim tensor."""
-    out = torch.empty((), dtype=dtype, device="cpu")
+    out = torch.empty((), dtype=dtype, device=state.device)
+    require_dtype(out, "the result")
     divisor = None if denominator is None else scalar_argument(denominator, "denominator")
-    reduction = REDUCTIONS["sum" if divisor is None else "mean"]
-    _C.exact_result(state.data_ptr(), (reduction, divisor, out, None))
+    require_one_device(state, {"denominator": divisor}, {})
+    fields = (REDUCTIONS["sum" if divisor is None else "mean"], divisor, out, None)
+    if on_cuda(state):
+        _exact_on_device(_C.cuda_exact_result, state, *fields)
+    else:
+        _C.exact_result(state.data_ptr(), fields)
     return out
 
 
 def exact_merge(into: Tensor, other: Tensor) -> None:
-    """Add one state to another; both end normalised."""
-    _C.exact_merge(into.data_ptr(), other.data_ptr())
+    """Add one state to another on its device; both end normalised."""
+    if on_cuda(into):
+        _exact_on_device(_C.cuda_exact_merge, into, other)
+    else:
+        _C.exact_merge(into.data_ptr(), other.data_ptr())
 
 
 def exact_add(state: Tensor, values: Tensor) -> None:
     """Add every element of a tensor of at most 32 bits."""
+    require_one_device(state, {}, {"values": values})
     values = converted(values.contiguous(), torch.float32)
-    _C.exact_add(state.data_ptr(), values.data_ptr(), values.numel())
+    if on_cuda(state):
+        _exact_on_device(_C.cuda_exact_add, state, values, items=values.numel())
+    else:
+        _C.exact_add(state.data_ptr(), values.data_ptr(), values.numel())
+
+
+def _exact_on_device(
+    kernel: Callable[..., None], state: Tensor, *fields: Any, items: int = 0
+) -> None:
+    workspace = _cuda.new_workspace(state, items)
+    kernel = _cuda.on_device_of(state, kernel)
+    kernel((state, *fields, workspace, _cuda.current_stream(state)))

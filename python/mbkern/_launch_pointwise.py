@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbkern import _C
+from mbkern import _C, _cuda
 from mbkern._arguments import REDUCTIONS, Number, weights_as
 from mbkern._launch import new_gradient, new_scalar, scalar_argument
-from mbkern._tensors import describe, require_dtype, require_plain
+from mbkern._tensors import (
+    describe,
+    on_cuda,
+    require_dtype,
+    require_one_device,
+    require_plain,
+)
 
 
 @dataclass(slots=True)
@@ -74,19 +81,29 @@ class PointwiseCall:
         accumulate: bool = False,
         scale: float | Tensor = 1.0,
         item_scale: Tensor | None = None,
-        divisor: float | None = None,
+        divisor: float | Tensor | None = None,
         loss_dtype: torch.dtype,
         loss_sum: Tensor | None = None,
-    ) -> tuple[Tensor | None, float]:
-        """Run the kernel; return the loss and the divisor of a mean (``divisor``, if given)."""
+    ) -> tuple[Tensor | None, float | Tensor]:
+        """Run the kernel; return the loss and the divisor of a mean (``divisor``, if given), on
+        CUDA a tensor."""
         o = self.options
         reduction = o.reduction
+        kernel, workspace, stream = _C.pointwise_loss, None, 0
+        if on_cuda(self.input):
+            kernel = _cuda.on_device_of(self.input, kernel)
+            workspace = _cuda.new_workspace(
+                self.input, self.input.numel(), self.compute is torch.float64
+            )
+            stream = _cuda.current_stream(self.input)
         losses = loss = None
         if want_loss:
             if reduction == "none":
                 losses = new_gradient(self.input, loss_dtype)
-            else:
+            elif workspace is None:
                 loss = new_scalar(loss_dtype)
+            else:
+                loss = self.input.new_empty((), dtype=loss_dtype)
         denominator: float | Tensor | None = divisor
         if divisor is not None:
             reduction = "mean"
@@ -96,20 +113,30 @@ class PointwiseCall:
             item_scale = item_scale.to(self.compute).expand(self.input.shape)
         rest = (
             self.weight, item_scale, losses, *grads, accumulate, o.parameter, scale,
-            REDUCTIONS[reduction], denominator, loss, loss_sum, torch.get_num_threads(),
+            REDUCTIONS[reduction], denominator, loss, loss_sum, torch.get_num_threads(), workspace,
+            stream,
         )  # fmt: skip
-        done = _C.pointwise_loss((self.number, self.input, self.target, *rest))
+        done: float | Tensor | None = kernel((self.number, self.input, self.target, *rest))
         if done is None:
-            done = self._retry(rest)
+            done = self._retry(kernel, rest)
+        if workspace is not None:
+            done = workspace[0]
         return (losses if losses is not None else loss), done
 
-    def _retry(self, rest: tuple[Any, ...]) -> float:
+    def _retry(self, kernel: Callable[..., float | None], rest: tuple[Any, ...]) -> float:
         """Say why the kernel returned None; or run it on dense copies, where more than eight
         dimensions that do not merge are the reason."""
         self.explain()
+        weight, item_scale, _, *grads = rest[:5]
+        require_one_device(
+            self.input,
+            {"scale": rest[7], "denominator": rest[9]},
+            {"target": self.target, "weight": weight, "the incoming gradient": item_scale,
+             "grad_out": grads[0], "the target's grad_out": grads[1], "loss_sum": rest[11]},
+        )  # fmt: skip
         views = (self.input, self.target, *rest[:5])
         copies = [None if v is None else v.contiguous().resolve_neg() for v in views]
-        done = _C.pointwise_loss((self.number, *copies, *rest[5:]))
+        done = kernel((self.number, *copies, *rest[5:]))
         if done is None:
             raise NotImplementedError(
                 f"mbkern: no kernel takes input {describe(self.input)} and target "

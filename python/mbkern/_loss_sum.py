@@ -44,8 +44,11 @@ class LossSum:
         return self
 
     def merge(self, other: LossSum) -> LossSum:
-        """Add another sum to this one; returns self."""
-        _launch.exact_merge(self.state, other.state.clone())
+        """Add another sum to this one; returns self.
+
+        One from another device is copied here first, which waits if that is the host's or a GPU's.
+        """
+        _launch.exact_merge(self.state, other.state.to(self.state.device, copy=True))
         return self
 
     def all_reduce(self, group: Any = None) -> LossSum:

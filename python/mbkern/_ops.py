@@ -22,10 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbkern._arguments import hint_value
-from mbkern._launch import RowCall, RowOptions, new_gradient, scale_dense
+from mbkern._launch import (
+    RowCall,
+    RowOptions,
+    hint_argument,
+    new_gradient,
+    rescale_on_device,
+    scale_dense,
+)
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import find
+from mbkern._tensors import on_cuda
 
 LIBRARY = torch.library.Library("mbkern", "DEF")  # type: ignore[no-untyped-call]
 
@@ -68,9 +75,10 @@ class _Token(np.ndarray[Any, Any]):
 _tokens: weakref.WeakValueDictionary[int, _Token] = weakref.WeakValueDictionary()
 
 
-def _new_token(grads: tuple[Tensor | None, ...] | None) -> Tensor:
+def new_token(like: Tensor, grads: tuple[Tensor | None, ...] | None = None) -> Tensor:
+    """A token for ``grads``; they lie on the CPU, for the token's memory does."""
     if grads is None:
-        return torch.zeros(1, dtype=torch.int64, device="cpu")
+        return torch.zeros(1, dtype=torch.int64, device=like.device)
     owner = np.zeros(1, dtype=np.int64).view(_Token)
     owner.grads = grads
     token = torch.from_numpy(owner)  # the storage holds `owner`
@@ -84,6 +92,13 @@ def _take(token: Tensor) -> tuple[Tensor | None, ...] | None:
         return None
     grads, owner.grads = owner.grads, None
     return grads
+
+
+def divisor_tensor(divisor: float | Tensor) -> Tensor:
+    """The divisor that a call returned, as a tensor on the call's device."""
+    if isinstance(divisor, Tensor):
+        return divisor
+    return torch.tensor(divisor, dtype=torch.float64, device="cpu")
 
 
 # ---- what runs -----------------------------------------------------------------------------------
@@ -132,16 +147,20 @@ def _row_loss(
     call.explain()  # before memory of these shapes is allocated
     grad = new_gradient(call.input) if form else None
     state = call.new_state()
-    scale = 1.0 if grad_scale is None else hint_value(grad_scale)
+    scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grad=grad, scale=scale, state=state, loss_dtype=dtype)
     assert loss is not None
-    token = _new_token(None if grad is None else (grad,))
-    return loss, state, torch.tensor(divisor, dtype=torch.float64, device="cpu"), token
+    token = new_token(input, None if grad is None else (grad,))
+    return loss, state, divisor_tensor(divisor), token
 
 
-def _rescaled(grad: Tensor, incoming: Tensor, hint: float, of_rows: bool = False) -> Tensor:
+def _rescaled(
+    grad: Tensor, incoming: Tensor, hint: float | Tensor, of_rows: bool = False
+) -> Tensor:
     """A gradient that holds the factor ``hint``, times what the incoming gradient is more."""
-    factor = incoming.item() / hint
+    if on_cuda(grad):
+        return rescale_on_device(grad, incoming, hint, keep_zeros=of_rows)
+    factor: float = incoming.item() / hint  # type: ignore[assignment]  # a number here
     return grad if factor == 1.0 else scale_dense(grad, factor, keep_zeros=of_rows)
 
 
@@ -158,7 +177,7 @@ def _row_loss_backward(
     *rest: Any,
 ) -> Tensor:
     *options, form = rest
-    hint = 1.0 if grad_scale is None else hint_value(grad_scale)
+    hint = 1.0 if grad_scale is None else hint_argument(grad_scale)
     if form:
         formed = _take(token)
         if formed is not None and formed[0] is not None:
@@ -169,10 +188,10 @@ def _row_loss_backward(
     if call.options.reduction == "none":
         call.run(item_scale=incoming, **arguments)
     elif form:
-        call.run(scale=hint, divisor=divisor.item(), **arguments)
+        call.run(scale=hint, divisor=divisor.detach(), **arguments)
         return _rescaled(grad, incoming, hint, True)
     else:
-        call.run(scale=incoming.detach(), divisor=divisor.item(), **arguments)
+        call.run(scale=incoming.detach(), divisor=divisor.detach(), **arguments)
     return grad
 
 
@@ -203,11 +222,11 @@ def _pointwise_loss(
         new_gradient(call.input) if form_input else None,
         new_gradient(call.target) if form_target else None,
     )
-    scale = 1.0 if grad_scale is None else hint_value(grad_scale)
+    scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grads=grads, scale=scale, loss_dtype=dtype)
     assert loss is not None
-    token = _new_token(grads if form_input or form_target else None)
-    return loss, torch.tensor(divisor, dtype=torch.float64, device="cpu"), token
+    token = new_token(input, grads if form_input or form_target else None)
+    return loss, divisor_tensor(divisor), token
 
 
 def _pointwise_loss_backward(
@@ -221,7 +240,7 @@ def _pointwise_loss_backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     *options, form, need_input, need_target = rest
-    hint = 1.0 if grad_scale is None else hint_value(grad_scale)
+    hint = 1.0 if grad_scale is None else hint_argument(grad_scale)
     needs = (need_input, need_target)
     call = _pointwise_call(input, target, weight, None, tuple(options))
     grads = _take(token) if form else None
@@ -237,7 +256,7 @@ def _pointwise_loss_backward(
             call.run(item_scale=incoming, **arguments)
         else:
             scale = hint if form else incoming.detach()
-            call.run(scale=scale, divisor=divisor.item(), **arguments)
+            call.run(scale=scale, divisor=divisor.detach(), **arguments)
     if form:
         grads = tuple(None if g is None else _rescaled(g, incoming, hint) for g in grads)
     first, second = (

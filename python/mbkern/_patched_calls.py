@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from mbkern import functional
 from mbkern._arguments import REDUCTIONS
 from mbkern._losses import losses
-from mbkern._tensors import DTYPES
+from mbkern._tensors import DTYPES, has_kernels
 
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
@@ -90,6 +90,8 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
     reason = _tensor_refusal(input, "input") or _tensor_refusal(target, "target")
     if reason is not None:
         return reason
+    if not _on_one_device(input, target):
+        return f"target is on {target.device}, input on {input.device}"
     if _tracing_state() is not None:
         return "torch.jit.trace"
     if _is_compiling() and _is_transformed():
@@ -124,19 +126,23 @@ def _short(dtype: torch.dtype) -> str:
 def _tensor_refusal(tensor: Any, name: str) -> str | None:
     if type(tensor) not in _PLAIN:
         return f"{name} is a {type(tensor).__name__}"
-    if not tensor.is_cpu:
+    if not has_kernels(tensor):
         return f"{name} is on {tensor.device.type}"
     if tensor.layout is not _STRIDED or tensor.is_nested:
         return f"{name} is not strided"
     return None
 
 
+def _on_one_device(input: Tensor, other: Tensor) -> bool:
+    return (input.is_cpu and other.is_cpu) or other.device == input.device
+
+
 def _is_transformed() -> bool:
     return _functorch_active() or forward_ad._current_level >= 0
 
 
-def _is_autocast() -> bool:
-    return torch.is_autocast_enabled("cpu")
+def _is_autocast(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)
 
 
 def _dtypes_agree(input: Tensor, other: Tensor) -> bool:
@@ -144,7 +150,7 @@ def _dtypes_agree(input: Tensor, other: Tensor) -> bool:
     if other.dtype is input.dtype:
         return True
     double = torch.float64 in (input.dtype, other.dtype)
-    return other.dtype in DTYPES and not double and _is_autocast()
+    return other.dtype in DTYPES and not double and _is_autocast(input.device)
 
 
 def _row_refusal(input: Tensor, target: Tensor, options: dict[str, Any]) -> str | None:
@@ -230,6 +236,8 @@ def _weight_refusal(entry: Entry, input: Tensor, name: str, weight: Tensor) -> s
     reason = _tensor_refusal(weight, name)
     if reason is not None:
         return reason
+    if not _on_one_device(input, weight):
+        return f"{name} is on {weight.device}, input on {input.device}"
     if weight.requires_grad:
         return f"{name} requires grad"
     if _is_transformed():  # a tensor that is differentiated outside a vmap does not say so inside
@@ -240,6 +248,6 @@ def _weight_refusal(entry: Entry, input: Tensor, name: str, weight: Tensor) -> s
         return f"{name}'s shape"
     if weight.dtype is not input.dtype and not (entry.is_row and _dtypes_agree(input, weight)):
         return f"{name} is {_short(weight.dtype)}, input {_short(input.dtype)}"
-    if not entry.is_row and input.dtype in _HALF and _is_autocast():
+    if not entry.is_row and input.dtype in _HALF and _is_autocast(input.device):
         return f"{name} under autocast"  # torch forms the product without autocast's float32
     return None

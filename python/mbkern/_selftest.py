@@ -1,7 +1,8 @@
 """``python -m mbkern selftest``: do the kernels give the golden bits on this machine?
 
-Each case runs on every instruction set, with several thread counts and cuts of the batch. All runs
-must give the same bytes, and their digest must be the one that ships in ``_golden.json``.
+Each case runs on every instruction set, with several thread counts and cuts of the batch, and on
+CUDA. All runs must give the same bytes, and their digest must be the one that ships in
+``_golden.json``.
 """
 
 from __future__ import annotations
@@ -17,24 +18,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mbkern import _C
+from mbkern import _C, _cuda
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
-from mbkern._selftest_cases import FORMATS, Case, Outputs, cases, compute, cuts, hashes, make
+from mbkern._selftest_cases import (
+    FORMATS,
+    Case,
+    Outputs,
+    cases,
+    compute,
+    cuts,
+    make,
+    numbers,
+    patterns,
+)
+from mbkern._selftest_tiers import Tier, find_tiers
 from mbkern._version import NUMERICS_VERSION, __version__
 
 GOLDEN = Path(__file__).with_name("_golden.json")
 TIERS = ("scalar", "avx2", "avx512")
+BAD_TARGETS = "bad targets"  # of the CPU, which refuses them
 Golden = dict[str, dict[str, dict[str, str]]]  # kernel, dtype, case: digest
 
 
 @dataclass
 class Finding:
-    """What the runs of one case gave: the digest of the first, and what was wrong."""
+    """What the runs of one case gave: the digest of the first, and what was wrong.
+
+    Without a digest, the case knows by itself what is right.
+    """
 
     case: str
     digest: str = ""
@@ -72,97 +87,131 @@ def thread_counts() -> list[int]:
     return sorted({1, 2, 3, len(os.sched_getaffinity(0))})
 
 
-def check(kernel: str, case: Case, dtype: torch.dtype) -> Finding:
-    """Run a case on all instruction sets, thread counts and cuts."""
+def check(kernel: str, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Finding:
+    """Run a case on all tiers, and in all cuts."""
     data, finding = make(kernel, case, dtype), Finding(case.name)
     reference: Outputs | None = None
-    for isa in _C.isas():
-        _C.set_isa(isa)
-        for threads in thread_counts():
-            torch.set_num_threads(threads)
-            for cut, pieces in cuts(case).items():
-                outputs = compute(kernel, case, data, pieces)
-                finding.runs += 1
-                if reference is None:
-                    reference, finding.digest = outputs, digest(outputs)
-                elif found := difference(outputs, reference):
-                    finding.problem = f"{isa}, {threads} threads, {cut}: {found}"
-                    return finding
+    for tier in tiers:
+        tier.enter()
+        moved = moved_to(tier, data)
+        for cut, pieces in cuts(case).items():
+            outputs = compute(kernel, case, moved, pieces)
+            outputs = {name: tensor.cpu() for name, tensor in outputs.items()}
+            finding.runs += 1
+            if reference is None:
+                reference, finding.digest = outputs, digest(outputs)
+            elif found := difference(outputs, reference):
+                finding.problem = f"{tier.name}, {cut}: {found}"
+                return finding
     return finding
 
 
-def check_bad_targets(dtype: torch.dtype) -> Finding:
-    """A class index out of range must raise, whatever it is, before anything is written."""
-    finding = Finding("bad targets")
-    for isa in _C.isas():
-        _C.set_isa(isa)
-        for columns in (7, 700):
-            for bad in (-1, columns, 2**31, 2**32 + 1, 2**63 - 1, -(2**63)):
-                target = torch.zeros(301, dtype=torch.int64)
-                target[200] = bad
-                x = torch.zeros(301, columns, dtype=dtype)
-                grad = torch.full_like(x, 7.0)
-                total = None if dtype is torch.float64 else LossSum()
-                finding.runs += 1
-                try:
-                    loss_and_grad("cross_entropy", x, target, grad_out=grad, loss_sum=total)
-                    finding.problem = f"{isa}: class {bad} of {columns} was not refused"
-                except IndexError as error:
-                    if str(bad) not in str(error) or "200" not in str(error):
-                        finding.problem = f"{isa}: class {bad} at 200 is not named: {error}"
-                if bool((grad != 7.0).any()) or (total is not None and bool(total.state.any())):
-                    finding.problem = f"{isa}: class {bad} of {columns}: outputs were written"
-    finding.digest = digest({"refusals": torch.tensor([finding.runs // len(_C.isas())])})
+def moved_to(tier: Tier, data: dict[str, Any]) -> dict[str, Any]:
+    """A case's inputs and options in the memory of a tier."""
+    moved = {k: tier.move(v) if isinstance(v, Tensor) else v for k, v in data.items()}
+    options = data["options"].items()
+    moved["options"] = {k: tier.move(v) if isinstance(v, Tensor) else v for k, v in options}
+    return moved
+
+
+def bad_classes() -> Iterator[tuple[int, int, Tensor]]:
+    """Numbers of columns, class indices out of range, and targets that hold them at 200."""
+    for columns in (7, 700):
+        for bad in (-1, columns, 2**31, 2**32 + 1, 2**63 - 1, -(2**63)):
+            target = torch.zeros(301, dtype=torch.int64)
+            target[200] = bad
+            yield columns, bad, target
+
+
+def check_bad_targets(dtype: torch.dtype, tiers: list[Tier]) -> Finding:
+    """On the CPU, a class index out of range must raise before anything is written."""
+    finding = Finding(BAD_TARGETS)
+    for isa, tier in {tier.isa: tier for tier in tiers}.items():
+        tier.enter()
+        for columns, bad, target in bad_classes():
+            x = torch.zeros(301, columns, dtype=dtype)
+            grad = torch.full_like(x, 7.0)
+            total = None if dtype is torch.float64 else LossSum()
+            finding.runs += 1
+            try:
+                loss_and_grad("cross_entropy", x, target, grad_out=grad, loss_sum=total)
+                finding.problem = f"{isa}: class {bad} of {columns} was not refused"
+            except IndexError as error:
+                if str(bad) not in str(error) or "200" not in str(error):
+                    finding.problem = f"{isa}: class {bad} at 200 is not named: {error}"
+            if bool((grad != 7.0).any()) or (total is not None and bool(total.state.any())):
+                finding.problem = f"{isa}: class {bad} of {columns}: outputs were written"
+    finding.digest = digest(
+        {"refusals": torch.tensor([finding.runs // len({tier.isa for tier in tiers})])}
+    )
     return finding
 
 
-def patterns(double: bool) -> NDArray[Any]:
-    """Numbers of every sign and exponent, infinities and NaNs, half of them not far from one."""
-    n, odd = 1 << 18, 12345  # the last vectors of every width are partial
-    bits = 64 if double else 32
-    exponent = 11 if double else 8
-    everywhere = hashes(20, n + odd) >> np.uint64(64 - bits)
-    mantissa = np.uint64((1 << (bits - 1 - exponent)) - 1)
-    one = (1 << (exponent - 1)) - 1
-    near = (hashes(21, n) % np.uint64(24) + np.uint64(one - 16)) << np.uint64(bits - 1 - exponent)
-    sign = (everywhere[:n] >> np.uint64(bits - 1)) << np.uint64(bits - 1)
-    both = np.concatenate((everywhere, (everywhere[:n] & mantissa) | near | sign))
-    edges = np.array([0, 1, 2], dtype=np.uint64)
-    top = np.uint64(((1 << exponent) - 1) << (bits - 1 - exponent))
-    both = np.concatenate((both, edges, top - edges, top + edges))
-    return both.view(np.float64) if double else both.astype(np.uint32).view(np.float32)
+def check_bad_targets_on_cuda(dtype: torch.dtype, tier: Tier) -> Finding:
+    """On CUDA it must make its row NaN, leave all other rows alone, and be noted."""
+    finding = Finding("bad targets on CUDA")
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    tier.enter()
+    _cuda.take_target_errors()
+    for columns, bad, target in bad_classes():
+        x = tier.move(numbers(1, (301, columns), dtype))
+        totals = [LossSum(x.device), LossSum(x.device)]
+        outputs = [
+            loss_and_grad(
+                "cross_entropy", x, tier.move(t), reduction="none", loss_dtype=wide,
+                loss_sum=None if dtype is torch.float64 else total,
+            )
+            for t, total in zip((target.clamp(0, 0), target), totals, strict=True)
+        ]  # fmt: skip
+        want, got = (
+            {"loss": loss.cpu(), "gradient": grad.cpu(), "exact sum": total.state.cpu()}
+            for (loss, grad), total in zip(outputs, totals, strict=True)
+        )
+        for name in ("loss", "gradient"):
+            want[name][200] = torch.nan
+        if dtype is not torch.float64:
+            want["exact sum"] = LossSum().add(want["loss"]).state
+        finding.runs += 1
+        if found := difference(got, want):
+            finding.problem = f"class {bad} of {columns}: {found}"
+        noted = _cuda.take_target_errors()
+        if noted != _cuda.TargetErrors(1, 200, bad, columns):
+            finding.problem = f"class {bad} of {columns}: the device has noted {noted}"
+    return finding
 
 
-def check_elementary(name: str, double: bool) -> Finding:
-    """An elementary function over fixed bit patterns on all instruction sets."""
+def check_elementary(name: str, double: bool, tiers: list[Tier]) -> Finding:
+    """An elementary function over fixed bit patterns on all instruction sets, and on CUDA."""
     x, finding = patterns(double), Finding("bit patterns")
     if name == "exp_nonpositive":
         x = np.copysign(x, -1)  # NaNs, too
     reference: Outputs | None = None
-    for isa in _C.isas():
-        y = np.empty_like(x)
-        _C.elementary(isa, name, double, x.ctypes.data, y.ctypes.data, len(x))
-        outputs = {name: torch.from_numpy(y)}
+    for tier in {tier.isa: tier for tier in tiers}.values():
+        tier.enter()
+        outputs = {name: tier.elementary(name, x)}
         finding.runs += 1
         if reference is None:
             reference, finding.digest = outputs, digest(outputs)
         elif found := difference(outputs, reference):
-            finding.problem = f"{isa}: {found}"
+            finding.problem = f"{tier.isa or tier.name}: {found}"
             break
     return finding
 
 
-def findings() -> Iterator[tuple[str, str, list[Finding]]]:
+def findings(tiers: list[Tier]) -> Iterator[tuple[str, str, list[Finding]]]:
     """(kernel, dtype, what was found) for all kernels and dtypes."""
+    on_cpu = [tier for tier in tiers if not tier.on_cuda]
     for loss in losses():
         for dtype in FORMATS:
-            found = [check(loss.name, case, dtype) for case in cases(loss.name, dtype)]
-            if loss.name == "cross_entropy":
-                found.append(check_bad_targets(dtype))
+            found = [check(loss.name, case, dtype, tiers) for case in cases(loss.name, dtype)]
+            if loss.name == "cross_entropy" and on_cpu:
+                found.append(check_bad_targets(dtype, on_cpu))
+            if loss.name == "cross_entropy" and len(on_cpu) < len(tiers):
+                found.append(check_bad_targets_on_cuda(dtype, tiers[-1]))
             yield loss.name, str(dtype).removeprefix("torch."), found
     for name in _C.elementary_functions():
         for double in (False, True):
-            yield name, "float64" if double else "float32", [check_elementary(name, double)]
+            yield name, "float64" if double else "float32", [check_elementary(name, double, tiers)]
 
 
 def read_golden() -> tuple[Golden, str]:
@@ -185,7 +234,7 @@ def compare(found: list[Finding], golden: dict[str, str] | None) -> list[str]:
     problems = [f"{f.case}: {f.problem}" for f in found if f.problem]
     if golden is not None:
         for f in found:
-            if not f.problem and f.digest != golden.get(f.case):
+            if f.digest and not f.problem and f.digest != golden.get(f.case):
                 agree = f"all {f.runs} runs agree on {f.digest}"
                 problems.append(f"{f.case}: {agree}, golden is {golden.get(f.case, 'missing')}")
         missing = set(golden) - {f.case for f in found}
@@ -193,20 +242,25 @@ def compare(found: list[Finding], golden: dict[str, str] | None) -> list[str]:
     return problems
 
 
-def run(write_golden: bool = False) -> int:
+def run(write_golden: bool = False, device: str | None = None) -> int:
     """Check everything, print a table, and return the exit status."""
-    isa, threads = _C.isa(), torch.get_num_threads()
+    isa, threads, shim = _C.isa(), torch.get_num_threads(), _C.cuda_shim_is_on()
+    found = find_tiers(device, thread_counts)
+    if not found:
+        print("no GPU that torch sees, or no kernels for CUDA in this build: nothing checked")
+        return 1
     try:
-        return _run(write_golden)
+        return _run(write_golden, found)
     except KeyboardInterrupt:
         print("\ninterrupted")
         return 130
     finally:
         _C.set_isa(isa)
         torch.set_num_threads(threads)
+        _C.cuda_switch_shim(shim)
 
 
-def _run(write_golden: bool) -> int:
+def _run(write_golden: bool, tiers: list[Tier]) -> int:
     start = time.perf_counter()
     golden, failure = ({}, "") if write_golden else read_golden()
     absent = [name for name in TIERS if name not in _C.isas()]
@@ -214,14 +268,19 @@ def _run(write_golden: bool) -> int:
     print(f"instruction sets: {', '.join(_C.isas())}", end="; ")
     print(f"not available here: {', '.join(absent) or 'none'}")
     print(f"threads: {', '.join(map(str, thread_counts()))}", end="")
-    print("\n" if _C.has_openmp() else " asked for, but there is no OpenMP: all runs are serial\n")
+    print("" if _C.has_openmp() else " asked for, but there is no OpenMP: all runs are serial")
+    print(f"run on: {', '.join(dict.fromkeys(tier.isa or tier.name for tier in tiers))}\n")
     print(f"{'kernel':<20} {'dtype':<9} {'cases':>5} {'runs':>5}  result")
     computed: Golden = {}
     bad = runs = 0
-    for kernel, dtype, found in findings():
-        expected = None if write_golden or failure else golden.get(kernel, {}).get(dtype, {})
+    for kernel, dtype, found in findings(tiers):
+        expected = None
+        if not write_golden and not failure:
+            expected = dict(golden.get(kernel, {}).get(dtype, {}))
+            if all(tier.on_cuda for tier in tiers):
+                expected.pop(BAD_TARGETS, None)
         problems = compare(found, expected)
-        computed.setdefault(kernel, {})[dtype] = {f.case: f.digest for f in found}
+        computed.setdefault(kernel, {})[dtype] = {f.case: f.digest for f in found if f.digest}
         bad, runs = bad + bool(problems), runs + sum(f.runs for f in found)
         good = "agree" if expected is None else "ok"
         print(f"{kernel:<20} {dtype:<9} {len(found):>5} {sum(f.runs for f in found):>5}", end="  ")

@@ -65,6 +65,23 @@ def special_values(dtype: torch.dtype) -> Tensor:
     return torch.tensor(found + [k + sign for k in found], dtype=integer).view(dtype)
 
 
+def patterns(double: bool) -> NDArray[Any]:
+    """Numbers of every sign and exponent, infinities and NaNs, half of them not far from one."""
+    n, odd = 1 << 18, 12345  # the last vectors of every width are partial
+    bits = 64 if double else 32
+    exponent = 11 if double else 8
+    everywhere = hashes(20, n + odd) >> np.uint64(64 - bits)
+    mantissa = np.uint64((1 << (bits - 1 - exponent)) - 1)
+    one = (1 << (exponent - 1)) - 1
+    near = (hashes(21, n) % np.uint64(24) + np.uint64(one - 16)) << np.uint64(bits - 1 - exponent)
+    sign = (everywhere[:n] >> np.uint64(bits - 1)) << np.uint64(bits - 1)
+    both = np.concatenate((everywhere, (everywhere[:n] & mantissa) | near | sign))
+    edges = np.array([0, 1, 2], dtype=np.uint64)
+    top = np.uint64(((1 << exponent) - 1) << (bits - 1 - exponent))
+    both = np.concatenate((both, edges, top - edges, top + edges))
+    return both.view(np.float64) if double else both.astype(np.uint32).view(np.float32)
+
+
 # ---- cases ---------------------------------------------------------------------------------------
 
 
@@ -202,7 +219,7 @@ def _piece(
         return {"loss": losses.detach(), "gradient 0": leaf.grad}
     out = None
     if mode == "inplace":
-        x = out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+        x = out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
     elif mode == "accumulate":
         out = data["buffer"][cut].clone(memory_format=torch.preserve_format)
     if mode == "mean":
@@ -232,7 +249,8 @@ def cases(kernel: str, dtype: torch.dtype) -> list[Case]:
 
 def compute(kernel: str, case: Case, data: dict[str, Any], pieces: list[slice]) -> Outputs:
     """All outputs of a case, put together from the pieces of the batch."""
-    total = None if data["input"].dtype is torch.float64 else LossSum()
+    input = data["input"]
+    total = None if input.dtype is torch.float64 else LossSum(input.device)
     parts = [_piece(kernel, case.mode, data, cut, total) for cut in pieces]
     outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if total is not None:

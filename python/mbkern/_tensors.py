@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mbkern import _C
+
 #: Storage types in the order of ``mbk::DType``.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 #: Types of class indices in the order of ``mbk::IndexType``.
@@ -20,6 +22,30 @@ _jit_tracing = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+if _C.cuda_is_shim():
+
+    def on_cuda(tensor: Tensor) -> bool:
+        """Whether CUDA's kernels take a tensor; in this build, for tests, those of the CPU."""
+        return tensor.is_cpu and _C.cuda_shim_is_on()
+
+elif _C.cuda_built():
+
+    def on_cuda(tensor: Tensor) -> bool:
+        """Whether CUDA's kernels take a tensor."""
+        return tensor.is_cuda
+
+else:
+
+    def on_cuda(tensor: Tensor) -> bool:
+        """Whether CUDA's kernels take a tensor; this build has none."""
+        return False
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether a tensor lies on a device that this build has kernels for."""
+    return tensor.is_cpu or on_cuda(tensor)
+
+
 def describe(tensor: Tensor) -> str:
     """Shape, dtype and device of a tensor for an error message."""
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
@@ -33,7 +59,7 @@ def require_plain(tensor: Tensor, name: str) -> Tensor:
     """
     if (
         type(tensor) in _PLAIN
-        and tensor.is_cpu
+        and has_kernels(tensor)
         and tensor.layout is _STRIDED
         and not tensor.is_neg()
         and not _functorch_active()
@@ -56,9 +82,11 @@ def _explain(tensor: Tensor, name: str) -> Tensor:
             f"mbkern: {name} is inside a torch.func transform (vmap, grad, ...); mbkern.functional "
             "and mbkern.nn support those, mbkern.loss_and_grad and LossSum do not"
         )
-    if not tensor.is_cpu:
+    if not has_kernels(tensor):
+        cure = "; install with MBKERN_CUDA=ON" if tensor.is_cuda else ""
+        built = "CPU and CUDA tensors" if _C.cuda_built() else "CPU tensors"
         raise NotImplementedError(
-            f"mbkern: {name} is on {tensor.device}; this build has kernels for CPU tensors only"
+            f"mbkern: {name} is on {tensor.device}; this build has kernels for {built} only{cure}"
         )
     if tensor.layout is not _STRIDED:
         raise TypeError(
@@ -92,6 +120,23 @@ def refuse_tracing(name: str) -> None:
             f"mbkern: {name} cannot be traced (make_fx, torch.jit.trace, torch.export); "
             "mbkern.functional and mbkern.nn can"
         )
+
+
+def require_one_device(
+    first: Tensor, scalars: dict[str, object], tensors: dict[str, Tensor | None]
+) -> None:
+    """Raise if a tensor of a call lies on another device than the first one.
+
+    Scalars that are tensors may lie on the CPU: their value is then read at once.
+    """
+    for name, value in (*scalars.items(), *tensors.items()):
+        if not isinstance(value, Tensor) or value.device == first.device:
+            continue
+        if name not in scalars or not value.is_cpu:
+            raise ValueError(
+                f"mbkern: all tensors of a call must lie on one device: {name} is on "
+                f"{value.device}, the first of them on {first.device}"
+            )
 
 
 def require_dtype(tensor: Tensor, name: str) -> int:

@@ -23,6 +23,7 @@ from mbkern._arguments import (
 from mbkern._launch import RowOptions
 from mbkern._launch_pointwise import PointwiseOptions
 from mbkern._losses import Loss, find
+from mbkern._tensors import on_cuda
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -38,7 +39,7 @@ def is_needed(input: Tensor, target: Tensor) -> bool:
         _is_compiling()
         or (type(input) is not Tensor and type(input) is not Parameter)
         or (type(target) is not Tensor and type(target) is not Parameter)
-        or not input.is_cpu
+        or not (input.is_cpu or on_cuda(input))
         or _dispatch_modes() > 0
         or _function_modes() > 0  # among them those of tracers before dispatch
         or _functorch_active()
@@ -51,6 +52,14 @@ def _scalar(value: Number | None, like: Tensor) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
     return torch.full((), value, dtype=torch.float64, device=like.device)
+
+
+def _may_form(input: Tensor) -> bool:
+    """Whether forward may form the gradient and hand it to backward behind the graph's back.
+
+    Not on CUDA: a graph that was captured there replays kernels, not the code that hands it over.
+    """
+    return torch.is_grad_enabled() and not input.is_cuda
 
 
 def _is_full(dtype: torch.dtype) -> bool:
@@ -122,8 +131,8 @@ def row_loss(
         o.reduction != "none"
         and not target.is_floating_point()
         and (_is_full(input.dtype) or grad_scale is not None)
-        and torch.is_grad_enabled()
         and input.requires_grad
+        and _may_form(input)
     )
     arguments = (
         input, target, o.weight, o.sample_weight, _scalar(o.denominator, input),
@@ -272,7 +281,7 @@ def pointwise_loss(
     if _wants_formula():
         return _composite.pointwise_loss(loss, input, target, o, dtype)
     hinted = grad_scale is not None
-    form = o.reduction != "none" and torch.is_grad_enabled()
+    form = o.reduction != "none" and _may_form(input)
     if input is target:
         target = target.view_as(target)  # Dynamo takes no tensor twice
     arguments = (

@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from mbkern import _composite, _ops
-from mbkern._arguments import Number, check_output, compute_dtype, hint_value
+from mbkern._arguments import Number, check_output, compute_dtype
 from mbkern._launch import (
     RowCall,
     RowOptions,
+    hint_argument,
     new_gradient,
+    rescale_on_device,
     scalar_argument,
     scale_dense,
 )
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss
+from mbkern._tensors import on_cuda
 
 __all__ = ["PointwiseLoss", "Request", "RowLoss"]
 
@@ -81,7 +84,7 @@ class _Formed:
 
     __slots__ = ("dense", "grad", "hint", "of_rows", "version")
 
-    def __init__(self, grad: Tensor, hint: float, dense: bool, of_rows: bool) -> None:
+    def __init__(self, grad: Tensor, hint: float | Tensor, dense: bool, of_rows: bool) -> None:
         self.grad: Tensor | None = grad
         self.hint = hint
         self.dense = dense
@@ -108,7 +111,9 @@ class _Formed:
             grad = grad.clone()
         else:
             self.grad = None
-        value = incoming.item() / self.hint
+        if on_cuda(grad):
+            return rescale_on_device(grad, incoming, self.hint, keep_zeros=self.of_rows)
+        value: float = incoming.item() / self.hint  # type: ignore[assignment]  # a number here
         if value == 1.0:
             return grad
         if self.dense:
@@ -177,7 +182,7 @@ class RowLoss(torch.autograd.Function):
             hint is not None or call.compute is input.dtype
         ):  # fmt: skip
             # Read now: GradScaler changes its scale in place.
-            factor = 1.0 if hint is None else hint_value(hint)
+            factor = 1.0 if hint is None else hint_argument(hint)
             grad = input.detach() if inplace else new_gradient(input)
             result, ctx.divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             ctx.formed, ctx.request = _Formed(grad, factor, not inplace, True), request
@@ -212,8 +217,7 @@ class RowLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0] and _is_legacy_batched(incoming):
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
-                torch.tensor(ctx.divisor, dtype=torch.float64, device="cpu"),
-                torch.zeros(1, dtype=torch.int64, device="cpu"),
+                _ops.divisor_tensor(ctx.divisor), _ops.new_token(input),
                 request.loss.name, options.reduction, options.ignore_index,
                 options.label_smoothing, options.z_loss, options.softcap or 0.0, False,
             )  # fmt: skip
@@ -231,7 +235,7 @@ class RowLoss(torch.autograd.Function):
 
 
 def _gradient_of_probabilities(
-    call: RowCall, state: Tensor, incoming: Tensor, divisor: float
+    call: RowCall, state: Tensor, incoming: Tensor, divisor: float | Tensor
 ) -> Tensor:
     """d(result)/d(target) = (1 - eps) w_j (lse - x_j) times the item's factor, by torch."""
     options = call.options
@@ -273,7 +277,7 @@ class PointwiseLoss(torch.autograd.Function):
             or all(t.dtype is call.compute for t, need in zip(tensors, needs, strict=True) if need)
         ):
             # Read now: GradScaler changes its scale in place.
-            factor = 1.0 if hint is None else hint_value(hint)
+            factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(tensors, needs, inplace)
             result, ctx.divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.request = request
@@ -305,8 +309,7 @@ class PointwiseLoss(torch.autograd.Function):
             needs = ctx.needs_input_grad[:2]
             many = _ops.pointwise_loss_backward(
                 incoming, input, target, weight, None,
-                torch.tensor(ctx.divisor, dtype=torch.float64, device="cpu"),
-                torch.zeros(1, dtype=torch.int64, device="cpu"),
+                _ops.divisor_tensor(ctx.divisor), _ops.new_token(input),
                 request.loss.name, options.reduction, options.parameter, False, *needs,
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)

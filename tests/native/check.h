@@ -145,6 +145,7 @@ int64_t numbers_storage(const Options&);
 int64_t numbers_exact_sum(const Options&);
 int64_t row_losses(const Options&);
 int64_t row_threads(const Options&);
+int64_t row_devices(const Options&);
 int64_t row_refusals(const Options&);
 int64_t pointwise_losses(const Options&);
 

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/pointwise_call.h"
+#include "cuda/calls.h"
 
 namespace test {
 namespace {
@@ -99,6 +100,7 @@ struct Variant {
   bool plain = true;  // every view contiguous
   bool in_place = false, accumulate = false;
   int threads = 1;
+  bool device = false;  // CUDA's kernels, whatever the tier
 };
 struct Outcome {
   std::vector<uint64_t> view[mbk::kViews], total;
@@ -132,7 +134,14 @@ Outcome run(Random& r, const mbk::Backend& tier, const Problem& p, const Variant
   reduce.loss = result.data(), reduce.loss_dtype = p.compute;
   reduce.loss_sum = p.compute == DType::f32 ? &sum : nullptr;
   Outcome o;
-  o.divisor = mbk::run_pointwise_loss(tier, p.loss, p.compute, a, reduce);
+  if (variant.device) {
+    const int64_t bytes = mbk::cuda::workspace_bytes(p.size(), p.compute == DType::f64);
+    const Buffer workspace(DType::f64, (bytes + 7) / 8);
+    mbk::cuda::run_pointwise_loss({nullptr, workspace.data()}, p.loss, p.compute, a, reduce);
+    o.divisor = workspace.get(0);
+  } else {
+    o.divisor = mbk::run_pointwise_loss(tier, p.loss, p.compute, a, reduce);
+  }
   for (int v = kInputs; v < mbk::kViews; ++v) {
     if (!p.present[v]) continue;
     const Placed& at = placed[v == mbk::kGradInput && same ? (int)mbk::kInput : v];
@@ -158,7 +167,7 @@ std::string describe(const Problem& p, const mbk::Backend& tier, const Variant& 
   for (int k = 0; k < mbk::kViews; ++k)
     text += p.present[k] ? std::string(" ") + name_of(p.type[k]) : " -";
   return text + (v.plain ? "" : " laid out") + (v.in_place ? " in place" : "") +
-         (v.accumulate ? " accumulate" : "") + " threads " + std::to_string(v.threads);
+         (v.accumulate ? " accumulate" : "") + (v.device ? " on the device" : "") + " threads " + std::to_string(v.threads);
 }
 
 // Bounds: the difference, its square and each factor are rounded once; then the result, to its
@@ -228,10 +237,17 @@ int64_t check_problem(Random& r, const Problem& p) {
     constexpr Variant kVariants[] = {{true, false, false, 1}, {false, false, false, 1},
                                      {false, true, false, 1}, {true, true, false, 3},
                                      {true, false, true, 1},  {false, false, true, 3}};
-    for (const Variant& v : kVariants) {
+    std::vector<Variant> variants(std::begin(kVariants), std::end(kVariants));
+#if defined(MBKERN_CUDA)
+    for (Variant v : kVariants) {
+      v.device = true;
+      if (t == 0) variants.push_back(v);
+    }
+#endif
+    for (const Variant& v : variants) {
       const std::string where = describe(p, *tiers[t], v);
       const Outcome o = run(r, *tiers[t], p, v);
-      const bool base = &v == kVariants;
+      const bool base = &v == &variants[0];
       if (base)
         for (const auto& words : o.view) digest_of(t).add(words);
       if (base) digest_of(t).add(o.total);

@@ -88,7 +88,16 @@ int64_t check_problem(Random& r, const RowProblem& p) {
     v[4].gradient = false;
     v[5].from_state = true;
     v[6].accumulate = v[7].accumulate = true, v[7].from_state = true;
-    for (const Variant& variant : v) {
+    std::vector<Variant> variants(v, v + 8);
+#if defined(MBKERN_CUDA)
+    if (t == 0) {
+      for (Variant on_device : {Variant{}, v[0], v[1], v[2], v[4], v[5], v[6], v[7]}) {
+        on_device.device = true;
+        variants.push_back(on_device);
+      }
+    }
+#endif
+    for (const Variant& variant : variants) {
       const Outcome o = run(tier, p, variant, &base);
       const std::string where = describe(p, tier, variant);
       elements += (int64_t)o.grad.size();
@@ -163,6 +172,44 @@ int64_t row_threads(const Options& options) {
           elements += (int64_t)o.grad.size();
         }
     }
+  return elements;
+}
+
+// Rows that take several teams, blocks and clusters of the CUDA kernels, or several waves.
+int64_t row_devices(const Options& options) {
+  int64_t elements = 0;
+#if defined(MBKERN_CUDA)
+  uint64_t seed = 1000;
+  const mbk::Backend& tier = *mbk::available_backends()[0];
+  for (const int64_t columns : {1023, 1024, 1032, 2048, 3080, 8192, 9000, 16384, 16392, 33000, 40001,
+                                70000, 140000, 262144, 300000, 600001})
+    for (int type = 0; type < mbk::kDTypes; ++type)
+      for (int round = 0; round < (options.quick || columns > 40000 ? 1 : 4); ++round) {
+        Random r{++seed};
+        const RowProblem p = make_row_problem(r, (DType)type, columns);
+        const Outcome base = run(tier, p, {});
+        Variant v;
+        v.accumulate = true;
+        const Outcome sum = run(tier, p, v);
+        for (int kind = 0; kind < 5; ++kind) {
+          Variant on_device;
+          on_device.device = true;
+          on_device.input_layout = on_device.grad_layout = kind == 1 ? 1 : kind == 2 ? 3 : 0;
+          on_device.in_place = kind == 0;
+          on_device.accumulate = kind == 3;
+          on_device.from_state = kind == 4;
+          const Outcome o = run(tier, p, on_device, &base);
+          const std::string where = describe(p, tier, on_device);
+          elements += (int64_t)o.grad.size();
+          compare("gradient", o.grad, kind == 3 ? sum.grad : base.grad, where);
+          if (kind == 4) continue;
+          compare("loss", o.losses, base.losses, where);
+          compare("state", o.state, base.state, where);
+          compare("total", o.total, base.total, where);
+        }
+      }
+#endif
+  (void)options;
   return elements;
 }
 

@@ -5,8 +5,10 @@
 #include <string>
 
 #include "core/environment.h"
+#include "core/ordered_sum.h"
 #include "cpu/dispatch.h"
 #include "cpu/row_call.h"
+#include "cuda/calls.h"
 #include "row_reference.h"
 
 namespace test {
@@ -43,6 +45,7 @@ struct Variant {
   int input_layout = 0, grad_layout = 0;  // both flat, or neither
   bool gradient = true, in_place = false, accumulate = false, from_state = false;
   bool direct = false;  // the kernel alone, with no more scratch than it says it needs
+  bool device = false;  // CUDA's kernels, whatever the tier
   int threads = 1;
 };
 
@@ -66,6 +69,17 @@ inline std::vector<uint64_t> all_bits(const Buffer& b) {
   std::vector<uint64_t> words;
   for (int64_t i = 0; i < b.size(); ++i) words.push_back(b.bits(i));
   return words;
+}
+
+// The same call by the CUDA kernels, where this test is built with them. Returns the divisor.
+inline double run_on_device(DType input, const mbk::RowArgs& a, const mbk::Result& r) {
+  const int64_t bytes = mbk::cuda::workspace_bytes(a.items, input == DType::f64);
+  const Buffer memory(DType::f64, (bytes + 7) / 8);
+  char* const workspace = (char*)memory.data();
+  mbk::cuda::run_row_loss({nullptr, workspace}, 0, input, a, r);
+  double divisor;
+  memcpy(&divisor, workspace, sizeof divisor);
+  return divisor;
 }
 
 inline Outcome run(const mbk::Backend& tier, const RowProblem& p, const Variant& v,
@@ -117,9 +131,9 @@ inline Outcome run(const mbk::Backend& tier, const RowProblem& p, const Variant&
         (char*)aligned_alloc(64, (size_t)mbk::row_scratch_bytes(p.columns, size_of(compute))),
         free);
     a.scratch = scratch.get();
-    double sum = 0;  // exact in fp32; in order in fp64
-    for (int64_t j = 0; j < p.columns; ++j) sum += p.weight(p.class_weight, j);
-    a.class_weight_sum = p.smoothing != 0 ? sum : 0;
+    const double sum = mbk::host::ordered_sum(  // exact in fp32
+        p.columns, [&p](int64_t j) { return p.weight(p.class_weight, j); });
+    a.class_weight_sum = {p.smoothing != 0 ? sum : 0, nullptr, DType::f64};
     tier.row(0, p.dtype)(a);
     o.divisor = base->divisor, o.total = base->total;
   } else {
@@ -128,7 +142,7 @@ inline Outcome run(const mbk::Backend& tier, const RowProblem& p, const Variant&
     r.reduction = p.mean ? mbk::Reduction::mean : mbk::Reduction::sum;
     r.loss = result.data(), r.loss_dtype = compute;
     r.loss_sum = compute == DType::f32 ? &sum : nullptr;
-    o.divisor = mbk::run_row_loss(tier, 0, p.dtype, a, r);
+    o.divisor = v.device ? run_on_device(p.dtype, a, r) : mbk::run_row_loss(tier, 0, p.dtype, a, r);
     for (const int64_t limb : sum.limb) o.total.push_back((uint64_t)limb);
     o.total.push_back(result.bits(0));
   }
@@ -153,7 +167,10 @@ inline std::string describe(const RowProblem& p, const mbk::Backend& tier, const
            (long long)p.inner, p.target.empty() ? " probabilities" : "", p.smoothing, p.softcap,
            p.z_loss, v.input_layout, v.grad_layout, v.in_place ? " in place" : "",
            v.accumulate ? " accumulate" : "", v.from_state ? " from state" : "",
-           v.direct ? " direct" : "", v.threads);
+           v.device   ? " on the device"
+           : v.direct ? " direct"
+                      : "",
+           v.threads);
   return text;
 }
 

@@ -1,0 +1,159 @@
+"""Losses on a GPU at the speed of memory: against its own copies, torch, and peers, in one run.
+
+Each way is first checked against fp64. Timed are loss and gradient, by events; not timed are
+restoring the logits and compiling. A peer that is not installed, or fails, is listed with its
+reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from goals import Verdict, judge
+from harness import tables
+from harness.results import Entry, Group, summarise
+from harness.timing import Effort, Way
+from report import goal_table, suite_table
+
+from gpu import graphs, machine, ways
+from gpu.goals import GOALS, SUITE
+from gpu.problem import Case, Problem
+from gpu.stage import FAILED, PASSED, Clock, Report
+from gpu.timing import interleave
+
+ELEMENTS = 1 << 28
+COLUMNS = (1000, 4096, 32_000, 50_257, 128_256, 262_144)
+COMPILED_AT = (1000, 32_000, 128_256)  # compiling takes long
+DTYPES = (torch.float32, torch.bfloat16)
+EFFORT = Effort(2.0, 0.3, least=10, most=200)
+RESERVE = 30.0  # seconds that the end of the stage needs
+
+Makers = Mapping[str, Callable[[Problem], ways.Run]]
+Plan = Sequence[tuple[Case, Makers, int]]  # a case, its ways, the bytes an element must move
+ACCUMULATED = ", accumulated"  # after the case
+
+
+def plan(elements: int) -> Plan:
+    """All cases of the numbers to reach."""
+    cases: list[tuple[Case, Makers, int]] = []
+    for dtype in DTYPES:
+        size = dtype.itemsize
+        for columns in COLUMNS:
+            case = Case("cross_entropy", -(-elements // columns), columns, dtype)
+            makers = dict(ways.CLASSES)
+            if columns not in COMPILED_AT:
+                del makers[ways.COMPILED]
+            cases.append((case, makers, 2 * size))
+            if columns == 32_000:
+                cases.append((case, ways.BUFFER, size + 8))
+        case = Case("half_squared_error", elements >> 12, 1 << 12, dtype)
+        cases.append((case, ways.ELEMENTS, 3 * size))
+        cases.append((case, ways.BUFFER, 2 * size + 8))
+    return cases
+
+
+def _copy(problem: Problem, size: int) -> Way:
+    """A copy that reads and writes ``size`` bytes in all."""
+    a = torch.ones(size // 8, dtype=torch.float32, device=problem.plain.device)
+    b = torch.empty_like(a)
+    return Way(ways.COPY, lambda: b.copy_(a), problem.restore)
+
+
+def measure(case: Case, makers: Makers, size: int, effort: Effort, device: str) -> Group:
+    """All ways of a case, each checked first."""
+    problem = Problem(case, device)
+    timed = [_copy(problem, size * problem.plain.numel())]
+    errors: dict[str, float] = {}
+    skipped: list[Entry] = []
+    for name, make in makers.items():
+        problem.restore()
+        try:
+            run = make(problem)
+            errors[name] = problem.error(*run())
+        except ways.Absent as absent:
+            skipped.append(Entry(name, note=str(absent)))
+        except Exception as failure:
+            if name.startswith("mbkern"):
+                raise
+            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            skipped.append(Entry(name, note=reason[:100]))
+        else:
+            timed.append(Way(name, run, problem.restore))
+    entries = interleave(timed, effort, device)
+    for entry in entries[1:]:
+        entry.error = errors[entry.name]
+        entry.correct = entry.error <= case.tolerance
+    label = str(case) + ACCUMULATED * (makers is ways.BUFFER)
+    return Group(
+        SUITE, label, 1, device, "ms", ways.COPY, entries + skipped, case.columns,
+        case.dtype_name,
+    )  # fmt: skip
+
+
+def compact(group: Group) -> dict[str, Any]:
+    """A group without its samples, for the results file."""
+    data = group.as_json()
+    for entry in data["entries"]:
+        del entry["samples"]
+    return data
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
+    return [
+        {"what": v.goal.what, "reach": v.goal.reach, "measured": v.measured, "verdict": v.text,
+         "case": v.group.case}
+        for v in verdicts
+    ]  # fmt: skip
+
+
+def _bandwidth(group: Group, bytes_moved: int) -> float:
+    """Of the group's copy, in GB/s, bytes read and bytes written."""
+    copy = group.entry(ways.COPY)
+    assert copy is not None
+    return bytes_moved / summarise(copy.samples).median / 1e6
+
+
+def check(device: str, clock: Clock, elements: int = ELEMENTS, effort: Effort = EFFORT) -> Report:
+    """Measure everything; wrong results fail the stage, missed goals are listed."""
+    groups: list[Group] = []
+    left_out: list[str] = []
+    copied = 0.0
+    for case, makers, size in plan(elements):
+        if clock.left() < RESERVE:
+            left_out.append(str(case))
+            continue
+        group = measure(case, makers, size, effort, device)
+        copied = max(copied, _bandwidth(group, size * case.rows * case.columns))
+        print(tables.plain(suite_table(SUITE, [group])), flush=True)
+        groups.append(group)
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    hot = machine.sensors() if device != "cpu" else {}
+    if device != "cpu":
+        groups.append(graphs.measure(effort))
+        print(tables.plain(suite_table(graphs.GRAPH, groups[-1:])), flush=True)
+    verdicts = judge(groups, GOALS) if device != "cpu" else []
+    tables.show(goal_table(verdicts))
+    print(f"copy: {copied:.0f} GB/s")
+    wrong = [f"{e.name} at {g.case}" for g in groups for e in g.entries
+             if not e.correct and e.name.startswith("mbkern")]  # fmt: skip
+    reasons = [f"wrong: {', '.join(wrong)}"] if wrong else []
+    reasons += [f"out of time for {', '.join(left_out)}"] if left_out else []
+    missed = sum(v.passed is False for v in verdicts)
+    reasons += [f"{missed} of {len(verdicts)} goals missed"] if missed else []
+    details = {
+        "copy GB/s": round(copied, 1),
+        "sensors while busy": hot,
+        "effort": asdict(effort),
+        "goals": _verdicts(verdicts),
+        "groups": [compact(g) for g in groups],
+    }
+    return Report(FAILED if wrong else PASSED, "; ".join(reasons), details)
+
+
+def rehearse(clock: Clock) -> Report:
+    """Small cases on the CPU: every way that is here must be right."""
+    return check("cpu", clock, 1 << 18, Effort(0.05, 0.0, least=3))

@@ -1,0 +1,67 @@
+#pragma once
+// Neighbouring elements of a storage type in one access of 16 bytes (8 for 16-bit types), and in the
+// registers that the access fills: a value is unpacked where it is used, so that nothing waits for
+// the load before.
+#include "core/dtype.h"
+#include "cuda/platform.cuh"
+
+namespace mbk::MBK_ISA {
+
+// Elements that a thread has next to one another: 16 bytes of the type computed in.
+template <class T>
+inline constexpr int kRun = 16 / sizeof(T);
+
+template <class S>
+struct alignas(16) Packed {
+  S element[kRun<S>];
+  MBK_FN S get(int k) const { return element[k]; }
+  MBK_FN void set(int k, S x) { element[k] = x; }
+};
+
+template <class S>
+struct alignas(8) PackedHalves {
+  uint32_t word[2];
+  MBK_FN float get(int k) const {
+    const uint16_t half = (uint16_t)(word[k / 2] >> (k % 2 * 16));
+#if defined(__CUDA_ARCH__)
+    if constexpr (__is_same(S, f16)) {  // exact, as widen() is, in one instruction
+      float x;
+      asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+      return x;
+    }
+#endif
+    return widen(S{half});
+  }
+  MBK_FN void set(int k, S x) {
+    word[k / 2] = (word[k / 2] & (k % 2 ? 0xffffu : 0xffff0000u)) | (uint32_t)x.bits << k % 2 * 16;
+  }
+};
+template <>
+struct Packed<bf16> : PackedHalves<bf16> {};
+template <>
+struct Packed<f16> : PackedHalves<f16> {};
+
+// Rounded once to nearest even. A NaN may become another NaN than ours.
+template <class S>
+MBK_FN Packed<S> pack(const Compute<S> (&x)[kRun<Compute<S>>]) {
+  Packed<S> packed;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(S) == 2) {
+    for (int k = 0; k < 2; ++k) {
+      if constexpr (__is_same(S, bf16))
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(packed.word[k])
+            : "f"(x[2 * k + 1]), "f"(x[2 * k]));
+      else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+            : "=r"(packed.word[k])
+            : "f"(x[2 * k + 1]), "f"(x[2 * k]));
+    }
+    return packed;
+  }
+#endif
+  for (int k = 0; k < kRun<Compute<S>>; ++k) packed.set(k, narrow<S>(x[k]));
+  return packed;
+}
+
+}  // namespace mbk::MBK_ISA

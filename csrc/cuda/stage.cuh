@@ -1,0 +1,67 @@
+#pragma once
+// Where a team's block of the next row waits, in shared memory: copied there while the present row
+// is computed, by the bulk copy engine, or before sm_90 by asynchronous copies of the threads.
+#include "cuda/packed.cuh"
+#include "cuda/team.cuh"
+
+namespace mbk::MBK_ISA {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kBulkCopies = false;
+#else
+inline constexpr bool kBulkCopies = true;
+#endif
+
+template <class In>
+struct Stage {
+  typedef Compute<In> T;
+  In* const block;  // kBlock columns
+  Barrier& arrived;
+  unsigned phase = 0;
+
+  static constexpr size_t kBytes = kBlock * sizeof(In);  // of a team, behind the barriers of all
+  MBK_DEVICE static size_t barrier_bytes() {
+    return (blockDim.x / kTeam<T> * sizeof(Barrier) + 127) / 128 * 128;
+  }
+  MBK_DEVICE explicit Stage(unsigned char* memory)
+      : block((In*)(memory + barrier_bytes() + threadIdx.x / kTeam<T> * kBytes)),
+        arrived(((Barrier*)memory)[threadIdx.x / kTeam<T>]) {}
+
+  // By all threads; a barrier of the block must follow.
+  MBK_DEVICE void begin() const {
+    if (kBulkCopies && threadIdx.x % kTeam<T> == 0) arrived.init(1);
+  }
+  // By the whole warp, after which the team's threads do not read what the stage held. Rows are
+  // multiples of 16 bytes, aligned.
+  MBK_DEVICE void load(const In* from, int columns) {
+    __syncwarp(kWholeWarp);
+    const unsigned bytes = columns * sizeof(In);
+    if constexpr (kBulkCopies) {
+      if (threadIdx.x % kTeam<T> == 0 && bytes) {
+        arrived.arrive_expect(bytes);
+        bulk_load(block, from, bytes, &arrived);
+      }
+    } else {
+      for (unsigned at = threadIdx.x % kTeam<T> * 16; at < bytes; at += kTeam<T> * 16)
+        async_load((char*)block + at, (const char*)from + at);
+      async_commit();
+    }
+  }
+  // By the whole warp, before the team's threads read what was loaded.
+  MBK_DEVICE void wait(int columns) {
+    if constexpr (kBulkCopies) {
+      if (columns) {
+        arrived.wait(phase);
+        phase ^= 1;
+      }
+    } else {
+      async_wait<0>();
+      __syncwarp(kWholeWarp);
+    }
+  }
+  MBK_DEVICE Packed<In> step(int s) const {
+    return *(const Packed<In>*)(block + s * kGroup + threadIdx.x % kTeam<T> * kRun<T>);
+  }
+};
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,109 @@
+#pragma once
+// The fields of a call, in order, out of one flat tuple: a fraction of the time of as many
+// arguments. The callers build the tuples in the order in which they are read here.
+#include <pybind11/pybind11.h>
+
+#include <optional>
+
+#include "core/environment.h"
+#include "cpu/reduction.h"
+#include "cuda/calls.h"
+#include "python/tensor.h"
+
+namespace mbk::python {
+
+class Fields {
+ public:
+  explicit Fields(const pybind11::tuple& fields) : fields_(fields) {}
+  // Throws unless every field was read and was there, and was what it was read as.
+  void finish() const {
+    if (PyErr_Occurred()) throw pybind11::error_already_set();
+    if (next_ != PyTuple_GET_SIZE(fields_.ptr()))
+      throw std::invalid_argument("mbkern._C: wrong number of fields; the callers differ");
+  }
+  std::int64_t integer() { return PyLong_AsLongLong(get()); }
+  double number() { return as_number(get()); }
+  // A number; None: absent.
+  double number(bool& present) {
+    PyObject* field = get();
+    present = field != Py_None;
+    return present ? as_number(field) : 0;
+  }
+  // False if a number was given as a tensor: Python would read it, and lose its derivative.
+  bool numbers() const { return numbers_; }
+  bool boolean() { return integer() != 0; }
+  void* address() { return PyLong_AsVoidPtr(get()); }
+  // The first tensor must not be a scalar's: it sets the device of the call.
+  Tensor tensor() { return Tensor(get(), device_); }
+  bool on_host() const { return device_ == kHost; }
+  // A number or a 0-dim tensor; None: absent. False where it is neither, or lies on another device.
+  // One on the host is read now if the call is the device's: that waits for nothing.
+  bool scalar(Scalar& s, bool& present) {
+    PyObject* field = get();
+    present = field != Py_None;
+    if (!present) return true;
+    if (PyFloat_CheckExact(field) || PyLong_CheckExact(field)) {
+      s = {PyFloat_AsDouble(field), nullptr, DType::f64};
+      return true;
+    }
+    int device = kNoDevice;
+    const Tensor tensor(field, device);
+    s = {0, tensor.data, tensor.dtype};
+    if (tensor.kind != Tensor::Kind::floating || tensor.dims != 0) return false;
+    if (device != device_ && device == kHost) {
+      const DefaultEnvironment environment;
+      s = {read_scalar(s), nullptr, DType::f64};
+      return true;
+    }
+    return device == device_;
+  }
+  bool scalar(Scalar& s) {
+    bool present;
+    return scalar(s, present) && present;
+  }
+  // Where results go: the reduction, the mean's divisor, the loss, and the sum of the terms.
+  bool result(Result& r) {
+    r.reduction = static_cast<Reduction>(integer());
+    const bool known = scalar(r.denominator, r.has_denominator);
+    const Tensor loss = tensor(), sum = tensor();
+    r.loss = loss.data, r.loss_dtype = loss.dtype;
+    r.loss_sum = static_cast<ExactSumState*>(sum.data);
+    return known && loss.kind <= Tensor::Kind::floating && sum.kind != Tensor::Kind::unsuited;
+  }
+  // The workspace and the stream of a call on CUDA (None and 0 on the host).
+  bool queue(cuda::Queue& queue, std::int64_t& bytes) {
+    const Tensor workspace = tensor();
+    queue = {address(), workspace.data};
+    bytes = workspace ? workspace.numel() * static_cast<std::int64_t>(sizeof(double)) : 0;
+    return !workspace || workspace.is(DType::f64);
+  }
+
+ private:
+  double as_number(PyObject* field) {
+    numbers_ = numbers_ && !is_tensor(field);
+    return PyFloat_AsDouble(field);
+  }
+  PyObject* get() {
+    if (next_ < PyTuple_GET_SIZE(fields_.ptr())) return PyTuple_GET_ITEM(fields_.ptr(), next_++);
+    ++next_;  // finish() will see it
+    return Py_None;
+  }
+  const pybind11::tuple& fields_;
+  Py_ssize_t next_ = 0;
+  int device_ = kNoDevice;
+  bool numbers_ = true;
+};
+
+// Lets other Python threads run, where that is worth its time.
+class Unlocked {
+ public:
+  explicit Unlocked(std::int64_t elements) {
+    constexpr std::int64_t kWorthwhile = 4096;
+    if (elements >= kWorthwhile) release_.emplace();
+  }
+
+ private:
+  std::optional<pybind11::gil_scoped_release> release_;
+};
+
+}  // namespace mbk::python
