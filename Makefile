@@ -4,13 +4,17 @@
 #   make bench       the microbenchmarks    make gpu-check what only a GPU can show
 #   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
 #   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
+#   make shim        CUDA's kernels on the CPU   make shim-races  and their races
 #   make torches     one wheel under several torch versions
 #   make cuda-all    kernels for every architecture  make cuda-wheels  by nvcc from the package index
 #   make full        all checks a CPU can do
-# CUDAARCHS names the GPUs to build for; without it, this machine's, or one.
+# CUDAARCHS='80;90-real' names the GPUs to build kernels for; without it, those of this machine, or 9.0.
 PYTHON ?= python3
 CLANG ?= $(firstword $(foreach v,22 21 20 19 18 17 16 15,$(shell command -v clang++-$v)) clang++)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+ifndef CUDAARCHS
+export CUDAARCHS := $(if $(shell nvidia-smi -L 2>/dev/null),,90-real)
+endif
 
 TOOLS := .venv/tools.stamp
 PACKAGE := .venv/package.stamp
@@ -18,7 +22,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python 
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize clang aarch64 torches cuda-all cuda-wheels clean
+.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize shim shim-races clang aarch64 torches cuda-all cuda-wheels clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -56,7 +60,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint test slow sanitize clang aarch64 torches cuda-all cuda-wheels exhaustive
+full: lint test slow sanitize shim clang aarch64 torches cuda-all cuda-wheels exhaustive
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native
@@ -71,6 +75,7 @@ sanitize: $(PACKAGE)
 	CXX=$(CXX) $(CONFIGURE) -B build/sanitize/native -DMBKERN_SANITIZE=ON
 	cmake --build build/sanitize/native
 	build/sanitize/native/core_test
+	build/sanitize/native/shim_test
 	CXX=$(CXX) MBKERN_CUDA=OFF python -m pip install -q --no-deps --upgrade . \
 	  --target build/sanitize/site --config-settings=build-dir=build/sanitize/module \
 	  --config-settings=cmake.define.MBKERN_SANITIZE=ON --config-settings=install.strip=false
@@ -78,10 +83,33 @@ sanitize: $(PACKAGE)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	python -m pytest tests -q --ignore=tests/test_binary.py -m 'not gpu and not slow'
 
+# CUDA's kernels on the CPU, their threads in several orders.
+SHIM_ORDERS ?= ascending descending random:1
+SHIM_TESTS ?= tests/test_selftest.py tests/test_losses.py
+shim: $(PACKAGE)
+	$(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON
+	cmake --build build/shim/native --target shim_test core_test
+	build/shim/native/shim_test
+	MBKERN_CUDA=OFF python -m pip install -q --no-deps --upgrade . --target build/shim/site \
+	  --config-settings=build-dir=build/shim/module \
+	  --config-settings=cmake.define.MBKERN_CUDA_SHIM=ON
+	set -e; for order in $(SHIM_ORDERS); do export MBKERN_SHIM_ORDER=$$order; \
+	  build/shim/native/core_test --quick; \
+	  PYTHONPATH=build/shim/site python -m pytest -q $(SHIM_TESTS) -m 'not gpu and not slow'; \
+	done
+
+# The same under the thread sanitizer, which knows about 8000 threads: a small device.
+shim-races: $(TOOLS)
+	$(CONFIGURE) -B build/shim/races -DMBKERN_CUDA_SHIM=ON -DMBKERN_SHIM_RACES=ON
+	cmake --build build/shim/races --target shim_test core_test
+	build/shim/races/shim_test 2> build/shim/races/planted.txt
+	MBKERN_SHIM_MULTIPROCESSORS=1 build/shim/races/core_test --quick
+
 clang: $(TOOLS)
 	CXX=$(CLANG) $(CONFIGURE) -B build/clang
 	cmake --build build/clang
 	build/clang/core_test
+	build/clang/shim_test
 
 # Needs a cross-compiler and an emulator: g++-aarch64-linux-gnu and qemu-user on Debian.
 AARCH64 := aarch64-linux-gnu
@@ -90,6 +118,7 @@ aarch64: $(TOOLS)
 	  -DCMAKE_CXX_COMPILER=$(AARCH64)-g++
 	cmake --build build/aarch64
 	qemu-aarch64 -L /usr/$(AARCH64) build/aarch64/core_test --quick
+	qemu-aarch64 -L /usr/$(AARCH64) build/aarch64/shim_test
 
 # The oldest and the newest torch, each in an environment of its own, with the wheel that .venv has.
 TORCHES ?= 2.6.0 2.14.1

@@ -28,6 +28,7 @@ class Instruction(NamedTuple):
     opcode: str  # with its modifiers: "LDG.E.128"
     operands: str
     routine: str = ""
+    guarded: bool = False  # by a predicate
 
 
 @dataclass
@@ -92,7 +93,7 @@ _RESOURCES = re.compile(
 _SECTION = re.compile(r"\s*\.section\s+\.text\.([^,\s]+)")
 _LABEL = re.compile(r"([.$\w]+):$")
 _INSTRUCTION = re.compile(
-    r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*(?:\(\*|;)"
+    r"\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*(?:\(\*|;)"
 )
 
 
@@ -122,7 +123,7 @@ def _kernels(cubin: Path) -> Iterator[Kernel]:
             kernel.labels.update(dict.fromkeys(pending, address))
             pending = []
             kernel.code.append(
-                Instruction(address, instruction[2], instruction[3].strip(), routine)
+                Instruction(address, *instruction.group(3, 4), routine, instruction[2] is not None)
             )
     yield from by_symbol.values()
 

@@ -259,19 +259,23 @@ def test_hints(dtype: torch.dtype, factor: float, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dense", "columns", "gaps"])
-def test_in_place(layout: str, device: torch.device) -> None:
-    """The gradient over the logits, where they lie; the version is bumped."""
-    memory = {"dense": (8, 40), "columns": (40, 8), "gaps": (8, 44)}[layout]
-    values = torch.randn(memory)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place(dtype: torch.dtype, reduction: str, layout: str, device: torch.device) -> None:
+    """The gradient over the logits, where they lie, formed in forward or in backward; the version
+    is bumped."""
+    memory = {"dense": (8, 300), "columns": (300, 8), "gaps": (8, 304)}[layout]
+    values = torch.randn(memory).to(dtype)
 
     def run(on: torch.device, inplace: bool = True) -> dict[str, Tensor]:
         leaf = move(values, on).requires_grad_()
         base = leaf * 1.0
-        x = {"dense": base, "columns": base.t(), "gaps": base[:, 2:42]}[layout]
+        x = {"dense": base, "columns": base.t(), "gaps": base[:, 2:302]}[layout]
         version = x._version
-        loss = F.cross_entropy(x, torch.arange(8, device=on), inplace=inplace)
+        target = torch.arange(8, device=on) * 37
+        loss = F.cross_entropy(x, target, reduction=reduction, inplace=inplace)
+        loss.backward(torch.full_like(loss, 2.5))
         assert (x._version > version) == inplace
-        loss.backward(torch.tensor(2.5, device=on))
         assert leaf.grad is not None
         found = {"loss": loss.detach(), "gradient": leaf.grad}
         if inplace:

@@ -194,8 +194,19 @@ def test_a_sum_in_a_buffer_is_checked_too() -> None:
     assert group.case.endswith(bench.ACCUMULATED)
 
 
+def test_heads_are_checked_too() -> None:
+    group = bench.measure_head(16, 90, 24, Effort(0.0, 0.0, least=1), "cpu")
+    right = {e.name for e in group.entries if e.samples and e.correct}
+    assert right >= {ways.EAGER, ways.IN_PLACE}
+    head = bench.Head(16, 90, 24, "cpu")
+    value, grad = bench.heads.WAYS[ways.EAGER](head)()
+    assert head.error(value, grad) <= head.tolerance
+    assert not head.error(value, 1.1 * grad) <= head.tolerance
+    assert not head.error(1.1 * value, grad) <= head.tolerance
+
+
 def test_absent_peers_are_listed_with_the_reason() -> None:
-    makers = {"peer": lambda p: ways._import("no_such_library", "f")}
+    makers = {"peer": lambda p: ways.load("no_such_library", "f")}
     case = Case("cross_entropy", 3, 70, torch.float32)
     group = bench.measure(case, makers, 8, Effort(0.0, 0.0, least=1), "cpu")
     assert "no_such_library" in group.entries[1].note

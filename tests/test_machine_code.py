@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import contraction
@@ -134,7 +135,7 @@ def test_wide_accesses_are_told_from_narrow_ones(probes: dict[str, Kernel]) -> N
     assert (wide_loads(wide), wide_stores(wide)) == (1, 1)
     assert (wide_loads(narrow), wide_stores(narrow)) == (0, 0)
     assert not any("16 bytes" in line for line in problems(narrow))
-    narrow.name = "pointwise<SquaredError, float>"
+    narrow = replace(narrow, name="pointwise<SquaredError, float>")
     assert any("no loads, or no stores, of 16 bytes" in line for line in problems(narrow))
 
 

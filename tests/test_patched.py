@@ -148,6 +148,7 @@ def test_patch_is_counted() -> None:
     assert probe() == "torch"
 
 
+@pytest.mark.cpu
 @every_way
 def test_nested_and_left_by_exceptions(mode: bool) -> None:
     block = patched(mode=mode)

@@ -106,6 +106,7 @@ PASSED_ON: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.cpu
 @every_way
 @pytest.mark.parametrize(
     ("name", "args", "kwargs", "reason"),
@@ -282,6 +283,7 @@ def test_torch_error_inputs(mode: bool) -> None:
                     getattr(F, name)(sample.input, *sample.args, **sample.kwargs)
 
 
+@pytest.mark.cpu
 @every_way
 def test_class_index_out_of_range(mode: bool) -> None:
     """Found by the kernel only; the error is torch's all the same."""

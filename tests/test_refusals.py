@@ -168,6 +168,13 @@ def test_negative_views_are_right() -> None:
         got = mbkern.loss_and_grad("cross_entropy", **{**arguments, place: value})
         want = mbkern.loss_and_grad("cross_entropy", **{**arguments, place: resolved})
         assert all(map(torch.equal, got, want)), place
+    leaf = plain.requires_grad_()
+    for name, y in (("cross_entropy", target), ("mse_loss", torch.ones(3, 4))):
+        got, want = (
+            torch.autograd.grad(getattr(mbkern.functional, name)(leaf, y), leaf, incoming)
+            for incoming in (torch.tensor(3.0)._neg_view(), torch.tensor(-3.0))
+        )
+        assert torch.equal(got[0], want[0]), f"{name}: incoming gradient"
 
 
 def test_negative_outputs_are_right_or_refused() -> None:

@@ -18,8 +18,9 @@ from harness.results import Entry, Group, summarise
 from harness.timing import Effort, Way
 from report import goal_table, suite_table
 
-from gpu import graphs, machine, ways
+from gpu import graphs, heads, machine, ways
 from gpu.goals import GOALS, SUITE
+from gpu.heads import Head
 from gpu.problem import Case, Problem
 from gpu.stage import FAILED, PASSED, Clock, Report
 from gpu.timing import interleave
@@ -29,9 +30,10 @@ COLUMNS = (1000, 4096, 32_000, 50_257, 128_256, 262_144)
 COMPILED_AT = (1000, 32_000, 128_256)  # compiling takes long
 DTYPES = (torch.float32, torch.bfloat16)
 EFFORT = Effort(2.0, 0.3, least=10, most=200)
+HEAD = (2048, 128_256, 2048)  # rows, classes, width
 RESERVE = 30.0  # seconds that the end of the stage needs
 
-Makers = Mapping[str, Callable[[Problem], ways.Run]]
+Makers = Mapping[str, Callable[[Any], ways.Run]]
 Plan = Sequence[tuple[Case, Makers, int]]  # a case, its ways, the bytes an element must move
 ACCUMULATED = ", accumulated"  # after the case
 
@@ -62,34 +64,52 @@ def _copy(problem: Problem, size: int) -> Way:
     return Way(ways.COPY, lambda: b.copy_(a), problem.restore)
 
 
-def measure(case: Case, makers: Makers, size: int, effort: Effort, device: str) -> Group:
-    """All ways of a case, each checked first."""
-    problem = Problem(case, device)
-    timed = [_copy(problem, size * problem.plain.numel())]
-    errors: dict[str, float] = {}
-    skipped: list[Entry] = []
+def attempt(problem: Problem | Head, makers: Makers) -> tuple[list[Way], list[Entry]]:
+    """The ways that work, and for every way its error or why it is not timed."""
+    timed: list[Way] = []
+    entries: list[Entry] = []
     for name, make in makers.items():
         problem.restore()
         try:
             run = make(problem)
-            errors[name] = problem.error(*run())
-        except ways.Absent as absent:
-            skipped.append(Entry(name, note=str(absent)))
-        except Exception as failure:
+            error = problem.error(*run())
+        except Exception as failure:  # of a peer: the others go on
             if name.startswith("mbkern"):
                 raise
-            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            skipped.append(Entry(name, note=reason[:100]))
+            reason = str(failure) or type(failure).__name__
+            entries.append(Entry(name, note=reason.splitlines()[0][:100]))
         else:
             timed.append(Way(name, run, problem.restore))
-    entries = interleave(timed, effort, device)
-    for entry in entries[1:]:
-        entry.error = errors[entry.name]
-        entry.correct = entry.error <= case.tolerance
+            entries.append(Entry(name, error=error, correct=error <= problem.tolerance))
+    return timed, entries
+
+
+def _fill(entries: Sequence[Entry], timed: Sequence[Entry]) -> None:
+    for measured in timed:
+        for entry in entries:
+            if entry.name == measured.name:
+                entry.samples = measured.samples
+
+
+def measure(case: Case, makers: Makers, size: int, effort: Effort, device: str) -> Group:
+    """All ways of a case, each checked first, and a copy of ``size`` bytes an element."""
+    problem = Problem(case, device)
+    timed, entries = attempt(problem, makers)
+    copy = _copy(problem, size * problem.plain.numel())
+    entries = [Entry(ways.COPY), *entries]
+    _fill(entries, interleave([copy, *timed], effort, device))
     label = str(case) + ACCUMULATED * (makers is ways.BUFFER)
+    return Group(SUITE, label, 1, device, "ms", ways.COPY, entries, case.columns, case.dtype_name)
+
+
+def measure_head(rows: int, columns: int, width: int, effort: Effort, device: str) -> Group:
+    """The matrix product in front of the loss as well: the ways of whole heads."""
+    head = Head(rows, columns, width, device)
+    timed, entries = attempt(head, heads.WAYS)
+    _fill(entries, interleave(timed, effort, device))
     return Group(
-        SUITE, label, 1, device, "ms", ways.COPY, entries + skipped, case.columns,
-        case.dtype_name,
+        heads.SUITE, f"bf16 ({rows}, {width}) x ({columns}, {width})", 1, device, "ms",
+        ways.EAGER, entries, columns, "bfloat16",
     )  # fmt: skip
 
 
@@ -132,6 +152,10 @@ def check(device: str, clock: Clock, elements: int = ELEMENTS, effort: Effort = 
         if device != "cpu":
             torch.cuda.empty_cache()
     hot = machine.sensors() if device != "cpu" else {}
+    if clock.left() >= RESERVE:
+        size = HEAD if device != "cpu" else (64, 500, 32)
+        groups.append(measure_head(*size, effort, device))
+        print(tables.plain(suite_table(heads.SUITE, groups[-1:])), flush=True)
     if device != "cpu":
         groups.append(graphs.measure(effort))
         print(tables.plain(suite_table(graphs.GRAPH, groups[-1:])), flush=True)

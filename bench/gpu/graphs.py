@@ -54,6 +54,6 @@ def measure(effort: Effort) -> Group:
     entries = interleave(graphs, effort, "cuda")
     for entry, error in zip(entries, errors, strict=True):
         entry.samples = [ms * 1e3 / CALLS for ms in entry.samples]
-        entry.error, entry.correct = error, error <= CASE.tolerance
+        entry.error, entry.correct = error, error <= p.tolerance
     entries.append(Entry(LIMIT_US, [6.0] * len(entries[0].samples)))
     return Group(GRAPH, str(CASE), 1, "graph", "us", ways.EAGER, entries, CASE.columns)

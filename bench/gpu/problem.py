@@ -25,10 +25,6 @@ class Case:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    @property
-    def tolerance(self) -> float:
-        return TOLERANCE[self.dtype]
-
     def __str__(self) -> str:
         short = {"float32": "fp32", "bfloat16": "bf16"}[self.dtype_name]
         return f"{self.loss} {short} ({self.rows}, {self.columns})"
@@ -45,6 +41,7 @@ class Problem:
 
     def __init__(self, case: Case, device: str) -> None:
         self.case = case
+        self.tolerance = TOLERANCE[case.dtype]
         random = torch.Generator(device).manual_seed(7)
         shape = (case.rows, case.columns)
         self._pristine = torch.empty(shape, dtype=case.dtype, device=device)

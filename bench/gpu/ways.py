@@ -31,11 +31,12 @@ class Absent(Exception):
     """A way that cannot be taken here, and why."""
 
 
-def _import(module: str, name: str) -> Any:
+def load(module: str, name: str) -> Any:
+    """A function of a library; Absent if it cannot be imported."""
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # a library that is broken here must not stop the others
-        raise Absent(f"{type(error).__name__}: {error}".splitlines()[0][:100]) from error
+        raise Absent(f"{type(error).__name__}: {error}") from error
 
 
 def in_place(p: Problem) -> Run:
@@ -76,19 +77,19 @@ def compiled(p: Problem) -> Run:
 
 
 def liger(p: Problem) -> Run:
-    function = _import("liger_kernel.transformers.functional", "liger_cross_entropy")
+    function = load("liger_kernel.transformers.functional", "liger_cross_entropy")
     return lambda: backward(function(p.input, p.target), p.input)
 
 
 def quack(p: Problem) -> Run:
-    function = _import("quack.cross_entropy", "cross_entropy")
+    function = load("quack.cross_entropy", "cross_entropy")
     return lambda: backward(
         function(p.input, p.target, reduction="mean", inplace_backward=True), p.input
     )
 
 
 def apex(p: Problem) -> Run:
-    function = _import("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
+    function = load("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
     half = p.case.dtype is not torch.float32
     no_padding = -100
     return lambda: backward(

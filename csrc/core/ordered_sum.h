@@ -1,7 +1,7 @@
 #pragma once
 // The sum of fp64 numbers, in one order on every chip: blocks of kPointwiseBlock, in which number i
-// belongs to lane i % kGroup; each lane adds its numbers in order, lanes are joined by halves, blocks
-// in order.
+// belongs to lane i % kGroup; each lane adds its numbers in order, lanes are joined by halves,
+// blocks in order.
 #include "core/row_items.h"
 
 namespace mbk::MBK_ISA {

@@ -13,9 +13,8 @@ double sum_of_weights(const Backend& backend, const PointwiseArgs& args, DType t
   if (type == DType::f64) {
     const View& weight = a.views[kLosses];
     const double* values = static_cast<const double*>(weight.data);
-    return times * host::ordered_sum(a.size, [&](int64_t i) {
-             return values[host::view_offset(a, weight, i)];
-           });
+    return times * host::ordered_sum(
+                       a.size, [&](int64_t i) { return values[host::view_offset(a, weight, i)]; });
   }
   ThreadTotals totals(a.threads);
   a.totals = totals.data();

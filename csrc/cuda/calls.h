@@ -2,8 +2,8 @@
 // Whole calls on a CUDA device, the counterparts of cpu/row_call.h and cpu/pointwise_call.h. They
 // allocate nothing, wait for nothing and read nothing back: all pointers (of tensors, scalars,
 // results) are the device's, and what a call needs in between lies in a workspace that the caller
-// allocates. A class index outside [0, columns) makes its row NaN and is noted in the device's error
-// word. Host functions; each throws std::runtime_error with CUDA's own words.
+// allocates. A class index outside [0, columns) makes its row NaN and is noted in the device's
+// error word. Host functions; each throws std::runtime_error with CUDA's own words.
 #include "core/args.h"
 #include "core/result.h"
 
@@ -37,7 +37,8 @@ void exact_result(const Queue& queue, const ExactSumState* sum, const Result& re
 void exact_merge(const Queue& queue, ExactSumState* into, const ExactSumState* from);
 void exact_add(const Queue& queue, ExactSumState* into, const float* values, int64_t n);
 
-// An elementary function over an array of T, for the self-test; false if there is none of that name.
+// An elementary function over an array of T, for the self-test; false if there is none of that
+// name.
 bool elementary(const Queue& queue, const char* name, bool in_double, const void* x, void* y,
                 int64_t n);
 

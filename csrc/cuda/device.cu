@@ -1,9 +1,9 @@
-#include "cuda/device.h"
-
 #include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+
+#include "cuda/device.h"
 
 namespace mbk::cuda {
 namespace {

@@ -11,7 +11,7 @@ void check(cudaError_t error, const char* what);
 
 struct Device {
   int number, multiprocessors, capability;  // 90: sm_90
-  size_t shared_bytes;                       // that a block can have
+  size_t shared_bytes;                      // that a block can have
   TargetErrors* errors;
   bool has_clusters() const { return capability >= 90; }
 };

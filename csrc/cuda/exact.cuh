@@ -1,6 +1,6 @@
 #pragma once
-// Exact sums on a device. A thread adds into two fp64 bins (core/exact_bins.h); bins are joined over
-// a warp as integers, and states by integer atomics: all of it commutes, so no order matters.
+// Exact sums on a device. A thread adds into two fp64 bins (core/exact_bins.h); bins are joined
+// over a warp as integers, and states by integer atomics: all of it commutes, so no order matters.
 #include "core/exact_bins.h"
 #include "cuda/platform.cuh"
 

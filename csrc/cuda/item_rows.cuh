@@ -16,7 +16,8 @@ MBK_DEVICE Sums join_lanes_of(int count, Value value) {
   Sums level[6], sum;
 #pragma unroll 1
   for (int i = 0; i < kGroup; ++i) {
-    const int k = (i & 1) << 5 | (i & 2) << 3 | (i & 4) << 1 | (i & 8) >> 1 | (i & 16) >> 3 | i >> 5;
+    const int k =
+        (i & 1) << 5 | (i & 2) << 3 | (i & 4) << 1 | (i & 8) >> 1 | (i & 16) >> 3 | i >> 5;
     sum = Sums{};
     if (k < count) sum = value(k);
     bool joined = true;
@@ -145,8 +146,7 @@ struct ItemRows {
         write_gradient((In*)a.grad + offset, false, x, probabilities, m, apart, item, kind);
     }
     if (a.from_state) return 0;
-    const double weight =
-        (double)item_value<T>(a.sample_weight, a.sample_weight_strides, at);
+    const double weight = (double)item_value<T>(a.sample_weight, a.sample_weight_strides, at);
     return item_loss<Loss, T>(call, item, weight, kind);
   }
 
@@ -154,8 +154,7 @@ struct ItemRows {
   MBK_DEVICE void write_gradient(S* grad, bool accumulate, const In* row, const In* probabilities,
                                  T m, int target, const Item& item, ItemKind kind) const {
     if (kind == ItemKind::ignored && accumulate) return;
-    const auto factors =
-        Loss::factors(call, item, call.z_loss != 0 ? Loss::log_sum(item) : 0.0);
+    const auto factors = Loss::factors(call, item, call.z_loss != 0 ? Loss::log_sum(item) : 0.0);
     const T factor = (T)factors.all, scale = (T)item.scale;
     for (int j = 0; j < (int)a.columns; ++j) {
       S& to = grad[j * a.grad_strides.column];

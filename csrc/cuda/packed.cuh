@@ -1,7 +1,7 @@
 #pragma once
-// Neighbouring elements of a storage type in one access of 16 bytes (8 for 16-bit types), and in the
-// registers that the access fills: a value is unpacked where it is used, so that nothing waits for
-// the load before.
+// Neighbouring elements of a storage type in one access of 16 bytes (8 for 16-bit types), and in
+// the registers that the access fills: a value is unpacked where it is used, so that nothing waits
+// for the load before.
 #include "core/dtype.h"
 #include "cuda/platform.cuh"
 

@@ -258,14 +258,13 @@ void run(const Queue& queue, int loss, DType type, PointwiseArgs a, const Result
                      {&work.state->divisor, times, nullptr, {}, {}});
     a.denominator = {0, &work.state->divisor, DType::f64};
   }
-  const bool reduces =
-      (result.reduction != Reduction::none && result.loss) || result.loss_sum;
+  const bool reduces = (result.reduction != Reduction::none && result.loss) || result.loss_sum;
   PointwiseLaunch p{a, result, work.state, nullptr, reduces && sizeof(T) == 4, is_dense(a)};
   if (reduces && sizeof(T) == 8) p.terms = work.losses;
   const int64_t each = kPointwiseThreads * kVector;
-  const auto blocks = static_cast<unsigned>(
-      std::min<int64_t>(std::max<int64_t>(1, (a.size + each - 1) / each),
-                        int64_t{8} * current_device().multiprocessors));
+  const auto blocks =
+      static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(1, (a.size + each - 1) / each),
+                                              int64_t{8} * current_device().multiprocessors));
   check(launch(find(PointwiseLosses{}, loss, type), p, blocks, kPointwiseThreads, 1,
                sizeof(ExactSumState) + 16, work.stream),
         "launching an element-wise loss");

@@ -10,7 +10,7 @@ inline constexpr int kReduceThreads = 256;
 
 // Where a sum goes; what is null is not wanted.
 struct Destination {
-  double* value;        // times `times`
+  double* value;  // times `times`
   double times;
   ExactSumState* into;  // added, exactly
   Result result;        // its loss, over the divisor
@@ -19,7 +19,7 @@ struct Destination {
 
 template <class T, class Source>
 struct Reduce {
-  Source source;         // of number i
+  Source source;  // of number i
   int64_t n;
   ExactSumState* total;  // zero before and after, where there is more than one block
   double* block_sums;    // fp64: one for each kPointwiseBlock numbers

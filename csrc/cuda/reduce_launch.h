@@ -35,7 +35,8 @@ template <class T, class Source>
 void launch_reduce(const Work& work, const Source& source, int64_t n, const Destination& to) {
   if (sizeof(T) == 8 && block_sums(n) > work.sums_size)
     throw std::runtime_error("mbkern: too many fp64 weights for a CUDA device");
-  const int64_t each = sizeof(T) == 8 ? kPointwiseBlock * (kReduceThreads / 32) : kReduceThreads * 8;
+  const int64_t each =
+      sizeof(T) == 8 ? kPointwiseBlock * (kReduceThreads / 32) : kReduceThreads * 8;
   const int64_t wanted = std::max<int64_t>(1, (n + each - 1) / each);
   const auto blocks = static_cast<unsigned>(
       std::min<int64_t>(wanted, int64_t{4} * current_device().multiprocessors));

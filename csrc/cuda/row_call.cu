@@ -19,7 +19,7 @@ void run(const Queue& queue, int loss, DType input, RowArgs a, const Result& res
   const bool weighted = a.target_is_index || a.sample_weight;
   if (!a.from_state)
     a.denominator = result.reduction != Reduction::mean ? Scalar{1, nullptr, DType::f64}
-                    : result.has_denominator             ? result.denominator
+                    : result.has_denominator            ? result.denominator
                     : weighted ? Scalar{0, &work.state->divisor, DType::f64}
                                : Scalar{static_cast<double>(a.items), nullptr, DType::f64};
   const bool smooths_weights = a.label_smoothing != 0 && a.class_weight;
@@ -27,8 +27,7 @@ void run(const Queue& queue, int loss, DType input, RowArgs a, const Result& res
                            ? Scalar{0, &work.state->class_weight_sum, DType::f64}
                            : Scalar{static_cast<double>(a.columns), nullptr, DType::f64};
   const bool reduces =
-      !a.from_state &&
-      ((result.reduction != Reduction::none && result.loss) || result.loss_sum);
+      !a.from_state && ((result.reduction != Reduction::none && result.loss) || result.loss_sum);
   p.totals = reduces && sizeof(T) == 4;
   if (reduces && sizeof(T) == 8 && !a.losses) a.losses = work.losses;
   p.args = a;

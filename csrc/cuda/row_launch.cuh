@@ -45,6 +45,14 @@ MBK_DEVICE T* row_state(const RowArgs& a, int64_t item, int which) {
   return (T*)a.row_state + which * a.items + item;
 }
 
+// Asks for a line of the second-level cache.
+MBK_DEVICE void prefetch(const void* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
+#endif
+  (void)p;
+}
+
 // What the backward half needs of an item.
 template <class Loss, class T>
 MBK_DEVICE void save_state(const RowArgs& a, int64_t i,

@@ -1,11 +1,10 @@
-#include "cuda/row_plan.h"
-
 #include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
 
 #include "cuda/item_rows.cuh"
+#include "cuda/row_plan.h"
 #include "cuda/stage.cuh"
 
 namespace mbk::cuda {
@@ -31,7 +30,8 @@ bool is_aligned(const void* data, const Strides& s, size_t element, size_t bytes
 // Loads are whole multiples of 16 bytes; stores are as wide as what a thread has in a row.
 bool can_reside(const RowArgs& a, DType input) {
   const size_t in = size_of(input), out = a.accumulate ? 4 : in;
-  return a.columns > 0 && a.columns * in % 16 == 0 && is_aligned(a.input, a.input_strides, in, 16) &&
+  return a.columns > 0 && a.columns * in % 16 == 0 &&
+         is_aligned(a.input, a.input_strides, in, 16) &&
          (!a.grad || is_aligned(a.grad, a.grad_strides, out, 4 * out));
 }
 
@@ -90,7 +90,8 @@ RowPlan plan_teams(const Device& device, const RowKernels& kernels, DType input,
   };
   if (kernels.resident && can_reside(a, input)) {
     constexpr int kPortableCluster = 8;
-    t = share_rows<T>(a.items, blocks_of_row, blocks_of_row, device.has_clusters() ? kPortableCluster : 1);
+    t = share_rows<T>(a.items, blocks_of_row, blocks_of_row,
+                      device.has_clusters() ? kPortableCluster : 1);
     if (t.threads && shared_bytes(true) <= device.shared_bytes) {
       plan.kernel = kernels.resident;
       plan.shared_bytes = shared_bytes(true);

@@ -15,21 +15,22 @@ inline constexpr bool kBulkCopies = true;
 template <class In>
 struct Stage {
   typedef Compute<In> T;
-  In* const block;  // kBlock columns
-  Barrier& arrived;
-  unsigned phase = 0;
-
   static constexpr size_t kBytes = kBlock * sizeof(In);  // of a team, behind the barriers of all
-  MBK_DEVICE static size_t barrier_bytes() {
-    return (blockDim.x / kTeam<T> * sizeof(Barrier) + 127) / 128 * 128;
+
+  unsigned char* const memory;
+
+  MBK_DEVICE explicit Stage(unsigned char* shared) : memory(shared) {}
+
+  MBK_DEVICE int team() const { return threadIdx.x / kTeam<T>; }
+  MBK_DEVICE Barrier& arrived() const { return ((Barrier*)memory)[team()]; }
+  MBK_DEVICE In* block() const {  // kBlock columns
+    const size_t barriers = (blockDim.x / kTeam<T> * sizeof(Barrier) + 127) / 128 * 128;
+    return (In*)(memory + barriers + team() * kBytes);
   }
-  MBK_DEVICE explicit Stage(unsigned char* memory)
-      : block((In*)(memory + barrier_bytes() + threadIdx.x / kTeam<T> * kBytes)),
-        arrived(((Barrier*)memory)[threadIdx.x / kTeam<T>]) {}
 
   // By all threads; a barrier of the block must follow.
   MBK_DEVICE void begin() const {
-    if (kBulkCopies && threadIdx.x % kTeam<T> == 0) arrived.init(1);
+    if (kBulkCopies && threadIdx.x % kTeam<T> == 0) arrived().init(1);
   }
   // By the whole warp, after which the team's threads do not read what the stage held. Rows are
   // multiples of 16 bytes, aligned.
@@ -38,29 +39,27 @@ struct Stage {
     const unsigned bytes = columns * sizeof(In);
     if constexpr (kBulkCopies) {
       if (threadIdx.x % kTeam<T> == 0 && bytes) {
-        arrived.arrive_expect(bytes);
-        bulk_load(block, from, bytes, &arrived);
+        arrived().arrive_expect(bytes);
+        bulk_load(block(), from, bytes, &arrived());
       }
     } else {
       for (unsigned at = threadIdx.x % kTeam<T> * 16; at < bytes; at += kTeam<T> * 16)
-        async_load((char*)block + at, (const char*)from + at);
+        async_load((char*)block() + at, (const char*)from + at);
       async_commit();
     }
   }
-  // By the whole warp, before the team's threads read what was loaded.
-  MBK_DEVICE void wait(int columns) {
+  // By the whole warp, before the team's threads read what was loaded; the team's load number
+  // `round`.
+  MBK_DEVICE void wait(int columns, int round) {
     if constexpr (kBulkCopies) {
-      if (columns) {
-        arrived.wait(phase);
-        phase ^= 1;
-      }
+      if (columns) arrived().wait(round % 2);
     } else {
       async_wait<0>();
       __syncwarp(kWholeWarp);
     }
   }
   MBK_DEVICE Packed<In> step(int s) const {
-    return *(const Packed<In>*)(block + s * kGroup + threadIdx.x % kTeam<T> * kRun<T>);
+    return *(const Packed<In>*)(block() + s * kGroup + threadIdx.x % kTeam<T> * kRun<T>);
   }
 };
 

@@ -33,21 +33,19 @@ MBK_DEVICE V join_team(const V (&lane)[kRun<T>]) {
   V x;
   if constexpr (kRun<T> == 4) {
     const bool odd = thread & (kTop / 2);
-    const V a = (high ? lane[2] : lane[0]) +
-                __shfl_xor_sync(kWholeWarp, high ? lane[0] : lane[2], kTop);
-    const V b = (high ? lane[3] : lane[1]) +
-                __shfl_xor_sync(kWholeWarp, high ? lane[1] : lane[3], kTop);
+    const V a =
+        (high ? lane[2] : lane[0]) + __shfl_xor_sync(kWholeWarp, high ? lane[0] : lane[2], kTop);
+    const V b =
+        (high ? lane[3] : lane[1]) + __shfl_xor_sync(kWholeWarp, high ? lane[1] : lane[3], kTop);
     x = (odd ? b : a) + __shfl_xor_sync(kWholeWarp, odd ? a : b, kTop / 2);
 #pragma unroll
-    for (int offset = kTop / 4; offset; offset /= 2)
-      x = x + __shfl_xor_sync(kWholeWarp, x, offset);
-    x = x + __shfl_xor_sync(kWholeWarp, x, kTop);            // lanes k and k + 2
-    return x + __shfl_xor_sync(kWholeWarp, x, kTop / 2);     // lanes k and k + 1
+    for (int offset = kTop / 4; offset; offset /= 2) x = x + __shfl_xor_sync(kWholeWarp, x, offset);
+    x = x + __shfl_xor_sync(kWholeWarp, x, kTop);         // lanes k and k + 2
+    return x + __shfl_xor_sync(kWholeWarp, x, kTop / 2);  // lanes k and k + 1
   } else {
     x = (high ? lane[1] : lane[0]) + __shfl_xor_sync(kWholeWarp, high ? lane[0] : lane[1], kTop);
 #pragma unroll
-    for (int offset = kTop / 2; offset; offset /= 2)
-      x = x + __shfl_xor_sync(kWholeWarp, x, offset);
+    for (int offset = kTop / 2; offset; offset /= 2) x = x + __shfl_xor_sync(kWholeWarp, x, offset);
     return x + __shfl_xor_sync(kWholeWarp, x, kTop);
   }
 }
@@ -93,12 +91,12 @@ template <class T>
 struct Team {
   const RowLaunch& p;
   unsigned char* const memory;
-  int queued = 0;
+  int round = 0;  // rows that these teams have begun with, or kept company in
 
   MBK_DEVICE Team(const RowLaunch& launch, unsigned char* shared) : p(launch), memory(shared) {}
 
   // All of these cost an instruction or two, and registers are scarce.
-  MBK_DEVICE int thread() const { return threadIdx.x % kTeam<T>; }  // in its team
+  MBK_DEVICE int thread() const { return threadIdx.x % kTeam<T>; }                 // in its team
   MBK_DEVICE int group() const { return threadIdx.x / kTeam<T> >> p.team_shift; }  // in its block
   MBK_DEVICE int member() const {  // among the teams of its row
     return cluster_rank() * p.teams + threadIdx.x / kTeam<T> - (group() << p.team_shift);
@@ -130,19 +128,22 @@ struct Team {
     if (p.cluster > 1) cluster_sync();  // the others' shared memory is there
   }
   MBK_DEVICE void sync() const {
-    if (p.cluster > 1)
+    if (p.cluster > 1) {
+      __syncwarp(kWholeWarp);  // the barrier of a cluster is for whole warps
       cluster_sync();
-    else if (p.teams * kTeam<T> > 32)
+    } else if (p.teams * kTeam<T> > 32) {
       __syncthreads();
-    else
+    } else {
       __syncwarp(kWholeWarp);
+    }
   }
   // put(entry) writes this team's entry, in every block of the row. A field is read between the
   // sync that follows and the next one, and written again after that.
   template <class Put>
   MBK_DEVICE void publish(Put put) const {
     if (thread() < p.cluster)
-      put(p.cluster > 1 ? cluster_map(entries(), (unsigned)thread())[member()] : entries()[member()]);
+      put(p.cluster > 1 ? cluster_map(entries(), (unsigned)thread())[member()]
+                        : entries()[member()]);
     sync();
   }
 
@@ -196,11 +197,14 @@ struct Team {
 
   // ---- losses ----
 
+  // Rounds since the queue was last empty.
+  MBK_DEVICE int queued() const { return round & (kQueue / rows_of_warp() - 1); }
+
   template <class Item>
   MBK_DEVICE void push(int64_t i, const Item& item, T sample_weight, ItemKind kind) const {
     if (!speaks()) return;
     LossQueue<T>& q = warp().queue;
-    const int slot = queued * rows_of_warp() + threadIdx.x / kTeam<T> % rows_of_warp();
+    const int slot = queued() * rows_of_warp() + threadIdx.x / kTeam<T> % rows_of_warp();
     q.item[slot] = i, q.kind[slot] = kind;
     q.max[slot] = (T)item.max, q.target_logit[slot] = (T)item.target_logit;
     q.target_term[slot] = (T)item.target_term, q.target_weight[slot] = (T)item.target_weight;
@@ -210,12 +214,17 @@ struct Team {
   // After each row.
   template <class Loss, class Call>
   MBK_DEVICE void flush_if_full(const Call& call) {
-    if (++queued * rows_of_warp() == kQueue) flush<Loss>(call);
+    ++round;
+    if (queued() == 0) flush_items<Loss>(call, kQueue);
   }
+  // The rest, in the end.
   template <class Loss, class Call>
   MBK_DEVICE void flush(const Call& call) {
-    const int slot = threadIdx.x % 32, count = queued * rows_of_warp();
-    queued = 0;
+    flush_items<Loss>(call, queued() * rows_of_warp());
+  }
+  template <class Loss, class Call>
+  MBK_DEVICE void flush_items(const Call& call, int count) {
+    const int slot = threadIdx.x % 32;
     if (!is_owner() || p.args.from_state) return;
     __syncwarp(kWholeWarp);
     const LossQueue<T>& q = warp().queue;

@@ -1,13 +1,14 @@
 #pragma once
 // Row losses with the columns across threads. A team of threads takes one block of kBlock columns:
-// each of its threads has kRun neighbours of every group of kGroup columns, so that it adds up whole
-// lanes of the canonical sum in order, and lanes are joined by shuffles. A row is the work of one
-// team, of several in a block, or of all in a cluster of blocks, which tell each other maxima and
-// block sums.
+// each of its threads has kRun neighbours of every group of kGroup columns, so that it adds up
+// whole lanes of the canonical sum in order, and lanes are joined by shuffles. A row is the work of
+// one team, of several in a block, or of all in a cluster of blocks, which tell each other maxima
+// and block sums.
 //
-// Two ways to hold a row. Resident: the teams hold all of it in registers, first its logits, then its
-// terms, while the next row is on its way to shared memory. Otherwise the teams go over the row in waves, and read it once more for each pass; this serves
-// rows of any length, layout and alignment.
+// Two ways to hold a row. Resident: the teams hold all of it in registers, first its logits, then
+// its terms, while the next row is on its way to shared memory. Otherwise the teams go over the row
+// in waves, and read it once more for each pass; this serves rows of any length, layout and
+// alignment.
 #include "cuda/stage.cuh"
 
 namespace mbk::MBK_ISA {
@@ -37,6 +38,7 @@ struct TeamRows {
   const RowLaunch& p;
   const RowArgs& a;
   Team<T> team;
+  bool has_row = false;  // otherwise these teams only keep the others company
 
   MBK_DEVICE TeamRows(const RowLaunch& launch, unsigned char* memory)
       : p(launch), a(launch.args), team(launch, memory) {}
@@ -54,7 +56,7 @@ struct TeamRows {
   MBK_DEVICE int64_t waves() const { return kResident ? 1 : p.waves; }
   MBK_DEVICE Part part(int64_t wave) const {
     const int64_t first = (wave * team.total() + team.member()) * kBlock + team.thread() * kRuns;
-    const int64_t left = a.columns - first;
+    const int64_t left = has_row ? a.columns - first : 0;
     return {first, left < 0 ? 0 : left > kBlock ? (int)kBlock : (int)left};
   }
 
@@ -176,6 +178,18 @@ struct TeamRows {
     if constexpr (Loss::kSums > 2) sums[Loss::kCoefficients] = (double)join_team<T>(coefficients);
   }
 
+  // Brings what row i will be accumulated into near, while the row is computed: no load may pass a
+  // store later, and there are no registers to load it into now.
+  MBK_DEVICE void prefetch_buffer(int64_t i) const {
+    constexpr int kLine = 128 / sizeof(T);
+    const Part at = part(0);
+    if (!a.grad || !a.accumulate || team.thread() * kRuns % kLine || !at.left) return;
+    const T* const buffer = (const T*)a.grad + ItemPosition(a, i).offset(a.grad_strides) + at.first;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+      if (at.has(s, 0)) prefetch(buffer + s * kGroup);
+  }
+
   // The gradient of a part, from terms that were kept or from logits.
   template <class S>
   MBK_DEVICE void write_gradient(Values& v, const Row& r, const Part& at, S* grad,
@@ -184,7 +198,7 @@ struct TeamRows {
     const int64_t stride = a.grad_strides.column;
     S* const to = grad + at.first * stride;
     T at_target = r.at_target;
-    if (spot >= 0 && accumulate) at_target = (T)widen(to[spot * stride]) + at_target;
+    if (accumulate && spot >= 0) at_target = (T)widen(to[spot * stride]) + at_target;
     v.each(*this, r.logits, at, [&](int s, const Run& x) {
       T g[kRuns];
 #pragma unroll
@@ -216,7 +230,8 @@ struct TeamRows {
     });
     if (spot >= 0) to[spot * stride] = narrow<S>(canonical(at_target));
   }
-  // Replaces every NaN that was written by the one that is ours; `value`, if it is not 0, everything.
+  // Replaces every NaN that was written by the one that is ours; `value`, if it is not 0,
+  // everything.
   template <class S>
   MBK_DEVICE void canonicalise(const Part& at, S* grad) const {
     S* const to = grad + at.first * a.grad_strides.column;
@@ -227,15 +242,14 @@ struct TeamRows {
     }
   }
 
-  // Item i; `v` holds its logits where the row is resident. Every thread of a row's teams takes part,
-  // also where there is no such item.
+  // Item i; `v` holds its logits where the row is resident. Every thread of a row's teams takes
+  // part, also where there is no such item.
   MBK_DEVICE void row(int64_t i, Values& v) {
-    const bool active = i < a.items;
+    const bool active = has_row = i < a.items;
     const ItemPosition at(a, active ? i : 0);
     Row r;
     r.logits = (const In*)a.input + at.offset(a.input_strides);
-    r.probabilities =
-        Loss::kHasIndex ? nullptr : (const In*)a.target + at.offset(a.target_strides);
+    r.probabilities = Loss::kHasIndex ? nullptr : (const In*)a.target + at.offset(a.target_strides);
     ItemKind kind = active ? describe_item<Loss>(a, at, r.target) : ItemKind::ignored;
     if (kind == ItemKind::bad && !a.from_state && team.speaks()) note_bad_target(p, i, r.target);
     if (kind != ItemKind::plain) r.target = -1;
@@ -281,12 +295,10 @@ struct TeamRows {
     item.scale = active ? common().item_scale(a, at) : 0;
     if (!a.from_state) {
       if (active && team.speaks()) save_state<Loss, T>(a, i, item, kind);
-      const T weight =
-          active ? item_value<T>(a.sample_weight, a.sample_weight_strides, at) : (T)0;
+      const T weight = active ? item_value<T>(a.sample_weight, a.sample_weight_strides, at) : (T)0;
       team.push(active ? i : -1, item, weight, kind);
     }
     if (!a.grad) return;
-
     const auto factors =
         Loss::factors(call(), item, call().z_loss != 0 ? Loss::log_sum(item) : 0.0);
     r.factor = (T)factors.all;
@@ -297,6 +309,9 @@ struct TeamRows {
     if (kind == ItemKind::ignored) r.factor = r.scale = 0, finite = true;
     if (kind == ItemKind::bad)
       r.factor = r.scale = canonical((T)__builtin_nanf("")), r.target = -1, finite = false;
+    // The gradient may lie over the logits, and every thread has read the target's. A row whose
+    // sums several teams have joined has met barriers since.
+    if (a.from_state || team.total() == 1) team.sync();
     const bool write = active && !(kind == ItemKind::ignored && a.accumulate);
     const int64_t offset = at.offset(a.grad_strides);
     for (int64_t w = 0; w < waves(); ++w) {
@@ -344,7 +359,9 @@ struct TeamRows {
       stage_row(stage, base + team.group());
       for (; base < a.items; base += p.row_step) {
         const int64_t i = base + team.group();
-        stage.wait(columns_of_team(i));
+        has_row = i < a.items;
+        prefetch_buffer(i);
+        stage.wait(columns_of_team(i), team.round);
         const Part at = part(0);
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {

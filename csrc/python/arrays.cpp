@@ -59,9 +59,18 @@ void elementary(const std::string& isa, const std::string& name, bool in_double,
   throw std::invalid_argument("mbkern: no elementary function '" + name + "'");
 }
 
+// The value of a floating 0-dim tensor on the host; None for anything else.
+py::object scalar_value(const py::object& object) {
+  int device = kNoDevice;
+  const Tensor t(object.ptr(), device);
+  if (device != kHost || t.kind != Tensor::Kind::floating || t.dims != 0) return py::none();
+  return py::float_(read_scalar({0, t.data, t.dtype}));
+}
+
 }  // namespace
 
 void add_arrays(py::module_& m) {
+  m.def("scalar_value", &scalar_value, py::arg("tensor"));
   m.def("elementary", &elementary, py::arg("isa"), py::arg("name"), py::arg("in_double"),
         py::arg("x"), py::arg("y"), py::arg("n"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));

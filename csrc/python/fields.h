@@ -35,6 +35,7 @@ class Fields {
   void* address() { return PyLong_AsVoidPtr(get()); }
   // The first tensor must not be a scalar's: it sets the device of the call.
   Tensor tensor() { return Tensor(get(), device_); }
+  Tensor output() { return Tensor(get(), device_, true); }
   bool on_host() const { return device_ == kHost; }
   // A number or a 0-dim tensor; None: absent. False where it is neither, or lies on another device.
   // One on the host is read now if the call is the device's: that waits for nothing.
@@ -61,11 +62,15 @@ class Fields {
     bool present;
     return scalar(s, present) && present;
   }
+  // Whether the device would read one of the scalars while it writes over it.
+  bool overwrites(const Tensor& output, const Scalar& a, const Scalar& b) const {
+    return !on_host() && (output.spans(a.pointer) || output.spans(b.pointer));
+  }
   // Where results go: the reduction, the mean's divisor, the loss, and the sum of the terms.
   bool result(Result& r) {
     r.reduction = static_cast<Reduction>(integer());
     const bool known = scalar(r.denominator, r.has_denominator);
-    const Tensor loss = tensor(), sum = tensor();
+    const Tensor loss = output(), sum = output();
     r.loss = loss.data, r.loss_dtype = loss.dtype;
     r.loss_sum = static_cast<ExactSumState*>(sum.data);
     return known && loss.kind <= Tensor::Kind::floating && sum.kind != Tensor::Kind::unsuited;
@@ -80,8 +85,9 @@ class Fields {
 
  private:
   double as_number(PyObject* field) {
-    numbers_ = numbers_ && !is_tensor(field);
-    return PyFloat_AsDouble(field);
+    if (!is_tensor(field)) return PyFloat_AsDouble(field);
+    numbers_ = false;
+    return 0;
   }
   PyObject* get() {
     if (next_ < PyTuple_GET_SIZE(fields_.ptr())) return PyTuple_GET_ITEM(fields_.ptr(), next_++);

@@ -44,8 +44,8 @@ py::object pointwise_loss(const py::tuple& fields) {
   Result r{};
   const int loss = static_cast<int>(f.integer());
   const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
-  const Tensor item_scale = f.tensor(), losses = f.tensor();
-  const Tensor grad_input = f.tensor(), grad_target = f.tensor();
+  const Tensor item_scale = f.tensor(), losses = f.output();
+  const Tensor grad_input = f.output(), grad_target = f.output();
   a.accumulate = f.boolean(), a.parameter = f.number();
   bool good = f.scalar(a.scale);
   good = f.result(r) && good;
@@ -68,6 +68,9 @@ py::object pointwise_loss(const py::tuple& fields) {
     if ((v == kWeight || v == kItemScale) && t.dtype != type) return py::none();
   }
   if ((r.loss_sum && type == DType::f64) || !merge(views, a)) return py::none();
+  if (f.overwrites(grad_input, a.scale, r.denominator) ||
+      f.overwrites(grad_target, a.scale, r.denominator))
+    return py::none();
 
   if (!f.on_host()) {
     if (workspace_bytes < cuda::workspace_bytes(input.numel(), type == DType::f64))

@@ -38,8 +38,8 @@ py::object row_loss(const py::tuple& fields) {
   Result r{};
   const int loss = static_cast<int>(f.integer());
   const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
-  const Tensor sample_weight = f.tensor(), grad = f.tensor(), item_scale = f.tensor();
-  const Tensor losses = f.tensor(), state = f.tensor();
+  const Tensor sample_weight = f.tensor(), grad = f.output(), item_scale = f.tensor();
+  const Tensor losses = f.output(), state = f.output();
   a.accumulate = f.boolean(), a.from_state = f.boolean(), a.ignore_index = f.integer();
   a.label_smoothing = f.number(), a.z_loss = f.number();
   bool capped = false;
@@ -91,7 +91,7 @@ py::object row_loss(const py::tuple& fields) {
          (!r.loss_sum || !in_double);
   good = good && a.label_smoothing >= 0 && a.label_smoothing <= 1 &&
          (!capped || (a.softcap > 0 && a.softcap < HUGE_VAL));
-  if (!good) return py::none();
+  if (!good || f.overwrites(grad, a.scale, r.denominator)) return py::none();
 
   if (!f.on_host()) {
     if (workspace_bytes < cuda::workspace_bytes(a.items, in_double)) return py::none();

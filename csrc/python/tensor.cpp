@@ -82,7 +82,7 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
 void switch_shim(bool on) { shimmed = kShim && on; }
 bool shim_is_on() { return shimmed; }
 
-Tensor::Tensor(PyObject* object, int& device) {
+Tensor::Tensor(PyObject* object, int& device, bool is_output) {
   if (object == Py_None) {
     kind = Kind::absent;
     return;
@@ -97,7 +97,7 @@ Tensor::Tensor(PyObject* object, int& device) {
   if (device != device_) kind = Kind::unsuited;
   // Freed storage, and zero tensors, which never had one.
   if (!data && numel()) kind = Kind::unsuited;
-  if (kind == Kind::floating) {  // a lazy negation is only known to torch
+  if (kind == Kind::floating && !is_output) {  // a lazy negation is only known to torch
     const py::object negated = steal(PyObject_CallMethodNoArgs(object, torch.is_neg));
     if (negated.ptr() != Py_False) kind = Kind::unsuited;
     PyErr_Clear();
@@ -194,6 +194,16 @@ bool Tensor::same_shape(const Tensor& other) const {
 
 bool is_tensor(PyObject* object) {
   return !PyFloat_CheckExact(object) && PyObject_TypeCheck(object, torch.types[0]);
+}
+
+bool Tensor::spans(const void* address) const {
+  if (kind != Kind::floating || !address || !numel()) return false;
+  std::int64_t last = 0;
+  for (int d = 0; d < dims; ++d) last += (shape[d] - 1) * strides[d];
+  constexpr std::int64_t kBytes[kDTypes] = {4, 2, 2, 8};
+  const char *const first = static_cast<const char*>(data), *const at =
+                                                                static_cast<const char*>(address);
+  return first <= at && at < first + (last + 1) * kBytes[static_cast<int>(dtype)];
 }
 
 bool item_strides(const Tensor& tensor, bool has_classes, Strides& out) {

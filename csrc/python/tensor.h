@@ -45,8 +45,9 @@ class Tensor {
   // None: absent. Unsuited is what no pointer may be taken of (a fake, functorch-wrapped, sparse,
   // negated ... tensor, or a subclass), what lies on a device without kernels in this build, and
   // other dtypes. All tensors of a call lie on one device: the first one that is read sets it
-  // (from kNoDevice), and one that lies elsewhere is unsuited.
-  Tensor(PyObject* object, int& device);
+  // (from kNoDevice), and one that lies elsewhere is unsuited. Whether a tensor is negated costs as
+  // much as all the rest; an output is not, or Python's check_output refused it.
+  Tensor(PyObject* object, int& device, bool is_output = false);
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
@@ -62,6 +63,8 @@ class Tensor {
   std::int64_t numel() const;
   bool is(DType type) const { return kind == Kind::floating && dtype == type; }
   bool same_shape(const Tensor& other) const;
+  // Whether an address lies between the first and the last byte of a floating tensor's elements.
+  bool spans(const void* address) const;
 
  private:
   bool read_table(PyObject* object);

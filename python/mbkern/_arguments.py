@@ -32,21 +32,29 @@ def check_reduction(reduction: str, denominator: Number | None) -> None:
         raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
 
 
-def result_dtype(loss_dtype: torch.dtype | None, input: Tensor, other: Tensor) -> torch.dtype:
-    """Return the dtype asked for, or torch's: promotion of both, under autocast to float32."""
+def promoted_dtype(input: Tensor, other: Tensor) -> torch.dtype:
+    """Return the dtype that torch computes both in: class indices do not count."""
+    dtype = input.dtype
+    if other.dtype is dtype or not other.is_floating_point():
+        return dtype
+    return torch.promote_types(dtype, other.dtype)
+
+
+def result_dtype(
+    loss_dtype: torch.dtype | None, promoted: torch.dtype, input: Tensor
+) -> torch.dtype:
+    """Return the dtype asked for, or torch's: the promoted one, under autocast float32."""
     if loss_dtype is not None:
         if loss_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(
                 f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}"
             )
         return loss_dtype
-    dtype = input.dtype
-    if other.dtype is not dtype and other.is_floating_point():
-        dtype = torch.promote_types(dtype, other.dtype)
-    device = input.device.type
-    if dtype in _HALF and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.float32
-    return dtype
+    if promoted in _HALF:
+        device = input.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return torch.float32
+    return promoted
 
 
 def hint_value(hint: Number) -> float:

@@ -5,6 +5,7 @@ Each section is a function that returns facts, and adds to ``advice`` what is wr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -117,7 +118,8 @@ def _choice(file: Path) -> str:
 
 
 def _cuda(advice: list[str]) -> Facts:
-    archs = _C.build_info()["cuda_archs"]
+    build, driver = _C.build_info(), driver_version()
+    archs, toolkit = build["cuda_archs"], build["cuda_toolkit"]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = [torch.cuda.get_device_properties(i) for i in range(gpus)]
     if found and not archs:
@@ -134,12 +136,37 @@ def _cuda(advice: list[str]) -> Facts:
         if not runs_on(archs, (gpu.major, gpu.minor)):
             sm = f"{gpu.major}{gpu.minor}"
             advice.append(f"This build does not run on {gpu.name}: reinstall with CUDAARCHS={sm}.")
+    if driver is not None and toolkit and driver[0] < int(toolkit.split(".")[0]):
+        advice.append(
+            f"The driver serves CUDA {driver[0]}.{driver[1]}, this build is of {toolkit}: update"
+            f" the driver, or reinstall with a toolkit of CUDA {driver[0]}."
+        )
+    if _C.cuda_is_shim():
+        advice.append("This build is for tests: CUDA's kernels run on the CPU, slowly.")
     return {
         "gpus": [f"{g.name} (sm {g.major}{g.minor}, {g.total_memory >> 30} GiB)" for g in found]
         or "none visible",
-        "this build": f"for sm {archs}" if archs else "CPU only (no nvcc, or MBKERN_CUDA=OFF)",
+        "this build": f"for sm {archs}, by CUDA {toolkit}"
+        if toolkit
+        else "CPU only (no nvcc, or MBKERN_CUDA=OFF)",
+        "driver": f"serves CUDA {driver[0]}.{driver[1]}" if driver else "none",
         "torch build": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only",
     }
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver serves; None if there is no driver.
+
+    It runs machine code of older toolkits, and of newer ones of the same major version.
+    """
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:

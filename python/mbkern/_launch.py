@@ -141,7 +141,7 @@ def zeros_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Allocate a gradient, in ``like``'s layout if that is dense; huge pages where they pay."""
-    grad = torch.empty_like(like, dtype=dtype)
+    grad = torch.empty_like(like) if dtype is None else torch.empty_like(like, dtype=dtype)
     size = grad.nbytes
     if size >= _HUGE_PAGE_BYTES and grad.is_cpu:
         _C.advise_huge_pages(grad.data_ptr(), size)
@@ -283,8 +283,8 @@ class RowCall:
         return loss, done
 
     def _retry(self, kernel: Callable[..., float | None], fields: tuple[Any, ...]) -> float:
-        """Say why the kernel returned None; or run it on dense copies, where dimensions that do not
-        merge are the reason."""
+        """Say why the kernel returned None; or run it on copies, where dimensions that do not merge
+        are the reason, or numbers in memory that CUDA would write over while it reads them."""
         self.explain()
         _, _, _, weight, sample_weight, grad, item_scale, *rest = fields
         require_one_device(
@@ -297,6 +297,8 @@ class RowCall:
             None if t is None else t.contiguous().resolve_neg()
             for t in (self.input, self.target, weight, sample_weight, grad, item_scale)
         ]
+        for k in (8, 11):
+            rest[k] = rest[k].clone() if isinstance(rest[k], Tensor) else rest[k]
         done = kernel((self.number, *copies, *rest))
         if done is None:
             raise NotImplementedError(

@@ -124,8 +124,9 @@ class PointwiseCall:
         return (losses if losses is not None else loss), done
 
     def _retry(self, kernel: Callable[..., float | None], rest: tuple[Any, ...]) -> float:
-        """Say why the kernel returned None; or run it on dense copies, where more than eight
-        dimensions that do not merge are the reason."""
+        """Say why the kernel returned None; or run it on copies, where more than eight dimensions
+        that do not merge are the reason, or numbers in memory that CUDA would write over while it
+        reads them."""
         self.explain()
         weight, item_scale, _, *grads = rest[:5]
         require_one_device(
@@ -136,7 +137,9 @@ class PointwiseCall:
         )  # fmt: skip
         views = (self.input, self.target, *rest[:5])
         copies = [None if v is None else v.contiguous().resolve_neg() for v in views]
-        done = kernel((self.number, *copies, *rest[5:]))
+        numbers = [v.clone() if k in (7, 9) and isinstance(v, Tensor) else v
+                   for k, v in enumerate(rest)]  # fmt: skip
+        done = kernel((self.number, *copies, *numbers[5:]))
         if done is None:
             raise NotImplementedError(
                 f"mbkern: no kernel takes input {describe(self.input)} and target "

@@ -16,6 +16,7 @@ from mbkern._arguments import (
     check_reduction,
     combine_weights,
     compute_dtype,
+    promoted_dtype,
     result_dtype,
 )
 from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument, zeros_like
@@ -190,7 +191,8 @@ def _row(
 ) -> tuple[Any, dict[int, Tensor]]:
     input, target = tensors
     known = {f: options.pop(f) for f in RowOptions.__slots__ if f in options}
-    loss_dtype = result_dtype(options.pop("loss_dtype", None), input, target)
+    promoted = promoted_dtype(input, target)
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted, input)
     _unknown(loss.name, options)
     row = RowOptions(**known, reduction=reduction)
     state = _common(options, loss_sum, (input,))
@@ -228,7 +230,8 @@ def _pointwise(
     weights = combine_weights(
         options.pop("weight", None), options.pop("sample_weight", None), input.shape
     )
-    loss_dtype = result_dtype(options.pop("loss_dtype", None), input, target)
+    promoted = promoted_dtype(input, target)
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted, input)
     pointwise = PointwiseOptions(
         weights, reduction, options.pop("denominator", None), options.pop("parameter", 0.0)
     )

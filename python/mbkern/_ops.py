@@ -5,28 +5,30 @@ plain tensors go straight to the kernels. Every operator serves all losses of it
 an argument. Backward is an operator of its own, and the autograd Functions are outside
 (``_traced``), so that a tracer sees both halves.
 
-A gradient that is formed in forward stays out of the traced graph: the forward operator returns a
-token, a tiny tensor whose memory owns the gradient, and the backward operator takes the gradient
-from it. It must not be an output of the graph, because backward hands it out without a copy, and a
-compiler assumes that an operator's output is not one of its inputs. Where the token is copied, or
-used a second time, the gradient is computed again, with the same bits.
+A gradient that is formed in forward stays out of the traced graph: the storage of the divisor that
+the forward operator returns owns it, and the backward operator takes it from there. It must not be
+an output of the graph, because backward hands it out without a copy, and a compiler assumes that an
+operator's output is not one of its inputs. Where the divisor is copied, or used a second time, the
+gradient is computed again, with the same bits.
+
+After a large kernel all of this runs from cold caches, where each Python call costs microseconds.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mbkern import _C
 from mbkern._launch import (
     RowCall,
     RowOptions,
     hint_argument,
     new_gradient,
+    new_scalar,
     rescale_on_device,
     scale_dense,
 )
@@ -43,21 +45,21 @@ _SCHEMAS = {
     "row_loss": (
         "(Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, "
         f"Tensor? denominator, Tensor? grad_scale, {_ROW_OPTIONS}, bool form, ScalarType dtype) "
-        "-> (Tensor loss, Tensor state, Tensor divisor, Tensor token)"
+        "-> (Tensor loss, Tensor state, Tensor divisor)"
     ),
     "row_loss_backward": (
         "(Tensor incoming, Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, "
-        "Tensor? grad_scale, Tensor state, Tensor divisor, Tensor token, "
+        "Tensor? grad_scale, Tensor state, Tensor divisor, "
         f"{_ROW_OPTIONS}, bool form) -> Tensor"
     ),
     "pointwise_loss": (
         "(Tensor input, Tensor target, Tensor? weight, Tensor? denominator, Tensor? grad_scale, "
         "str loss, str reduction, float parameter, bool form_input, bool form_target, "
-        "ScalarType dtype) -> (Tensor loss, Tensor divisor, Tensor token)"
+        "ScalarType dtype) -> (Tensor loss, Tensor divisor)"
     ),
     "pointwise_loss_backward": (
         "(Tensor incoming, Tensor input, Tensor target, Tensor? weight, Tensor? grad_scale, "
-        "Tensor divisor, Tensor token, str loss, str reduction, float parameter, bool form, "
+        "Tensor divisor, str loss, str reduction, float parameter, bool form, "
         "bool need_input, bool need_target) -> (Tensor grad_input, Tensor grad_target)"
     ),
 }
@@ -66,39 +68,22 @@ _SCHEMAS = {
 # ---- gradients formed in forward -----------------------------------------------------------------
 
 
-class _Token(np.ndarray[Any, Any]):
-    """One number whose memory keeps gradients alive until a backward takes them."""
-
-    grads: tuple[Tensor | None, ...] | None
-
-
-_tokens: weakref.WeakValueDictionary[int, _Token] = weakref.WeakValueDictionary()
-
-
-def new_token(like: Tensor, grads: tuple[Tensor | None, ...] | None = None) -> Tensor:
-    """A token for ``grads``; they lie on the CPU, for the token's memory does."""
-    if grads is None:
-        return torch.zeros(1, dtype=torch.int64, device=like.device)
-    owner = np.zeros(1, dtype=np.int64).view(_Token)
-    owner.grads = grads
-    token = torch.from_numpy(owner)  # the storage holds `owner`
-    _tokens[token.data_ptr()] = owner
-    return token
+def divisor_tensor(value: float | Tensor, grads: tuple[Tensor | None, ...] = ()) -> Tensor:
+    """The divisor of a mean as a tensor whose storage owns the gradients formed in forward."""
+    if isinstance(value, Tensor):  # on the device
+        divisor = value
+    else:
+        divisor = new_scalar(torch.float64)  # type: ignore[assignment]
+        divisor.fill_(value)
+    divisor.untyped_storage().grads = grads  # type: ignore[attr-defined]
+    return divisor
 
 
-def _take(token: Tensor) -> tuple[Tensor | None, ...] | None:
-    owner = _tokens.pop(token.data_ptr(), None)
-    if owner is None:
-        return None
-    grads, owner.grads = owner.grads, None
+def _take_grads(divisor: Tensor) -> tuple[Tensor | None, ...] | None:
+    storage: Any = divisor.untyped_storage()  # the object that was given the gradients
+    grads: tuple[Tensor | None, ...] | None = getattr(storage, "grads", None)
+    storage.grads = None
     return grads
-
-
-def divisor_tensor(divisor: float | Tensor) -> Tensor:
-    """The divisor that a call returned, as a tensor on the call's device."""
-    if isinstance(divisor, Tensor):
-        return divisor
-    return torch.tensor(divisor, dtype=torch.float64, device="cpu")
 
 
 # ---- what runs -----------------------------------------------------------------------------------
@@ -141,17 +126,16 @@ def _row_loss(
     denominator: Tensor | None,
     grad_scale: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     *options, form, dtype = rest
     call = _row_call(input, target, weight, sample_weight, denominator, tuple(options))
-    call.explain()  # before memory of these shapes is allocated
-    grad = new_gradient(call.input) if form else None
-    state = call.new_state()
+    grad = new_gradient(input) if form else None
+    state = None if form else call.new_state()
     scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grad=grad, scale=scale, state=state, loss_dtype=dtype)
     assert loss is not None
-    token = new_token(input, None if grad is None else (grad,))
-    return loss, state, divisor_tensor(divisor), token
+    state = loss.new_empty(0) if state is None else state
+    return loss, state, divisor_tensor(divisor, (grad,))
 
 
 def _rescaled(
@@ -160,7 +144,8 @@ def _rescaled(
     """A gradient that holds the factor ``hint``, times what the incoming gradient is more."""
     if on_cuda(grad):
         return rescale_on_device(grad, incoming, hint, keep_zeros=of_rows)
-    factor: float = incoming.item() / hint  # type: ignore[assignment]  # a number here
+    value = _C.scalar_value(incoming)
+    factor: float = (incoming.item() if value is None else value) / hint  # type: ignore[assignment]
     return grad if factor == 1.0 else scale_dense(grad, factor, keep_zeros=of_rows)
 
 
@@ -173,23 +158,23 @@ def _row_loss_backward(
     grad_scale: Tensor | None,
     state: Tensor,
     divisor: Tensor,
-    token: Tensor,
     *rest: Any,
 ) -> Tensor:
     *options, form = rest
-    hint = 1.0 if grad_scale is None else hint_argument(grad_scale)
     if form:
-        formed = _take(token)
-        if formed is not None and formed[0] is not None:
-            return _rescaled(formed[0], incoming, hint, True)
+        hint = 1.0 if grad_scale is None else hint_argument(grad_scale)
+        (grad,) = _take_grads(divisor) or (None,)
+        if grad is None:  # as in forward
+            given = divisor if options[1] == "mean" else None
+            grad = new_gradient(input)
+            call = _row_call(input, target, weight, sample_weight, given, tuple(options))
+            call.run(grad=grad, scale=hint)
+        return _rescaled(grad, incoming, hint, True)
     call = _row_call(input, target, weight, sample_weight, None, tuple(options))
-    grad = new_gradient(call.input)
+    grad = new_gradient(input)
     arguments: dict[str, Any] = {"grad": grad, "state": state.contiguous(), "from_state": True}
     if call.options.reduction == "none":
         call.run(item_scale=incoming, **arguments)
-    elif form:
-        call.run(scale=hint, divisor=divisor.detach(), **arguments)
-        return _rescaled(grad, incoming, hint, True)
     else:
         call.run(scale=incoming.detach(), divisor=divisor.detach(), **arguments)
     return grad
@@ -214,19 +199,17 @@ def _pointwise_loss(
     denominator: Tensor | None,
     grad_scale: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     *options, form_input, form_target, dtype = rest
     call = _pointwise_call(input, target, weight, denominator, tuple(options))
-    call.explain()
     grads = (
-        new_gradient(call.input) if form_input else None,
-        new_gradient(call.target) if form_target else None,
+        new_gradient(input) if form_input else None,
+        new_gradient(target) if form_target else None,
     )
     scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grads=grads, scale=scale, loss_dtype=dtype)
     assert loss is not None
-    token = new_token(input, grads if form_input or form_target else None)
-    return loss, divisor_tensor(divisor), token
+    return loss, divisor_tensor(divisor, grads)
 
 
 def _pointwise_loss_backward(
@@ -236,21 +219,20 @@ def _pointwise_loss_backward(
     weight: Tensor | None,
     grad_scale: Tensor | None,
     divisor: Tensor,
-    token: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     *options, form, need_input, need_target = rest
     hint = 1.0 if grad_scale is None else hint_argument(grad_scale)
     needs = (need_input, need_target)
-    call = _pointwise_call(input, target, weight, None, tuple(options))
-    grads = _take(token) if form else None
+    grads = _take_grads(divisor) if form else None
     if grads is None or any(g is None and n for g, n in zip(grads, needs, strict=True)):
         grads = tuple(
             new_gradient(t) if need else None
-            for t, need in zip((call.input, call.target), needs, strict=True)
+            for t, need in zip((input, target), needs, strict=True)
         )
+        call = _pointwise_call(input, target, weight, None, tuple(options))
         arguments: dict[str, Any] = {
-            "want_loss": False, "grads": grads, "loss_dtype": call.input.dtype,
+            "want_loss": False, "grads": grads, "loss_dtype": input.dtype,
         }  # fmt: skip
         if call.options.reduction == "none":
             call.run(item_scale=incoming, **arguments)
@@ -261,7 +243,7 @@ def _pointwise_loss_backward(
         grads = tuple(None if g is None else _rescaled(g, incoming, hint) for g in grads)
     first, second = (
         g if g is not None and need else t.new_empty(0)
-        for g, need, t in zip(grads, needs, (call.input, call.target), strict=True)
+        for g, need, t in zip(grads, needs, (input, target), strict=True)
     )
     return first, second
 
@@ -269,10 +251,8 @@ def _pointwise_loss_backward(
 # ---- shapes and dtypes ---------------------------------------------------------------------------
 
 
-def _fake_row_loss(
-    input: Tensor, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reduction, dtype = rest[5], rest[-1]
+def _fake_row_loss(input: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, form, dtype = rest[5], rest[-2], rest[-1]
     if not input.is_floating_point() or input.dim() == 0:
         raise TypeError(
             f"mbkern: input must be floating and have a class dimension, not {tuple(input.shape)} "
@@ -292,9 +272,10 @@ def _fake_row_loss(
         items = items * size
     return (
         input.new_empty(shape if reduction == "none" else (), dtype=dtype),
-        input.new_empty((2 if has_index else 3, items), dtype=compute),
+        input.new_empty(0, dtype=dtype)
+        if form
+        else input.new_empty((2 if has_index else 3, items), dtype=compute),
         input.new_empty((), dtype=torch.float64),
-        input.new_empty((1,), dtype=torch.int64),
     )
 
 
@@ -302,15 +283,12 @@ def _fake_row_loss_backward(incoming: Tensor, input: Tensor, *rest: Any) -> Tens
     return torch.empty_like(input)
 
 
-def _fake_pointwise_loss(
-    input: Tensor, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_pointwise_loss(input: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     reduction, dtype = rest[4], rest[-1]
     loss = torch.empty_like(input, dtype=dtype) if reduction == "none" else None
     return (
         input.new_empty((), dtype=dtype) if loss is None else loss,
         input.new_empty((), dtype=torch.float64),
-        input.new_empty((1,), dtype=torch.int64),
     )
 
 
@@ -330,8 +308,8 @@ def _fake_pointwise_loss_backward(
 def _each(operator: Callable[..., Any], *forms: int) -> Callable[..., Any]:
     """The vmap rule: one call an element, so that each has the bits of a call of its own.
 
-    ``forms``: positions of the arguments that ask for a gradient in forward; a token would be lost
-    when the elements are stacked.
+    ``forms``: positions of the arguments that ask for a gradient in forward; it would be lost when
+    the divisors are stacked.
     """
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:

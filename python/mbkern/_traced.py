@@ -181,10 +181,10 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, target, weight, sample_weight, denominator, grad_scale = inputs[:6]
-        _, state, divisor, token = output
-        ctx.mark_non_differentiable(state, divisor, token)
+        _, state, divisor = output
+        ctx.mark_non_differentiable(state, divisor)
         ctx.save_for_backward(
-            input, target, weight, sample_weight, denominator, grad_scale, state, divisor, token
+            input, target, weight, sample_weight, denominator, grad_scale, state, divisor
         )
         ctx.options, ctx.form, ctx.dtype = inputs[6:12], inputs[12], inputs[13]
         ctx.wants_target = target.is_floating_point()
@@ -229,20 +229,19 @@ class _RowGradient(torch.autograd.Function):
         grad_scale: Tensor | None,
         state: Tensor,
         divisor: Tensor,
-        token: Tensor,
         *rest: Any,
     ) -> Tensor:
         *options, form, _ = rest
         result: Tensor = _ops.row_loss_backward(
-            incoming, input, target, weight, sample_weight, grad_scale, state, divisor, token,
-            *options, form,
+            incoming, input, target, weight, sample_weight, grad_scale, state, divisor, *options,
+            form,
         )  # fmt: skip
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:6])
-        *ctx.options, _, ctx.dtype = inputs[10:]
+        *ctx.options, _, ctx.dtype = inputs[9:]
         ctx.count = len(inputs)
 
     @staticmethod
@@ -321,9 +320,9 @@ class _PointwiseLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, target, weight, denominator, grad_scale = inputs[:5]
-        _, divisor, token = output
-        ctx.mark_non_differentiable(divisor, token)
-        ctx.save_for_backward(input, target, weight, denominator, grad_scale, divisor, token)
+        _, divisor = output
+        ctx.mark_non_differentiable(divisor)
+        ctx.save_for_backward(input, target, weight, denominator, grad_scale, divisor)
         ctx.options, ctx.dtype = inputs[5:8], inputs[10]
         ctx.form = inputs[8] or inputs[9]
 
@@ -353,12 +352,11 @@ class _PointwiseGradient(torch.autograd.Function):
         denominator: Tensor | None,
         grad_scale: Tensor | None,
         divisor: Tensor,
-        token: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         *options, form, need_input, need_target, _ = rest
         result: tuple[Tensor, Tensor] = _ops.pointwise_loss_backward(
-            incoming, input, target, weight, grad_scale, divisor, token, *options, form,
+            incoming, input, target, weight, grad_scale, divisor, *options, form,
             need_input, need_target,
         )  # fmt: skip
         return result
@@ -366,7 +364,7 @@ class _PointwiseGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:5])
-        *ctx.options, _, need_input, need_target, ctx.dtype = inputs[8:]
+        *ctx.options, _, need_input, need_target, ctx.dtype = inputs[7:]
         ctx.needs = (need_input, need_target)
         ctx.count = len(inputs)
 

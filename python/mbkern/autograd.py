@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbkern import _composite, _ops
+from mbkern import _C, _composite, _ops
 from mbkern._arguments import Number, check_output, compute_dtype
 from mbkern._launch import (
     RowCall,
@@ -79,48 +79,52 @@ def _differentiable(
     return tuple(next(found) if t.requires_grad else None for t in tensors)
 
 
-class _Formed:
-    """A gradient formed in forward, and the factor it already holds."""
+def _hand_out(ctx: Any, incoming: Tensor, *, keep_zeros: bool) -> tuple[Tensor | None, ...]:
+    """The gradients formed in forward, times what the incoming gradient is more than the hint.
 
-    __slots__ = ("dense", "grad", "hint", "of_rows", "version")
-
-    def __init__(self, grad: Tensor, hint: float | Tensor, dense: bool, of_rows: bool) -> None:
-        self.grad: Tensor | None = grad
-        self.hint = hint
-        self.dense = dense
-        self.of_rows = of_rows
-        self.version: int | None = None  # of the logits, where the gradient is over them
-
-    def take(self, incoming: Tensor) -> Tensor:
-        """Hand out the gradient times incoming / hint.
-
-        Our reference is dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
-        clones any other.
-        """
-        grad = self.grad
-        if grad is None:
-            raise RuntimeError(_SECOND_BACKWARD)
-        if self.version is not None and grad._version != self.version:
-            raise RuntimeError(_OVERWRITTEN)
+    Our references are dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
+    clones any other.
+    """
+    grads: tuple[Tensor | None, ...] = ctx.formed
+    if not grads:
+        raise RuntimeError(_SECOND_BACKWARD)
+    if ctx.request.inplace and grads[0] is not None and grads[0]._version != ctx.version:
+        raise RuntimeError(_OVERWRITTEN)
+    value = _C.scalar_value(incoming)
+    if value is None:  # no plain number on the host
         if _is_legacy_batched(incoming):  # is_grads_batched: many incoming gradients at once
-            compute = compute_dtype(grad.dtype)
-            factor = (incoming.double() / self.hint).to(compute)
-            many = (grad.to(compute) * factor).to(grad.dtype)
-            return torch.where(grad == 0, grad, many) if self.of_rows else many
-        if _graph_is_kept():
-            grad = grad.clone()
-        else:
-            self.grad = None
-        if on_cuda(grad):
-            return rescale_on_device(grad, incoming, self.hint, keep_zeros=self.of_rows)
-        value: float = incoming.item() / self.hint  # type: ignore[assignment]  # a number here
-        if value == 1.0:
-            return grad
-        if self.dense:
-            return scale_dense(grad, value, keep_zeros=self.of_rows)
-        if self.of_rows and not math.isfinite(value):
-            return grad.masked_scatter_(grad != 0, grad[grad != 0] * value)
-        return grad.mul_(value)
+            factors = incoming.double() / ctx.hint
+            return tuple(None if g is None else _each(g, factors, keep_zeros) for g in grads)
+        if not on_cuda(incoming):
+            value = incoming.item()
+    if _graph_is_kept():
+        grads = tuple(None if g is None else g.clone() for g in grads)
+    else:
+        ctx.formed = ()
+    if value is None:
+        return tuple(
+            None if g is None else rescale_on_device(g, incoming, ctx.hint, keep_zeros=keep_zeros)
+            for g in grads
+        )
+    factor = value / ctx.hint
+    if factor == 1.0:
+        return grads
+    dense = not ctx.request.inplace
+    return tuple(None if g is None else _scaled(g, factor, dense, keep_zeros) for g in grads)
+
+
+def _scaled(grad: Tensor, factor: float, dense: bool, keep_zeros: bool) -> Tensor:
+    if dense:
+        return scale_dense(grad, factor, keep_zeros=keep_zeros)
+    if keep_zeros and not math.isfinite(factor):
+        return grad.masked_scatter_(grad != 0, grad[grad != 0] * factor)
+    return grad.mul_(factor)
+
+
+def _each(grad: Tensor, factors: Tensor, keep_zeros: bool) -> Tensor:
+    compute = compute_dtype(grad.dtype)
+    many = (grad.to(compute) * factors.to(compute)).to(grad.dtype)
+    return torch.where(grad == 0, grad, many) if keep_zeros else many
 
 
 def _bump_version(tensor: Tensor) -> int:
@@ -185,11 +189,12 @@ class RowLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_argument(hint)
             grad = input.detach() if inplace else new_gradient(input)
             result, ctx.divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
-            ctx.formed, ctx.request = _Formed(grad, factor, not inplace, True), request
+            # What backward returns.
+            ctx.formed, ctx.hint, ctx.request = (grad, None, None), factor, request
             # Only looked at by create_graph.
             ctx.save_for_backward(input, target, options.weight, options.sample_weight)
             if inplace:
-                ctx.formed.version = _bump_version(input)
+                ctx.version = _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         state = call.new_state()
@@ -206,7 +211,7 @@ class RowLoss(torch.autograd.Function):
             )
             return first, second, None
         if ctx.formed is not None:
-            return ctx.formed.take(incoming), None, None
+            return _hand_out(ctx, incoming, keep_zeros=True)
         request: Request = ctx.request
         input, target, weight, sample_weight, state = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
@@ -217,7 +222,7 @@ class RowLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0] and _is_legacy_batched(incoming):
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
-                _ops.divisor_tensor(ctx.divisor), _ops.new_token(input),
+                _ops.divisor_tensor(ctx.divisor),
                 request.loss.name, options.reduction, options.ignore_index,
                 options.label_smoothing, options.z_loss, options.softcap or 0.0, False,
             )  # fmt: skip
@@ -280,13 +285,10 @@ class PointwiseLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(tensors, needs, inplace)
             result, ctx.divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
-            ctx.request = request
-            ctx.formed = tuple(
-                None if g is None else _Formed(g, factor, not inplace, False) for g in grads
-            )
+            ctx.formed, ctx.hint, ctx.request = (*grads, None), factor, request
             ctx.save_for_backward(input, target, options.weight)
             if inplace and needs[0]:
-                ctx.formed[0].version = _bump_version(input)
+                ctx.version = _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         result, ctx.divisor = call.run(loss_dtype=loss_dtype)
@@ -301,7 +303,7 @@ class PointwiseLoss(torch.autograd.Function):
             both = _differentiable(formula, ctx.request, ctx.divisor, incoming, input, target)
             return (*both, None)
         if ctx.formed is not None:
-            return (*(f.take(incoming) if f is not None else None for f in ctx.formed), None)
+            return _hand_out(ctx, incoming, keep_zeros=False)
         request: Request = ctx.request
         input, target, weight = ctx.saved_tensors
         options: PointwiseOptions = replace(request.options, weight=weight)
@@ -309,7 +311,7 @@ class PointwiseLoss(torch.autograd.Function):
             needs = ctx.needs_input_grad[:2]
             many = _ops.pointwise_loss_backward(
                 incoming, input, target, weight, None,
-                _ops.divisor_tensor(ctx.divisor), _ops.new_token(input),
+                _ops.divisor_tensor(ctx.divisor),
                 request.loss.name, options.reduction, options.parameter, False, *needs,
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
@@ -341,6 +343,9 @@ def _gradients(
 
 
 # Function.apply checks for torch.func transforms and unwraps its arguments, at a cost that a small
-# loss feels; the callers of these two have checked that there is nothing to do.
+# loss feels; the callers of these two have checked that there is nothing to do. The node's apply
+# looks up whether there is a backward or a vjp.
+RowLoss._backward_cls.apply = RowLoss.backward  # type: ignore[attr-defined]
+PointwiseLoss._backward_cls.apply = PointwiseLoss.backward  # type: ignore[attr-defined]
 apply_row = super(torch.autograd.Function, RowLoss).apply
 apply_pointwise = super(torch.autograd.Function, PointwiseLoss).apply

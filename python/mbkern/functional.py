@@ -29,7 +29,13 @@ from torch import Tensor
 from torch.nn import _reduction as _legacy
 
 from mbkern import _traced
-from mbkern._arguments import Number, check_reduction, combine_weights, result_dtype
+from mbkern._arguments import (
+    Number,
+    check_reduction,
+    combine_weights,
+    promoted_dtype,
+    result_dtype,
+)
 from mbkern._launch import RowCall, RowOptions
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss, find
@@ -111,7 +117,6 @@ def row_loss(
 ) -> Tensor:
     """Compute any loss over rows of classes; the common end of the public functions."""
     check_reduction(options.reduction, options.denominator)
-    loss_dtype = result_dtype(loss_dtype, input, target)
     if target.dtype is not input.dtype and target.is_floating_point():
         # Class probabilities of another dtype: as in torch, in the promotion of both, by a copy.
         if inplace:
@@ -121,7 +126,10 @@ def row_loss(
             )
         both = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(both), target.to(both)
-    _refuse_other_gradients(options.weight, options.sample_weight, options.denominator)
+    loss_dtype = result_dtype(loss_dtype, input.dtype, input)
+    o = options
+    if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
+        _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
     if _traced.is_needed(input, target):
         return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -211,7 +219,8 @@ def pointwise_loss(
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     check_reduction(reduction, denominator)
-    _refuse_other_gradients(weight, sample_weight, denominator)
+    if weight is not None or sample_weight is not None or denominator is not None:
+        _refuse_other_gradients(weight, sample_weight, denominator)
     if input.shape != target.shape:
         if inplace:
             raise ValueError(
@@ -219,7 +228,7 @@ def pointwise_loss(
                 f"{tuple(input.shape)} and {tuple(target.shape)}"
             )
         input, target = torch.broadcast_tensors(input, target)  # type: ignore[no-untyped-call]
-    loss_dtype = result_dtype(loss_dtype, input, target)
+    loss_dtype = result_dtype(loss_dtype, promoted_dtype(input, target), input)
     weights = combine_weights(weight, sample_weight, input.shape)
     options = PointwiseOptions(weights, reduction, denominator, parameter)
     if _traced.is_needed(input, target):

@@ -167,7 +167,8 @@ std::string describe(const Problem& p, const mbk::Backend& tier, const Variant& 
   for (int k = 0; k < mbk::kViews; ++k)
     text += p.present[k] ? std::string(" ") + name_of(p.type[k]) : " -";
   return text + (v.plain ? "" : " laid out") + (v.in_place ? " in place" : "") +
-         (v.accumulate ? " accumulate" : "") + (v.device ? " on the device" : "") + " threads " + std::to_string(v.threads);
+         (v.accumulate ? " accumulate" : "") + (v.device ? " on the device" : "") + " threads " +
+         std::to_string(v.threads);
 }
 
 // Bounds: the difference, its square and each factor are rounded once; then the result, to its

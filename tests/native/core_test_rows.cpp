@@ -181,8 +181,8 @@ int64_t row_devices(const Options& options) {
 #if defined(MBKERN_CUDA)
   uint64_t seed = 1000;
   const mbk::Backend& tier = *mbk::available_backends()[0];
-  for (const int64_t columns : {1023, 1024, 1032, 2048, 3080, 8192, 9000, 16384, 16392, 33000, 40001,
-                                70000, 140000, 262144, 300000, 600001})
+  for (const int64_t columns : {1023, 1024, 1032, 2048, 3080, 8192, 9000, 16384, 16392, 33000,
+                                40001, 70000, 140000, 262144, 300000, 600001})
     for (int type = 0; type < mbk::kDTypes; ++type)
       for (int round = 0; round < (options.quick || columns > 40000 ? 1 : 4); ++round) {
         Random r{++seed};
