@@ -41,26 +41,32 @@ struct Packed<bf16> : PackedHalves<bf16> {};
 template <>
 struct Packed<f16> : PackedHalves<f16> {};
 
+template <class S>
+MBK_FN uint32_t pack_pair(float low, float high) {
+  uint32_t word = 0;
+#if defined(__CUDA_ARCH__)
+  if constexpr (__is_same(S, bf16))
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#endif
+  (void)low, (void)high;
+  return word;
+}
 // Rounded once to nearest even. A NaN may become another NaN than ours.
 template <class S>
 MBK_FN Packed<S> pack(const Compute<S> (&x)[kRun<Compute<S>>]) {
   Packed<S> packed;
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(S) == 2) {
-    for (int k = 0; k < 2; ++k) {
-      if constexpr (__is_same(S, bf16))
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
-            : "=r"(packed.word[k])
-            : "f"(x[2 * k + 1]), "f"(x[2 * k]));
-      else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-            : "=r"(packed.word[k])
-            : "f"(x[2 * k + 1]), "f"(x[2 * k]));
-    }
-    return packed;
-  }
+  constexpr bool kInPairs = sizeof(S) == 2;
+#else
+  constexpr bool kInPairs = false;
 #endif
-  for (int k = 0; k < kRun<Compute<S>>; ++k) packed.set(k, narrow<S>(x[k]));
+  if constexpr (kInPairs) {
+    for (int k = 0; k < 2; ++k) packed.word[k] = pack_pair<S>(x[2 * k], x[2 * k + 1]);
+  } else {
+    for (int k = 0; k < kRun<Compute<S>>; ++k) packed.set(k, narrow<S>(x[k]));
+  }
   return packed;
 }
 

@@ -42,7 +42,7 @@ MBK_DEVICE void deliver(const Destination& to, double total) {
 }
 
 template <class T, class Source>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kReduceThreads, 2)
     reduce(const __grid_constant__ Reduce<T, Source> p) {
   struct Shared {
     ExactSumState total;

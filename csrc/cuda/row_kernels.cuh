@@ -7,9 +7,10 @@
 
 namespace mbk::MBK_ISA {
 
-// fp64 and class probabilities need too many registers to be resident.
+// The others need too many registers.
 template <class Loss, class In>
-constexpr bool kCanReside = sizeof(In) <= 4 && Loss::kHasIndex;
+constexpr bool kCanReside =
+    sizeof(In) <= 4 && Loss::kHasIndex && !(Loss::kHasCoefficients && Loss::kHasSoftcap);
 
 template <class Loss, class In>
 RowKernels kernels_of() {

@@ -27,6 +27,7 @@ from mbkern._arguments import (
     weights_as,
 )
 from mbkern._tensors import (
+    CUDA_BUILT,
     DTYPES,
     INDEX_TYPES,
     describe,
@@ -247,7 +248,7 @@ class RowCall:
         o = self.options
         dtype = loss_dtype or self.input.dtype
         kernel, workspace, stream = _C.row_loss, None, 0
-        if on_cuda(self.input):
+        if CUDA_BUILT and on_cuda(self.input):
             kernel = _cuda.on_device_of(self.input, kernel)
             workspace = _cuda.new_workspace(
                 self.input, math.prod(self.shape), self.compute is torch.float64

@@ -13,6 +13,7 @@ from mbkern import _C, _cuda
 from mbkern._arguments import REDUCTIONS, Number, weights_as
 from mbkern._launch import new_gradient, new_scalar, scalar_argument
 from mbkern._tensors import (
+    CUDA_BUILT,
     describe,
     on_cuda,
     require_dtype,
@@ -90,7 +91,7 @@ class PointwiseCall:
         o = self.options
         reduction = o.reduction
         kernel, workspace, stream = _C.pointwise_loss, None, 0
-        if on_cuda(self.input):
+        if CUDA_BUILT and on_cuda(self.input):
             kernel = _cuda.on_device_of(self.input, kernel)
             workspace = _cuda.new_workspace(
                 self.input, self.input.numel(), self.compute is torch.float64

@@ -22,6 +22,9 @@ _jit_tracing = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+#: Asked before ``on_cuda`` where a small call would feel a function's time.
+CUDA_BUILT = _C.cuda_built()
+
 if _C.cuda_is_shim():
 
     def on_cuda(tensor: Tensor) -> bool:
@@ -59,7 +62,7 @@ def require_plain(tensor: Tensor, name: str) -> Tensor:
     """
     if (
         type(tensor) in _PLAIN
-        and has_kernels(tensor)
+        and (tensor.is_cpu or on_cuda(tensor))
         and tensor.layout is _STRIDED
         and not tensor.is_neg()
         and not _functorch_active()
