@@ -122,6 +122,8 @@ aarch64: $(TOOLS)
 
 # The oldest and the newest torch, each in an environment of its own, with the wheel that .venv has.
 TORCHES ?= 2.6.0 2.14.1
+BOUNDARY := $(patsubst %,tests/test_%.py,settings operators autograd inplace grad_scale refusals losses \
+  patched patched_calls patched_compile)
 torches: $(PACKAGE)
 	python -m pip wheel -q --no-deps . -w build/wheel
 	set -e; for version in $(TORCHES); do \
@@ -130,8 +132,7 @@ torches: $(PACKAGE)
 	  build/torch-$$version/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl; \
 	  build/torch-$$version/bin/python -m pip install -q numpy; \
 	  build/torch-$$version/bin/python -m mbkern selftest | tail -n 1; \
-	  build/torch-$$version/bin/python -m pytest -q tests/test_settings.py tests/test_autograd.py \
-	    tests/test_refusals.py tests/test_losses.py tests/test_patched.py; \
+	  build/torch-$$version/bin/python -m pytest -q $(BOUNDARY); \
 	done
 
 # The kernels for all architectures, and PTX of the first and of the last for what comes between and

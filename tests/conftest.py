@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mbkern import _C, _launch
+from mbkern import _C, _launch, _patched
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -65,3 +66,17 @@ def reader(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _launch.read_torch(exchange=exchange) == exchange
     yield request.param
     _launch.read_torch()
+
+
+@pytest.fixture
+def patches_taken_back() -> Iterator[None]:
+    """After the test torch's functions are torch's again, in every thread."""
+    assert _patched._Process.users == 0
+    originals = {name: getattr(F, name) for name in ("cross_entropy", "mse_loss")}
+    yield
+    for name, original in originals.items():
+        assert getattr(F, name) is original
+    assert not _patched._thread.on
+    assert not _patched._Process.on
+    assert _patched._Process.users == 0
+    assert _patched._thread.reports == _patched._thread.modes == ()

@@ -13,7 +13,8 @@ HEAD = """# Where the losses work
 
 Every line is a test (`tests/test_settings.py`), run for float32, bfloat16, float16 and float64: the
 result is torch's to rounding, with torch's dtype. "Same bits": and it has the bits of a plain call.
-Refused: an error with the reason, before anything is read or written. Made by
+Refused: an error with the reason, before anything is read or written. "torch": the oldest version
+that does this; `make torches` runs the tests with the oldest and the newest. Made by
 `python tests/support_matrix.py`.
 """
 
@@ -30,11 +31,11 @@ def text() -> str:
     names = [case.name for case in CASES]
     for group in dict.fromkeys(setting.group for setting in SETTINGS):
         members = [setting for setting in SETTINGS if setting.group == group]
-        lines += [f"## {group}", "", f"| setting | {' | '.join(names)} | |"]
-        lines += ["| --- |" + " --- |" * (len(names) + 1)]
+        lines += [f"## {group}", "", f"| setting | {' | '.join(names)} | torch | |"]
+        lines += ["| --- |" + " --- |" * (len(names) + 2)]
         for setting in members:
             cells = " | ".join([_cell(setting)] * len(names))
-            lines.append(f"| {setting.name} | {cells} | {setting.note} |")
+            lines.append(f"| {setting.name} | {cells} | {setting.since} | {setting.note} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -1,101 +1,61 @@
-"""The registered operators by themselves: opcheck, and gradients that get lost on the way."""
+"""The registered operators keep the rules of torch.library, all four of its checks."""
 
 from __future__ import annotations
 
-import weakref
+import itertools
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from cases import CASES, Case
 from torch.library import opcheck
+from torch.utils import _pytree as pytree
 
-import mbkern
+from mbkern import _ops
 
-OPS = torch.ops.mbkern
-X = torch.randn(6, 10, generator=torch.Generator().manual_seed(4))
-Y = torch.arange(6) % 5
-Z = torch.zeros(6, 10)
-ONE, THREE = torch.tensor(1.0), torch.tensor(3.0)
-ROW = ("cross_entropy", "mean", 2, 0.1, 0.0, 0.0)  # two items are ignored
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REDUCTION_AND_FORM = [("none", False), ("mean", False), ("sum", False), ("mean", True)]
 
 
-def _row(x: Tensor, form: bool) -> tuple[Tensor, Tensor, Tensor]:
-    weight = torch.linspace(0.5, 1.5, 10)
-    return OPS.row_loss(x, Y, weight, None, None, None, *ROW, form, x.dtype)
+def check(operator: Any, arguments: tuple[Any, ...]) -> None:
+    """Schema, registration for autograd, fake tensors, and tracing with symbolic shapes."""
+    results = opcheck(operator, arguments)
+    assert set(results) == {
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    }
+    assert set(results.values()) == {"SUCCESS"}
 
 
-def _row_backward(x: Tensor, incoming: Tensor, *state: Tensor, form: bool) -> Tensor:
-    weight = torch.linspace(0.5, 1.5, 10)
-    return OPS.row_loss_backward(incoming, x, Y, weight, None, None, *state, *ROW, form)
-
-
-def _pointwise_backward(divisor: Tensor, incoming: Tensor, form: bool) -> tuple[Tensor, Tensor]:
-    options = ("mse_loss", "mean", 0.0)
-    return OPS.pointwise_loss_backward(
-        incoming, X, Z, None, None, divisor, *options, form, True, True
-    )
-
-
-@pytest.mark.parametrize("form", [False, True])
-def test_opcheck(form: bool) -> None:
-    arguments = (X, Y, None, None, None, None, *ROW, form, torch.float32)
-    opcheck(OPS.row_loss.default, arguments)
-    _, state, divisor = _row(X, form)
-    opcheck(
-        OPS.row_loss_backward.default,
-        (ONE, X, Y, None, None, None, state, divisor.clone(), *ROW, form),
-    )
-    options = ("mse_loss", "mean", 0.0)
-    opcheck(
-        OPS.pointwise_loss.default, (X, Z, None, None, None, *options, form, form, torch.float32)
-    )
-    divisor = torch.tensor(60.0, dtype=torch.float64)
-    opcheck(
-        OPS.pointwise_loss_backward.default,
-        (ONE, X, Z, None, None, divisor, *options, form, True, True),
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("incoming", [ONE, THREE])
-def test_a_lost_gradient_is_formed_again(dtype: torch.dtype, incoming: Tensor) -> None:
-    """From a copy of the divisor, or the second time: the same bits; the first time: no copy."""
-    x, incoming = X.to(dtype), incoming.to(dtype)
-    plain = mbkern.loss_and_grad(
-        "cross_entropy", x, Y, weight=torch.linspace(0.5, 1.5, 10), ignore_index=2,
-        label_smoothing=0.1,
-    )[1]  # fmt: skip
-    _, state, divisor = _row(x, True)
-    owned = divisor.untyped_storage().grads[0].data_ptr()
-    copied = _row_backward(x, incoming, state, divisor.clone(), form=True)
-    first = _row_backward(x, incoming, state, divisor, form=True)
-    second = _row_backward(x, incoming, state, divisor, form=True)
-    assert first.data_ptr() == owned
-    assert len({owned, copied.data_ptr(), second.data_ptr()}) == 3
-    want = plain * incoming  # formed, then multiplied: rounded twice
-    for got in (first, second, copied):
-        assert torch.equal(got, want)
-    _, state, divisor = _row(x, False)
-    assert torch.equal(_row_backward(x, ONE.to(dtype), state, divisor, form=False), plain)
-
-
-def test_a_lost_pair_of_gradients_is_formed_again() -> None:
-    _, divisor = OPS.pointwise_loss(
-        X, Z, None, None, None, "mse_loss", "mean", 0.0, True, True, torch.float32
-    )
-    copied = _pointwise_backward(divisor.clone(), THREE, True)
-    first, second = (_pointwise_backward(divisor, THREE, True) for _ in range(2))
-    assert first[0].data_ptr() != second[0].data_ptr()
-    for got in (first, second):
-        assert all(map(torch.equal, got, copied))
-    assert torch.equal(copied[0], -copied[1])
-    assert torch.allclose(copied[0], X * (6 / X.numel()), rtol=1e-6)
-
-
-def test_gradients_go_with_the_divisor() -> None:
-    """Nothing keeps a gradient alive that no backward took."""
-    _, _, divisor = _row(X, True)
-    grad = weakref.ref(divisor.untyped_storage().grads[0])
-    assert grad() is not None
-    del divisor
-    assert grad() is None
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("reduction", "form"), REDUCTION_AND_FORM)
+def test_operators(case: Case, reduction: str, form: bool) -> None:
+    for dtype, grad in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        sample = case.sample((5, 7), dtype)
+        x, target = sample.input.requires_grad_(grad), sample.target
+        if case.has_rows:
+            weights: tuple[Any, ...] = (torch.rand(7), torch.rand(5))
+            options: tuple[Any, ...] = (case.name, reduction, 3, 0.1, 0.01, 5.0)
+            forward, backward = _ops.row_loss, _ops.row_loss_backward
+            ask: tuple[bool, ...] = (form,)
+        else:
+            weights, options = (torch.rand(5, 7),), (case.name, reduction, 0.0)
+            forward, backward = _ops.pointwise_loss, _ops.pointwise_loss_backward
+            ask = (form, False)
+        hint = torch.tensor(2.0) if form else None
+        tensors = (x, target, *weights)
+        check(forward, (*tensors, None, hint, *options, *ask, dtype))
+        with torch.no_grad():
+            loss, *saved = forward(*tensors, None, hint, *options, *ask, dtype)
+        need = () if case.has_rows else (True, False)
+        arguments = (
+            torch.full_like(loss, 0.5), *tensors, hint, *saved, *options, form, *need
+        )  # fmt: skip
+        if grad:
+            with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+                torch.autograd.grad(pytree.tree_leaves(backward(*arguments))[0].sum(), x)
+        else:
+            check(backward, arguments)

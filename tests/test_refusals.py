@@ -11,6 +11,8 @@ import torch
 from guarded import in_child
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import mbkern
 from mbkern import functional as F
@@ -257,3 +259,103 @@ def test_read_only_arrays() -> None:
         mbkern.loss_and_grad(
             "cross_entropy", np.zeros((3, 4), dtype=np.float32), target, grad_out=x
         )
+
+
+# ---- derivatives that are not computed -----------------------------------------------------------
+
+ROWS = (torch.linspace(-1, 1, 12).reshape(3, 4), torch.tensor([0, 3, 1]))
+PAIR = (ROWS[0], ROWS[0].flip(0))
+#: Functions of a tensor that no derivative is computed of, and such a tensor.
+UNDERIVED: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "weight": (lambda w: F.cross_entropy(*ROWS, weight=w), torch.ones(4)),
+    "sample_weight": (lambda w: F.cross_entropy(*ROWS, sample_weight=w), torch.ones(3)),
+    "denominator": (lambda w: F.cross_entropy(*ROWS, denominator=w), torch.tensor(2.0)),
+    "weight of elements": (lambda w: F.mse_loss(*PAIR, weight=w), torch.ones(3, 4)),
+    "sample_weight of elements": (lambda w: F.mse_loss(*PAIR, sample_weight=w), torch.ones(3, 1)),
+    "denominator of elements": (lambda w: F.mse_loss(*PAIR, denominator=w), torch.tensor(2.0)),
+}
+
+
+@pytest.mark.parametrize("place", UNDERIVED)
+def test_derivatives_that_are_not_computed(place: str) -> None:
+    """Refused, not lost, also where vmap hides that a tensor is differentiated."""
+    function, value = UNDERIVED[place]
+    many = torch.stack([value, value])
+    calls: dict[str, Callable[[], object]] = {
+        "requires_grad": lambda: function(value.clone().requires_grad_()),
+        "grad": lambda: torch.func.grad(function)(value),
+        "vmap": lambda: torch.vmap(function)(many.clone().requires_grad_()),
+        "grad(vmap)": lambda: torch.func.grad(lambda w: torch.vmap(function)(w).sum())(many),
+        "vmap(grad)": lambda: torch.vmap(torch.func.grad(function))(many),
+        "compile": lambda: torch.compile(function, backend="aot_eager")(
+            value.clone().requires_grad_()
+        ),
+    }
+    for name, call in calls.items():
+        # Not only NotImplementedError: torch.compile wraps it.
+        with pytest.raises(Exception, match="no gradient is computed for weights"):
+            raise AssertionError(f"{name}: {call()}")
+    with torch.no_grad():
+        assert torch.equal(function(value.clone().requires_grad_()), function(value))
+    assert torch.equal(torch.vmap(function)(many)[1], function(value))
+
+
+@pytest.mark.parametrize("place", ["z_loss", "label_smoothing", "softcap"])
+def test_numbers_are_no_tensors(place: str) -> None:
+    """float(tensor) would lose its derivative."""
+    value = torch.tensor(0.5)
+
+    def function(v: object) -> Tensor:
+        return F.cross_entropy(*ROWS, **{place: v})
+
+    for call in (
+        lambda: function(value),
+        lambda: function(value.clone().requires_grad_()),
+        lambda: torch.func.grad(function)(value),
+        lambda: torch.func.jvp(function, (value,), (value,)),
+        lambda: mbkern.loss_and_grad("cross_entropy", *ROWS, **{place: value}),
+    ):
+        with pytest.raises(TypeError, match=f"{place} must be a number, not a tensor"):
+            call()
+    for number in (0.5, np.float32(0.5), np.float64(0.5)):
+        assert torch.equal(function(number), function(0.5))
+
+
+@pytest.mark.parametrize("place", ["input", "target", "grad_out", "sample_weight", "scale"])
+def test_loss_and_grad_is_outside_autograd(place: str) -> None:
+    arguments = {"input": PAIR[0], "target": PAIR[1], place: torch.ones(3, 4)}
+    if place == "scale":
+        arguments[place] = torch.tensor(2.0)
+    arguments[place] = arguments[place].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="outside autograd"):
+        mbkern.loss_and_grad("mse_loss", **arguments)
+    with torch.no_grad():
+        mbkern.loss_and_grad("mse_loss", **arguments)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning", "ignore:Dynamo does not know how to trace"
+)
+def test_tracers() -> None:
+    """A tracer sees results being allocated, and not the kernel that fills them."""
+
+    def loss_and_grad(x: Tensor) -> Tensor:
+        gradient: Tensor = mbkern.loss_and_grad("cross_entropy", x, ROWS[1])[1]
+        return gradient
+
+    def loss_sum(x: Tensor) -> Tensor:
+        return mbkern.LossSum().add(x).value()
+
+    for function in (loss_and_grad, loss_sum):
+        for trace in (
+            lambda f: make_fx(f)(ROWS[0]),
+            lambda f: make_fx(f, pre_dispatch=True)(ROWS[0]),
+            lambda f: torch.jit.trace(f, (ROWS[0],), check_trace=False),
+        ):
+            with pytest.raises(NotImplementedError, match="cannot be traced"):
+                trace(function)
+        with FlopCounterMode(display=False):  # a mode that does not trace
+            inside = function(ROWS[0])
+        compiled = torch.compile(function, backend="aot_eager")(ROWS[0])  # with a graph break
+        assert torch.equal(inside, function(ROWS[0]))
+        assert torch.equal(compiled, function(ROWS[0]))

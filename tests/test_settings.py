@@ -10,7 +10,8 @@ import pytest
 import support_matrix
 import torch
 from cases import CASES, DTYPES, Case
-from settings import SETTINGS, Setting, backward
+from settings import SETTINGS, Setting
+from settings.autograd import backward
 from torch import Tensor
 
 pytestmark = [
@@ -34,13 +35,26 @@ def stock(case: Case) -> Callable[..., Tensor]:
     return half
 
 
+def older_torch(version: str) -> bool:
+    have, want = (tuple(map(int, v.split(".")[:2])) for v in (torch.__version__, version))
+    return have < want
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.isnan(), b.isnan())
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name.replace("`", ""))
+EVERY = [
+    pytest.param(s, id=s.name.replace("`", ""), marks=[pytest.mark.slow] if s.slow else [])
+    for s in SETTINGS
+]
+
+
+@pytest.mark.parametrize("setting", EVERY)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_setting(setting: Setting, case: Case) -> None:
+    if older_torch(setting.since):
+        pytest.skip(f"NOT CHECKED: needs torch {setting.since}")
     for dtype in DTYPES:
         sample = case.sample(SHAPE, dtype)
         x, target = sample.input, sample.target

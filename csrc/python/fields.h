@@ -22,7 +22,15 @@ class Fields {
       throw std::invalid_argument("mbkern._C: wrong number of fields; the callers differ");
   }
   std::int64_t integer() { return PyLong_AsLongLong(get()); }
-  double number() { return PyFloat_AsDouble(get()); }
+  double number() { return as_number(get()); }
+  // A number; None: absent.
+  double number(bool& present) {
+    PyObject* field = get();
+    present = field != Py_None;
+    return present ? as_number(field) : 0;
+  }
+  // False if a number was given as a tensor: Python would read it, and lose its derivative.
+  bool numbers() const { return numbers_; }
   bool boolean() { return integer() != 0; }
   void* address() { return PyLong_AsVoidPtr(get()); }
   // The first tensor must not be a scalar's: it sets the device of the call.
@@ -76,6 +84,11 @@ class Fields {
   }
 
  private:
+  double as_number(PyObject* field) {
+    if (!is_tensor(field)) return PyFloat_AsDouble(field);
+    numbers_ = false;
+    return 0;
+  }
   PyObject* get() {
     if (next_ < PyTuple_GET_SIZE(fields_.ptr())) return PyTuple_GET_ITEM(fields_.ptr(), next_++);
     ++next_;  // finish() will see it
@@ -84,6 +97,7 @@ class Fields {
   const pybind11::tuple& fields_;
   Py_ssize_t next_ = 0;
   int device_ = kNoDevice;
+  bool numbers_ = true;
 };
 
 // Lets other Python threads run, where that is worth its time.

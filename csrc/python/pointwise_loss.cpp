@@ -52,7 +52,7 @@ py::object pointwise_loss(const py::tuple& fields) {
   a.threads = static_cast<int>(f.integer());
   cuda::Queue queue;
   std::int64_t workspace_bytes;
-  good = f.queue(queue, workspace_bytes) && good;
+  good = f.queue(queue, workspace_bytes) && f.numbers() && good;
   f.finish();
 
   using Kind = Tensor::Kind;

@@ -43,16 +43,14 @@ py::object row_loss(const py::tuple& fields) {
   a.accumulate = f.boolean(), a.from_state = f.boolean(), a.ignore_index = f.integer();
   a.label_smoothing = f.number(), a.z_loss = f.number();
   bool capped = false;
-  Scalar cap{};
-  bool good = f.scalar(cap, capped) && !cap.pointer;
-  a.softcap = cap.value;
-  good = f.scalar(a.scale) && good;
+  a.softcap = f.number(capped);
+  bool good = f.scalar(a.scale);
   good = f.scalar(a.denominator) && good;
   good = f.result(r) && good;
   a.threads = static_cast<int>(f.integer());
   cuda::Queue queue;
   std::int64_t workspace_bytes;
-  good = f.queue(queue, workspace_bytes) && good;
+  good = f.queue(queue, workspace_bytes) && f.numbers() && good;
   f.finish();
 
   using Kind = Tensor::Kind;

@@ -192,6 +192,10 @@ bool Tensor::same_shape(const Tensor& other) const {
   return dims == other.dims && std::equal(shape, shape + dims, other.shape);
 }
 
+bool is_tensor(PyObject* object) {
+  return !PyFloat_CheckExact(object) && PyObject_TypeCheck(object, torch.types[0]);
+}
+
 bool Tensor::spans(const void* address) const {
   if (kind != Kind::floating || !address || !numel()) return false;
   std::int64_t last = 0;

@@ -76,6 +76,9 @@ class Tensor {
   std::vector<std::int64_t> sizes_;  // shape and strides, if read from attributes
 };
 
+// Whether an object is a torch tensor, of whatever type.
+bool is_tensor(PyObject* object);
+
 // Strides of (batch, the other dimensions as one, class dimension) of a tensor that is (C), (N, C)
 // or (N, C, d1, ...) with a class dimension, else (), (N) or (N, d1, ...). False if the others do
 // not merge.

@@ -65,12 +65,6 @@ def hint_value(hint: Number) -> float:
     return value
 
 
-def check_softcap(softcap: float | None) -> None:
-    """Refuse a cap that is not positive and finite."""
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"mbkern: softcap must be positive and finite, not {softcap}")
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that a storage type is computed in."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -129,10 +123,18 @@ def check_row_shapes(input: Tensor, target: Tensor, ignore_index: int) -> None:
         refuse_indices(target, shape, items)
 
 
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Refuse a share outside [0, 1]."""
+def check_row_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:
+    """Refuse a share outside [0, 1], a cap that is not positive and finite, and tensors."""
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+    for name, number in numbers.items():
+        if isinstance(number, Tensor):
+            raise TypeError(
+                f"mbkern: {name} must be a number, not a tensor, of which no gradient is computed"
+            )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"mbkern: label_smoothing must be in [0, 1], not {label_smoothing}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"mbkern: softcap must be positive and finite, not {softcap}")
 
 
 def refuse_indices(target: Tensor, shape: torch.Size, wanted: torch.Size) -> None:

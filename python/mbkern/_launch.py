@@ -20,9 +20,8 @@ from mbkern import _C, _cuda
 from mbkern._arguments import (
     REDUCTIONS,
     Number,
-    check_label_smoothing,
+    check_row_options,
     check_row_shapes,
-    check_softcap,
     class_weight,
     hint_value,
     weights_as,
@@ -226,8 +225,7 @@ class RowCall:
         self.target = require_plain(self.target, "target")
         require_dtype(self.input, "input")
         check_row_shapes(self.input, self.target, self.options.ignore_index)
-        check_label_smoothing(self.options.label_smoothing)
-        check_softcap(self.options.softcap)
+        check_row_options(self.options.label_smoothing, self.options.z_loss, self.options.softcap)
 
     def run(
         self,
@@ -297,7 +295,7 @@ class RowCall:
              "grad_out": grad, "the incoming gradient": item_scale, "loss_sum": rest[13]},
         )  # fmt: skip
         copies = [
-            None if t is None else t.contiguous()
+            None if t is None else t.contiguous().resolve_neg()
             for t in (self.input, self.target, weight, sample_weight, grad, item_scale)
         ]
         for k in (8, 11):

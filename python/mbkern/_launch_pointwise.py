@@ -137,7 +137,7 @@ class PointwiseCall:
              "grad_out": grads[0], "the target's grad_out": grads[1], "loss_sum": rest[11]},
         )  # fmt: skip
         views = (self.input, self.target, *rest[:5])
-        copies = [None if v is None else v.contiguous() for v in views]
+        copies = [None if v is None else v.contiguous().resolve_neg() for v in views]
         numbers = [v.clone() if k in (7, 9) and isinstance(v, Tensor) else v
                    for k, v in enumerate(rest)]  # fmt: skip
         done = kernel((self.number, *copies, *numbers[5:]))

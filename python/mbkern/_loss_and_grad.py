@@ -23,6 +23,7 @@ from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument, z
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
+from mbkern._tensors import refuse_tracing
 
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 ArgNums: TypeAlias = "int | str | tuple[int | str, ...]"
@@ -72,8 +73,9 @@ def loss_and_grad(
     outs = _structure(grad_out, argnums, positions)
     check_reduction(reduction, options.get("denominator"))
     options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-    for tensor in (*tensors, *outs.values()):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+    refuse_tracing("loss_and_grad")
+    for value in (*tensors, *outs.values(), *options.values(), scale):
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; "
                 "call it under torch.no_grad() or with detached tensors"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mbkern import _launch
 from mbkern._arguments import Number
-from mbkern._tensors import describe, require_plain
+from mbkern._tensors import describe, refuse_tracing, require_plain
 
 _LIMBS = 9
 
@@ -35,6 +35,7 @@ class LossSum:
     def add(self, values: Tensor) -> LossSum:
         """Add every element of a float32, bfloat16 or float16 tensor; returns self."""
         require_plain(values, "values")
+        refuse_tracing("LossSum")
         if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"mbkern: LossSum adds float32 and 16-bit values exactly, not {values.dtype}"

@@ -14,7 +14,11 @@ INDEX_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.int8: 3, to
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_jit_tracing = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -96,6 +100,29 @@ def _explain(tensor: Tensor, name: str) -> Tensor:
             f"mbkern: {name} has no memory: {describe(tensor)}; its storage was freed, or never was"
         )
     return tensor.resolve_neg()
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a tensor requires grad; inside vmap it does not say so, what it wraps does."""
+    wrapped = tensor
+    while not wrapped.requires_grad:
+        if _is_compiling() or not _is_wrapped(wrapped):
+            return False
+        wrapped = torch._C._functorch.get_unwrapped(wrapped)
+    return True
+
+
+def refuse_tracing(name: str) -> None:
+    """Refuse to be traced: a tracer would record the allocation of results, and not the kernel."""
+    if _jit_tracing() is None and not _dispatch_modes() and not _function_modes():
+        return
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if _jit_tracing() is not None or get_proxy_mode() is not None:
+        raise NotImplementedError(
+            f"mbkern: {name} cannot be traced (make_fx, torch.jit.trace, torch.export); "
+            "mbkern.functional and mbkern.nn can"
+        )
 
 
 def require_one_device(

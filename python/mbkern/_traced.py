@@ -17,9 +17,8 @@ from torch.nn import Parameter
 from mbkern import _composite, _ops
 from mbkern._arguments import (
     Number,
-    check_label_smoothing,
+    check_row_options,
     check_row_shapes,
-    check_softcap,
 )
 from mbkern._launch import RowOptions
 from mbkern._launch_pointwise import PointwiseOptions
@@ -90,7 +89,25 @@ def _is_functionalized() -> bool:
 
 
 def _is_differentiated(input: Tensor, target: Tensor) -> bool:
-    return torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+    # Inside vmap a tensor does not say that it is differentiated outside.
+    return torch.is_grad_enabled() and (
+        input.requires_grad or target.requires_grad or _functorch_active()
+    )
+
+
+def _differentiate(forward: Any, function: type[torch.autograd.Function], backward: Any) -> None:
+    """Give an operator the derivative of its Function, for graphs that were traced without one."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"mbkern: a graph with {backward} cannot be differentiated again; trace the loss, not "
+            "its gradient"
+        )
+
+    torch.library.register_autograd(
+        forward, function.backward, setup_context=function.setup_context, lib=_ops.LIBRARY
+    )
+    torch.library.register_autograd(backward, refuse, lib=_ops.LIBRARY)
 
 
 # ---- row losses ----------------------------------------------------------------------------------
@@ -107,8 +124,7 @@ def row_loss(
     """A row loss, traceable, differentiable under every transform."""
     o = options
     check_row_shapes(input, target, o.ignore_index)
-    check_label_smoothing(o.label_smoothing)
-    check_softcap(o.softcap)
+    check_row_options(o.label_smoothing, o.z_loss, o.softcap)
     if _wants_formula():
         return _composite.row_loss(loss, input, target, o, dtype)
     form = (
@@ -245,6 +261,9 @@ class _RowGradient(torch.autograd.Function):
         return (first, second, *(None,) * (ctx.count - 2))
 
 
+_differentiate(_ops.row_loss, _RowLoss, _ops.row_loss_backward)
+
+
 # ---- element-wise losses -------------------------------------------------------------------------
 
 
@@ -366,3 +385,6 @@ class _PointwiseGradient(torch.autograd.Function):
         pull = torch.func.vjp(gradients, incoming, input, target)[1]
         results = pull(tuple(grad_grads[k] for k in wanted))
         return (*results, *(None,) * (ctx.count - 3))
+
+
+_differentiate(_ops.pointwise_loss, _PointwiseLoss, _ops.pointwise_loss_backward)

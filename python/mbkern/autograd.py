@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _C, _composite, _ops
-from mbkern._arguments import Number, check_output
+from mbkern._arguments import Number, check_output, compute_dtype
 from mbkern._launch import (
     RowCall,
     RowOptions,
@@ -45,12 +45,22 @@ _DOUBLE_BACKWARD = (
 )
 
 
+_OVERWRITTEN = (
+    "mbkern: with inplace=True the gradient is over the input, and it has been modified by an "
+    "inplace operation since; the input is gone after the loss, and must not be written to"
+)
+
+
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _differentiable(
-    formula: Callable[..., Tensor], request: Request, incoming: Tensor, *tensors: Tensor
+    formula: Callable[..., Tensor],
+    request: Request,
+    divisor: float,
+    incoming: Tensor,
+    *tensors: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the formula as a graph: for create_graph, to be differentiated again.
 
@@ -60,7 +70,10 @@ def _differentiable(
     if request.inplace or not _composite.is_available(request.loss):
         raise RuntimeError(_DOUBLE_BACKWARD.format(name=request.loss.name))
     dtype = request.loss_dtype or tensors[0].dtype
-    value = formula(request.loss, *tensors, request.options, dtype)
+    options = request.options
+    if isinstance(options.denominator, Tensor):  # as it was in forward
+        options = replace(options, denominator=divisor)
+    value = formula(request.loss, *tensors, options, dtype)
     needed = [t for t in tensors if t.requires_grad]
     found = iter(torch.autograd.grad(value, needed, incoming, create_graph=True))
     return tuple(next(found) if t.requires_grad else None for t in tensors)
@@ -75,11 +88,13 @@ def _hand_out(ctx: Any, incoming: Tensor, *, keep_zeros: bool) -> tuple[Tensor |
     grads: tuple[Tensor | None, ...] = ctx.formed
     if not grads:
         raise RuntimeError(_SECOND_BACKWARD)
+    if ctx.request.inplace and grads[0] is not None and grads[0]._version != ctx.version:
+        raise RuntimeError(_OVERWRITTEN)
     value = _C.scalar_value(incoming)
     if value is None:  # no plain number on the host
         if _is_legacy_batched(incoming):  # is_grads_batched: many incoming gradients at once
-            factors = incoming / ctx.hint
-            return tuple(None if g is None else g * factors.to(g.dtype) for g in grads)
+            factors = incoming.double() / ctx.hint
+            return tuple(None if g is None else _each(g, factors, keep_zeros) for g in grads)
         if not on_cuda(incoming):
             value = incoming.item()
     if _graph_is_kept():
@@ -106,12 +121,19 @@ def _scaled(grad: Tensor, factor: float, dense: bool, keep_zeros: bool) -> Tenso
     return grad.mul_(factor)
 
 
-def _bump_version(tensor: Tensor) -> None:
+def _each(grad: Tensor, factors: Tensor, keep_zeros: bool) -> Tensor:
+    compute = compute_dtype(grad.dtype)
+    many = (grad.to(compute) * factors.to(compute)).to(grad.dtype)
+    return torch.where(grad == 0, grad, many) if keep_zeros else many
+
+
+def _bump_version(tensor: Tensor) -> int:
     torch.autograd.graph.increment_version(tensor)
     if tensor._base is not None:
         # Reading it brings the history of a view up to date; torch crashes in a later
         # register_hook otherwise.
         _ = tensor.grad_fn
+    return tensor._version
 
 
 def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
@@ -166,13 +188,13 @@ class RowLoss(torch.autograd.Function):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grad = input.detach() if inplace else new_gradient(input)
-            result, _ = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
+            result, ctx.divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             # What backward returns.
             ctx.formed, ctx.hint, ctx.request = (grad, None, None), factor, request
             # Only looked at by create_graph.
-            ctx.save_for_backward(input, target)
+            ctx.save_for_backward(input, target, options.weight, options.sample_weight)
             if inplace:
-                _bump_version(input)
+                ctx.version = _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         state = call.new_state()
@@ -185,7 +207,7 @@ class RowLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             input, target = ctx.saved_tensors[:2]
             first, second = _differentiable(
-                _composite.row_loss, ctx.request, incoming, input, target
+                _composite.row_loss, ctx.request, ctx.divisor, incoming, input, target
             )
             return first, second, None
         if ctx.formed is not None:
@@ -262,11 +284,11 @@ class PointwiseLoss(torch.autograd.Function):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(tensors, needs, inplace)
-            result, _ = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
+            result, ctx.divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.formed, ctx.hint, ctx.request = (*grads, None), factor, request
-            ctx.save_for_backward(input, target)
+            ctx.save_for_backward(input, target, options.weight)
             if inplace and needs[0]:
-                _bump_version(input)
+                ctx.version = _bump_version(input)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         result, ctx.divisor = call.run(loss_dtype=loss_dtype)
@@ -278,7 +300,8 @@ class PointwiseLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             input, target = ctx.saved_tensors[:2]
             formula = _composite.pointwise_loss
-            return (*_differentiable(formula, ctx.request, incoming, input, target), None)
+            both = _differentiable(formula, ctx.request, ctx.divisor, incoming, input, target)
+            return (*both, None)
         if ctx.formed is not None:
             return _hand_out(ctx, incoming, keep_zeros=False)
         request: Request = ctx.request

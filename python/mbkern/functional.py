@@ -39,6 +39,7 @@ from mbkern._arguments import (
 from mbkern._launch import RowCall, RowOptions
 from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
 from mbkern._losses import Loss, find
+from mbkern._tensors import is_differentiated
 from mbkern.autograd import Request, apply_pointwise, apply_row
 
 __all__ = ["cross_entropy", "half_squared_error", "mse_loss"]
@@ -126,8 +127,9 @@ def row_loss(
         both = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(both), target.to(both)
     loss_dtype = result_dtype(loss_dtype, input.dtype, input)
-    if options.weight is not None or options.sample_weight is not None:
-        _refuse_weight_gradients(options.weight, options.sample_weight)
+    o = options
+    if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
+        _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
     if _traced.is_needed(input, target):
         return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -217,8 +219,8 @@ def pointwise_loss(
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     check_reduction(reduction, denominator)
-    if weight is not None or sample_weight is not None:
-        _refuse_weight_gradients(weight, sample_weight)
+    if weight is not None or sample_weight is not None or denominator is not None:
+        _refuse_other_gradients(weight, sample_weight, denominator)
     if input.shape != target.shape:
         if inplace:
             raise ValueError(
@@ -240,10 +242,12 @@ def pointwise_loss(
     return value
 
 
-def _refuse_weight_gradients(*weights: Tensor | None) -> None:
-    for weight in weights:
-        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+def _refuse_other_gradients(
+    weight: Tensor | None, sample_weight: Tensor | None, denominator: Number | None
+) -> None:
+    for value in (weight, sample_weight, denominator):
+        if isinstance(value, Tensor) and torch.is_grad_enabled() and is_differentiated(value):
             raise NotImplementedError(
-                "mbkern: no gradient is computed for weights; detach them, or use "
+                "mbkern: no gradient is computed for weights and denominators; detach them, or use "
                 "torch.nn.functional"
             )

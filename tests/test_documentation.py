@@ -1,0 +1,35 @@
+"""What the documents promise is tried: the README's examples, its environment variables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_examples_run(example: str) -> None:
+    torch.manual_seed(0)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", README, re.MULTILINE)
+    table = set(re.findall(r"\w+", " ".join(rows)))
+    sources = [
+        ROOT / "CMakeLists.txt",
+        ROOT / "pyproject.toml",
+        *(ROOT / "csrc").rglob("*.cpp"),
+        *(ROOT / "csrc").rglob("*.cu"),
+        *(ROOT / "python").rglob("*.py"),
+    ]
+    read = re.compile(r"getenv\(\"(\w+)\"|environ[.\[(getenv]*\"(\w+)\"|\{ env = \"(\w+)\"")
+    found = {name for s in sources for names in read.findall(s.read_text()) for name in names}
+    assert found - {""} <= table
+    assert "MBKERN_ISA" in found
