@@ -93,7 +93,7 @@ def export(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
 
 
 @setting(
-    "Compilers", "AOTInductor of an exported module", slow=True,
+    "Compilers", "AOTInductor of an exported module", since="2.13", slow=True,
     note="inference, by formulas of torch operations",
 )  # fmt: skip
 def aot_inductor(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
