@@ -22,7 +22,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python 
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize shim shim-races clang aarch64 torches cuda-all cuda-wheels clean
+.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize shim shim-native shim-races clang aarch64 torches cuda-all cuda-wheels clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -86,10 +86,12 @@ sanitize: $(PACKAGE)
 # CUDA's kernels on the CPU, their threads in several orders.
 SHIM_ORDERS ?= ascending descending random:1
 SHIM_TESTS ?= tests/test_selftest.py tests/test_losses.py
-shim: $(PACKAGE)
+shim-native: $(TOOLS)
 	$(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON
 	cmake --build build/shim/native --target shim_test core_test
 	build/shim/native/shim_test
+	MBKERN_SHIM_ORDER=descending build/shim/native/core_test --quick
+shim: $(PACKAGE) shim-native
 	MBKERN_CUDA=OFF python -m pip install -q --no-deps --upgrade . --target build/shim/site \
 	  --config-settings=build-dir=build/shim/module \
 	  --config-settings=cmake.define.MBKERN_CUDA_SHIM=ON

@@ -9,8 +9,7 @@ namespace mbk::MBK_ISA {
 
 // The others need too many registers.
 template <class Loss, class In>
-constexpr bool kCanReside =
-    sizeof(In) <= 4 && Loss::kHasIndex && !(Loss::kHasCoefficients && Loss::kHasSoftcap);
+constexpr bool kCanReside = sizeof(In) <= 4 && Loss::kHasIndex && !Loss::kHasSoftcap;
 
 template <class Loss, class In>
 RowKernels kernels_of() {
