@@ -13,8 +13,9 @@ HEAD = """# Where the losses work
 
 Every line is a test (`tests/test_settings.py`), run for float32, bfloat16, float16 and float64: the
 result is torch's to rounding, with torch's dtype. "Same bits": and it has the bits of a plain call.
-Refused: an error with the reason, before anything is read or written. "torch": the oldest version
-that does this; `make torches` runs the tests with the oldest and the newest. Made by
+Refused: an error with the reason, before anything is read or written. "torch": the oldest
+version, of 2.6, 2.13 and 2.14, that does this; `mbkern.patched()` reaches compiled calls from 2.13
+on. `make torches` runs the tests with the oldest and the newest. Made by
 `python tests/support_matrix.py`.
 """
 

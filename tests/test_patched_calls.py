@@ -267,6 +267,8 @@ def test_torch_samples(name: str, dtype: torch.dtype, mode: bool) -> None:
 def test_torch_error_inputs(mode: bool) -> None:
     """Those of torch's module, as its functions have none, and of functions that get some."""
     info = next(info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
+    if info.module_error_inputs_func is None:
+        pytest.skip("NOT CHECKED: this torch has no such inputs")
     errors = list(info.module_error_inputs_func(info, "cpu", torch.float32, False, training=True))
     assert len(errors) >= 7
     with patched(mode=mode):

@@ -334,7 +334,9 @@ def test_loss_and_grad_is_outside_autograd(place: str) -> None:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:`torch.jit.trace:DeprecationWarning", "ignore:Dynamo does not know how to trace"
+    "ignore:`torch.jit.trace:DeprecationWarning",
+    "ignore:Dynamo does not know how to trace",
+    "ignore:Graph break due to unsupported builtin",
 )
 def test_tracers() -> None:
     """A tracer sees results being allocated, and not the kernel that fills them."""

@@ -10,7 +10,7 @@ import pytest
 import support_matrix
 import torch
 from cases import CASES, DTYPES, Case
-from settings import SETTINGS, Setting
+from settings import SETTINGS, Setting, older_torch
 from settings.autograd import backward
 from torch import Tensor
 
@@ -33,11 +33,6 @@ def stock(case: Case) -> Callable[..., Tensor]:
         return torch.nn.functional.mse_loss(x, t, reduction=reduction) / 2
 
     return half
-
-
-def older_torch(version: str) -> bool:
-    have, want = (tuple(map(int, v.split(".")[:2])) for v in (torch.__version__, version))
-    return have < want
 
 
 def same(a: Tensor, b: Tensor) -> bool:

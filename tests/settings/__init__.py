@@ -6,6 +6,6 @@ must agree, or it names the refusal that must come. ``test_settings.py`` runs th
 """
 
 from settings import autograd, tensors, compilers, transforms, processes  # noqa: F401, I001
-from settings.setting import SETTINGS, Setting
+from settings.setting import SETTINGS, Setting, older_torch
 
-__all__ = ["SETTINGS", "Setting"]
+__all__ = ["SETTINGS", "Setting", "older_torch"]

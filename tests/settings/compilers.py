@@ -54,7 +54,7 @@ def dynamic(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     return results
 
 
-@setting("Compilers", "compiled autograd", exact=True)
+@setting("Compilers", "compiled autograd", exact=True, since="2.13")
 def compiled_autograd(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     torch._dynamo.reset()
     x = leaf(x)
@@ -78,7 +78,10 @@ class Module(torch.nn.Module):
         return self.function(x, t)
 
 
-@setting("Compilers", "`torch.export`, trained afterwards", note="by formulas of torch operations")
+@setting(
+    "Compilers", "`torch.export`, trained afterwards", since="2.13",
+    note="by formulas of torch operations",
+)  # fmt: skip
 def export(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
     results: list[Tensor | None] = []
     for strict in (False, True):
@@ -90,7 +93,7 @@ def export(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:
 
 
 @setting(
-    "Compilers", "AOTInductor of an exported module", slow=True,
+    "Compilers", "AOTInductor of an exported module", since="2.13", slow=True,
     note="inference, by formulas of torch operations",
 )  # fmt: skip
 def aot_inductor(f: LossFunction, x: Tensor, t: Tensor) -> Sequence[Tensor | None]:

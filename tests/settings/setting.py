@@ -26,7 +26,7 @@ class Setting:
         refusal: a pattern of mbkern's error message, where the call is refused.
         exact: results have the bits of a plain call of mbkern's function.
         note: for the documentation.
-        since: the oldest torch that offers this, where it is newer than the oldest supported.
+        since: the oldest torch, of those tried (2.6, 2.13, 2.14), that does this.
         slow: takes seconds a call; run with the slow tests.
     """
 
@@ -48,6 +48,12 @@ def setting(group: str, name: str, **attributes: Any) -> Callable[[Run], Run]:
         return run
 
     return add
+
+
+def older_torch(version: str) -> bool:
+    """Whether this torch is older than ``version``."""
+    have, want = (tuple(map(int, v.split(".")[:2])) for v in (torch.__version__, version))
+    return have < want
 
 
 def leaf(x: Tensor) -> Tensor:
