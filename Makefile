@@ -68,7 +68,8 @@ exhaustive: $(TOOLS)
 	build/native/exhaustive
 
 # The extension runs in a Python that is not instrumented, so the runtimes are loaded before it; all
-# tests run but those of the binary itself, of a GPU, and the slow ones.
+# tests run but those of the binary itself, of compilers (which cannot run with them), of a GPU, and
+# the slow ones.
 sanitize: export ASAN_OPTIONS = detect_leaks=0
 sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
 sanitize: $(PACKAGE)
@@ -81,7 +82,8 @@ sanitize: $(PACKAGE)
 	  --config-settings=cmake.define.MBKERN_SANITIZE=ON --config-settings=install.strip=false
 	PYTHONPATH=build/sanitize/site \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	python -m pytest tests -q --ignore=tests/test_binary.py -m 'not gpu and not slow'
+	python -m pytest tests -q --ignore=tests/test_binary.py \
+	  --ignore=tests/test_machine_code.py -m 'not gpu and not slow'
 
 # CUDA's kernels on the CPU, their threads in several orders.
 SHIM_ORDERS ?= ascending descending random:1

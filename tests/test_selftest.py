@@ -160,7 +160,11 @@ def test_runs_that_differ_are_reported(
 def test_interrupted() -> None:
     """Ctrl-C is answered within 0.2 s; a machine at work gets a second."""
     with subprocess.Popen(
-        [sys.executable, "-u", *COMMAND[1:]], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", *COMMAND[1:]],
+        stdout=subprocess.PIPE,
+        text=True,
+        # Background jobs of a shell ignore the signal, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         while "kernel" not in process.stdout.readline():

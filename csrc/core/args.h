@@ -90,19 +90,21 @@ inline constexpr int64_t row_scratch_bytes(int64_t columns, int64_t size) {
   return (rows > tiles ? rows : tiles) + 64;
 }
 
+inline constexpr int kParameters = 4;  // numbers that a loss may have of its own
+
 // Element-wise losses. Every tensor of a call is a view of the broadcast shape, whose dimensions
 // the binding has sorted and merged; a view that is absent has no data.
 inline constexpr int kMaxDims = 8;
 enum PointwiseView {
-  kInput,
-  kTarget,
-  kWeight,
+  kInput,       // then the other inputs: the target, and a third one
+  kWeight = 3,  // of an element in the mean
+  kRescale,     // multiplies an element's loss, and does not count in the mean
   kItemScale,
   kLosses,
-  kGradInput,
-  kGradTarget,
-  kViews
+  kGrad,  // of each of the inputs
+  kViews = kGrad + 3
 };
+inline constexpr int kPointwiseInputs = 3;  // at most
 
 struct View {
   void* data;
@@ -115,9 +117,10 @@ struct PointwiseArgs {
   int dims;
   int64_t shape[kMaxDims];
   View views[kViews];
-  bool accumulate;            // gradients are added to what is there
-  double parameter;           // the loss's own: beta, delta, margin
-  Scalar scale, denominator;  // d(result)/d(element) = scale * item_scale * weight / denominator
+  bool accumulate;                 // gradients are added to what is there
+  double parameters[kParameters];  // the loss's own: beta, delta, margin
+  // d(result)/d(element) = scale * item_scale * weight * rescale / denominator
+  Scalar scale, denominator;
 
   int threads;
   ExactSumState* totals;  // one a thread; null: the total is not wanted, or computed in fp64:

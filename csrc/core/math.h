@@ -158,15 +158,23 @@ MBK_FN V sigmoid(V x) {
   return canonical_nan(x, select(x < splat<V>(0.0f), e, c) / (c + e));
 }
 
-// softplus(x) = log(1 + exp(x)) = max(x, 0) + (e + e^2 P(e)), e = exp(-|x|): 2 ulp.
+// exp(-|x|), and log(1 + e) = e + e^2 P(e) of it; NaN is the caller's.
 template <class V, F32<V> = 0>
-MBK_FN V softplus(V x) {
+MBK_FN V exp_of_minus_abs(V x) {
   const Reduced<V> a = reduce_exp(max(splat<V>(-104.0f), -abs(x)), 64);
-  const V e = scale_down(exp_reduced(a.r), a.power);
+  return scale_down(exp_reduced(a.r), a.power);
+}
+template <class V, F32<V> = 0>
+MBK_FN V log1p_of_exp(V e) {
   const V P =
       horner(e, splat<V>(-0x1.b22adep-9f), 0x1.4a9226p-6f, -0x1.d7efa8p-5f, 0x1.b53c48p-4f,
              -0x1.3a6736p-3f, 0x1.935568p-3f, -0x1.ff2556p-3f, 0x1.554ddap-2f, -0x1.ffffd2p-2f);
-  return canonical_nan(x, max(x, splat<V>(0.0f)) + fma(e * e, P, e));
+  return fma(e * e, P, e);
+}
+// softplus(x) = log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)): 2 ulp.
+template <class V, F32<V> = 0>
+MBK_FN V softplus(V x) {
+  return canonical_nan(x, max(x, splat<V>(0.0f)) + log1p_of_exp(exp_of_minus_abs(x)));
 }
 
 // tanh(x): 2 ulp. With |x| = n ln 2 / 2 + v, p = 2^n and t = tanh(v) = v + v^3 P(v^2),

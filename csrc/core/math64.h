@@ -154,10 +154,17 @@ MBK_FN V log1p(V x) {
 }
 
 template <class V, F64<V> = 0>
-MBK_FN V softplus(V x) {
+MBK_FN V exp_of_minus_abs(V x) {
   const Reduced64<V> a = reduce_exp(max(splat<V>(-746.0), -abs(x)), 64);
-  const V e = scale_down(exp_reduced(a.r), a.power);
-  return canonical_nan(x, max(x, splat<V>(0.0)) + log1p_inside(e));
+  return scale_down(exp_reduced(a.r), a.power);
+}
+template <class V, F64<V> = 0>
+MBK_FN V log1p_of_exp(V e) {
+  return log1p_inside(e);
+}
+template <class V, F64<V> = 0>
+MBK_FN V softplus(V x) {
+  return canonical_nan(x, max(x, splat<V>(0.0)) + log1p_of_exp(exp_of_minus_abs(x)));
 }
 
 }  // namespace mbk::MBK_ISA

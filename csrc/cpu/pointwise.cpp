@@ -28,50 +28,65 @@ struct OrderedSum {
 
 template <class T>
 struct Chunk {
-  alignas(64) T input[kChunk], target[kChunk], weight[kChunk], item_scale[kChunk];
-  alignas(64) T loss[kChunk], grad_input[kChunk], grad_target[kChunk];
+  alignas(64) T input[kPointwiseInputs][kChunk], grad[kPointwiseInputs][kChunk];
+  alignas(64) T weight[kChunk], rescale[kChunk], item_scale[kChunk], loss[kChunk];
 };
 
 template <class Loss, class T>
 void pointwise(const PointwiseArgs& a) {
   typedef Vector<T> V;
+  constexpr int kInputs = Loss::kInputs;
   auto body = [&a](int64_t begin, int64_t end, int thread) {
     Chunk<T> chunk;
     const T factor = (T)(read(a.scale) / read(a.denominator));
-    const T parameter = (T)a.parameter;
+    const typename Loss::template Call<T> call(a.parameters);
     const View *const views = a.views, &losses = views[kLosses];
-    const View &dinput = views[kGradInput], &dtarget = views[kGradTarget];
+    for (int v = 0; v < kInputs; ++v)
+      if (!views[v].data)
+        for (T& one : chunk.input[v]) one = 1;
+    const auto read_if = [&](int v, const Range& range, T* buffer) {
+      return views[v].data ? read_chunk(views[v], range, buffer) : nullptr;
+    };
     ExactSumState unused;
     ExactBins bins(a.totals ? a.totals[thread] : unused);
     OrderedSum ordered;
     for (int64_t i = begin; i < end; i += kChunk) {
       const Range range{a, i, end - i < kChunk ? (int)(end - i) : kChunk};
       const int count = (range.count + lanes<V> - 1) / lanes<V> * lanes<V>;
-      const T* x = read_chunk(views[kInput], range, chunk.input);
-      const T* y = read_chunk(views[kTarget], range, chunk.target);
-      const T* w = views[kWeight].data ? read_chunk(views[kWeight], range, chunk.weight) : nullptr;
-      const T* s =
-          views[kItemScale].data ? read_chunk(views[kItemScale], range, chunk.item_scale) : nullptr;
+      const T* x[kInputs];
+      for (int v = 0; v < kInputs; ++v) {
+        x[v] = read_if(v, range, chunk.input[v]);
+        if (!x[v]) x[v] = chunk.input[v];
+      }
+      const T* const w = read_if(kWeight, range, chunk.weight);
+      const T* const r = read_if(kRescale, range, chunk.rescale);
+      const T* const s = read_if(kItemScale, range, chunk.item_scale);
       // Where nothing needs converting, results go straight to their place.
       T* const direct_loss = losses.data ? in_place<T>(losses, range) : nullptr;
-      T* const direct_dinput = dinput.data && !a.accumulate ? in_place<T>(dinput, range) : nullptr;
-      T* const direct_dtarget =
-          dtarget.data && !a.accumulate ? in_place<T>(dtarget, range) : nullptr;
       T* const loss_to = direct_loss ? direct_loss : chunk.loss;
-      T* const dinput_to = direct_dinput ? direct_dinput : chunk.grad_input;
-      T* const dtarget_to = direct_dtarget ? direct_dtarget : chunk.grad_target;
+      T *direct[kInputs], *grad_to[kInputs];
+      for (int v = 0; v < kInputs; ++v) {
+        const View& grad = views[kGrad + v];
+        direct[v] = grad.data && !a.accumulate ? in_place<T>(grad, range) : nullptr;
+        grad_to[v] = direct[v] ? direct[v] : grad.data ? chunk.grad[v] : nullptr;
+      }
       const auto eval = [&](int k) __attribute__((always_inline)) {
-        V loss, dx, dy, f = splat<V>(factor);
-        Loss::eval(load<V>(x + k), load<V>(y + k), parameter, loss, dx, dy);
+        V loss, in[kInputs], d[kInputs], f = splat<V>(factor);
+        for (int v = 0; v < kInputs; ++v) in[v] = load<V>(x[v] + k);
+        Loss::eval(call, in, loss, d);
         if (s) f = f * load<V>(s + k);
         if (w) {
           f = f * load<V>(w + k);
           loss = loss * load<V>(w + k);
         }
+        if (r) {
+          f = f * load<V>(r + k);
+          loss = loss * load<V>(r + k);
+        }
         loss = canonical(loss);
         store(loss_to + k, loss);
-        if (dinput.data) store(dinput_to + k, canonical(dx * f));
-        if (dtarget.data) store(dtarget_to + k, canonical(dy * f));
+        for (int v = 0; v < kInputs; ++v)
+          if (grad_to[v]) store(grad_to[v] + k, canonical(d[v] * f));
         return loss;
       };
       const int full = range.count / lanes<V> * lanes<V>;
@@ -91,12 +106,10 @@ void pointwise(const PointwiseArgs& a) {
           a.partial_sums[i / kPointwiseBlock] = ordered.value();
       }
       if (losses.data && !direct_loss) write_chunk<false>(losses, range, loss_to);
-      if (a.accumulate) {
-        if (dinput.data) write_chunk<true>(dinput, range, dinput_to);
-        if (dtarget.data) write_chunk<true>(dtarget, range, dtarget_to);
-      } else {
-        if (dinput.data && !direct_dinput) write_chunk<false>(dinput, range, dinput_to);
-        if (dtarget.data && !direct_dtarget) write_chunk<false>(dtarget, range, dtarget_to);
+      for (int v = 0; v < kInputs; ++v) {
+        if (!grad_to[v] || direct[v]) continue;
+        a.accumulate ? write_chunk<true>(views[kGrad + v], range, grad_to[v])
+                     : write_chunk<false>(views[kGrad + v], range, grad_to[v]);
       }
     }
     if (sizeof(T) == 4 && a.totals) {

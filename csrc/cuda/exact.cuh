@@ -22,6 +22,16 @@ MBK_DEVICE int64_t warp_sum(int64_t x) {
   return x;
 }
 
+// Out of line, as they are rare and long: what does not fit the bins, and full bins.
+static __device__ __noinline__ void add_odd(ExactSumState& state, float x) {
+  add(state, x, AtomicAdd{});
+}
+static __device__ __noinline__ void add_full_bins(ExactSumState& state, double coarse,
+                                                  double fine) {
+  add_integer(state, (int64_t)(coarse * 0x1p16), 149 - kCoarse, AtomicAdd{});
+  add_integer(state, (int64_t)(fine * 0x1p60), 149 - kFine, AtomicAdd{});
+}
+
 // What one thread adds up. `state` is the warp's own, or shared by several: it takes what the bins
 // do not hold.
 struct ThreadSum {
@@ -31,7 +41,7 @@ struct ThreadSum {
 
   MBK_DEVICE void add(float x, ExactSumState& state) {
     if (!fits_bins(abs(x))) {
-      mbk::MBK_ISA::add(state, x, AtomicAdd{});
+      add_odd(state, x);
       overflowed = true;
       return;
     }
@@ -41,8 +51,7 @@ struct ThreadSum {
     if (++additions == kFlush) flush(state);
   }
   MBK_DEVICE void flush(ExactSumState& state) {
-    add_integer(state, (int64_t)(coarse * 0x1p16), 149 - kCoarse, AtomicAdd{});
-    add_integer(state, (int64_t)(fine * 0x1p60), 149 - kFine, AtomicAdd{});
+    add_full_bins(state, coarse, fine);
     coarse = fine = 0;
     additions = 0;
     overflowed = true;

@@ -39,18 +39,20 @@ MBK_DEVICE void write_dense(void* data, int64_t i, const T (&x)[kVector]) {
   *(Vector*)((S*)data + i) = v;
 }
 
-// Calls f with a null pointer of a view's storage type.
-template <class F>
+// Calls f with a null pointer of a view's storage type; fp64 is out of the question for what a call
+// reads that computes in fp32.
+template <bool kDouble, class F>
 MBK_DEVICE void with_type(DType dtype, F f) {
   switch (dtype) {
     case DType::f32:
       return f((float*)nullptr);
     case DType::bf16:
       return f((bf16*)nullptr);
-    case DType::f16:
-      return f((f16*)nullptr);
     default:
-      return f((double*)nullptr);
+      if constexpr (kDouble) {
+        if (dtype == DType::f64) return f((double*)nullptr);
+      }
+      return f((f16*)nullptr);
   }
 }
 template <class P>
@@ -62,14 +64,14 @@ struct Pointee<S*> {
 
 template <class T>
 MBK_DEVICE void read_vector(const View& view, int64_t i, T (&x)[kVector]) {
-  with_type(view.dtype, [&](auto* type) {
+  with_type<sizeof(T) == 8>(view.dtype, [&](auto* type) {
     read_dense<T, typename Pointee<decltype(type)>::type>(view.data, i, x);
   });
 }
 template <class T>
 MBK_DEVICE T read_element(const View& view, int64_t offset) {
   T x;
-  with_type(view.dtype, [&](auto* type) {
+  with_type<sizeof(T) == 8>(view.dtype, [&](auto* type) {
     x = (T)widen(((const typename Pointee<decltype(type)>::type*)view.data)[offset]);
   });
   return x;
@@ -77,13 +79,13 @@ MBK_DEVICE T read_element(const View& view, int64_t offset) {
 // Values have canonical NaNs.
 template <class T>
 MBK_DEVICE void write_vector(const View& view, int64_t i, const T (&x)[kVector]) {
-  with_type(view.dtype, [&](auto* type) {
+  with_type<true>(view.dtype, [&](auto* type) {
     write_dense<T, typename Pointee<decltype(type)>::type>(view.data, i, x);
   });
 }
 template <class T>
 MBK_DEVICE void write_element(const View& view, int64_t offset, T x) {
-  with_type(view.dtype, [&](auto* type) {
+  with_type<true>(view.dtype, [&](auto* type) {
     typedef typename Pointee<decltype(type)>::type S;
     ((S*)view.data)[offset] = narrow<S>((Compute<S>)x);
   });
@@ -98,43 +100,61 @@ MBK_DEVICE T accumulated(const View& view, T old, T x) {
 
 template <class Loss, class T>
 struct Pointwise {
+  static constexpr int kInputs = Loss::kInputs;
   const PointwiseLaunch& p;
   const PointwiseArgs& a;
-  const T factor, parameter;
+  const T factor;
+  const typename Loss::template Call<T> call;
 
   MBK_DEVICE explicit Pointwise(const PointwiseLaunch& launch)
       : p(launch),
         a(launch.args),
         factor((T)(read(a.scale) / read(a.denominator))),
-        parameter((T)a.parameter) {}
+        call(a.parameters) {}
 
   MBK_DEVICE bool has(int view) const { return a.views[view].data; }
 
-  MBK_DEVICE T eval(T x, T y, T weight, T item_scale, T& dx, T& dy) const {
-    T loss, f = factor;
-    Loss::eval(x, y, parameter, loss, dx, dy);
-    if (has(kItemScale)) f = f * item_scale;
-    if (has(kWeight)) {
-      f = f * weight;
-      loss = loss * weight;
-    }
-    dx = canonical(dx * f), dy = canonical(dy * f);
+  // x: the inputs, then weight, rescaling weight and item scale. Returns the loss.
+  MBK_DEVICE T eval(const T (&x)[kLosses], T (&grad)[kInputs]) const {
+    T in[kInputs], loss, f = factor;
+#pragma unroll
+    for (int v = 0; v < kInputs; ++v) in[v] = x[v];
+    Loss::eval(call, in, loss, grad);
+    if (has(kItemScale)) f = f * x[kItemScale];
+#pragma unroll
+    for (int v = kWeight; v <= kRescale; ++v)
+      if (has(v)) {
+        f = f * x[v];
+        loss = loss * x[v];
+      }
+#pragma unroll
+    for (int v = 0; v < kInputs; ++v) grad[v] = canonical(grad[v] * f);
     return canonical(loss);
   }
 
   // Elements [i, i + kVector) of dense views.
   MBK_DEVICE void vector(int64_t i, T (&loss)[kVector]) const {
-    const View* const v = a.views;
-    T x[kVector], y[kVector], w[kVector] = {}, s[kVector] = {}, dx[kVector], dy[kVector];
-    read_vector(v[kInput], i, x);
-    read_vector(v[kTarget], i, y);
-    if (has(kWeight)) read_vector(v[kWeight], i, w);
-    if (has(kItemScale)) read_vector(v[kItemScale], i, s);
+    const View* const views = a.views;
+    T x[kLosses][kVector], grad[kInputs][kVector];
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) loss[k] = eval(x[k], y[k], w[k], s[k], dx[k], dy[k]);
-    if (has(kLosses)) write_vector(v[kLosses], i, loss);
-    if (has(kGradInput)) write_gradient(v[kGradInput], i, dx);
-    if (has(kGradTarget)) write_gradient(v[kGradTarget], i, dy);
+    for (int v = 0; v < kLosses; ++v) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) x[v][k] = 1;
+      if ((v < kInputs || v >= kPointwiseInputs) && has(v)) read_vector(views[v], i, x[v]);
+    }
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      T one[kLosses], d[kInputs];
+#pragma unroll
+      for (int v = 0; v < kLosses; ++v) one[v] = x[v][k];
+      loss[k] = eval(one, d);
+#pragma unroll
+      for (int v = 0; v < kInputs; ++v) grad[v][k] = d[v];
+    }
+    if (has(kLosses)) write_vector(views[kLosses], i, loss);
+#pragma unroll
+    for (int v = 0; v < kInputs; ++v)
+      if (has(kGrad + v)) write_gradient(views[kGrad + v], i, grad[v]);
   }
   MBK_DEVICE void write_gradient(const View& view, int64_t i, T (&g)[kVector]) const {
     if (a.accumulate) {
@@ -146,18 +166,27 @@ struct Pointwise {
     write_vector(view, i, g);
   }
 
+  // Element i of views of any layout.
   MBK_DEVICE T element(int64_t i) const {
-    const View* const v = a.views;
-    const auto at = [&](int view) { return view_offset(a, v[view], i); };
-    const T x = read_element<T>(v[kInput], at(kInput)),
-            y = read_element<T>(v[kTarget], at(kTarget));
-    T w = 1, s = 1, dx, dy;
-    if (has(kWeight)) w = read_element<T>(v[kWeight], at(kWeight));
-    if (has(kItemScale)) s = read_element<T>(v[kItemScale], at(kItemScale));
-    const T loss = eval(x, y, w, s, dx, dy);
-    if (has(kLosses)) write_element(v[kLosses], at(kLosses), loss);
-    if (has(kGradInput)) write_gradient(v[kGradInput], at(kGradInput), dx);
-    if (has(kGradTarget)) write_gradient(v[kGradTarget], at(kGradTarget), dy);
+    const View* const views = a.views;
+    int64_t at[kViews] = {};
+    for (int d = a.dims - 1; d >= 0; --d) {
+      const int64_t outer = d ? i / a.shape[d] : 0, index = i - outer * a.shape[d];
+#pragma unroll
+      for (int v = 0; v < kViews; ++v) at[v] += index * views[v].strides[d];
+      i = outer;
+    }
+    T x[kLosses], grad[kInputs];
+#pragma unroll
+    for (int v = 0; v < kLosses; ++v) {
+      const bool used = v < kInputs || v >= kPointwiseInputs;
+      x[v] = used && has(v) ? read_element<T>(views[v], at[v]) : (T)1;
+    }
+    const T loss = eval(x, grad);
+    if (has(kLosses)) write_element(views[kLosses], at[kLosses], loss);
+#pragma unroll
+    for (int v = 0; v < kInputs; ++v)
+      if (has(kGrad + v)) write_gradient(views[kGrad + v], at[kGrad + v], grad[v]);
     return loss;
   }
   MBK_DEVICE void write_gradient(const View& view, int64_t offset, T g) const {
@@ -167,7 +196,7 @@ struct Pointwise {
 };
 
 template <class Loss, class T>
-__global__ void __launch_bounds__(kPointwiseThreads, 4)
+__global__ void __launch_bounds__(kPointwiseThreads, Loss::kInputs == 2 ? 4 : 3)
     pointwise(const __grid_constant__ PointwiseLaunch p) {
   struct Shared {
     ExactSumState total;
@@ -179,15 +208,15 @@ __global__ void __launch_bounds__(kPointwiseThreads, 4)
   const Pointwise<Loss, T> loop(p);
   const int64_t first = (int64_t)blockIdx.x * kPointwiseThreads + threadIdx.x,
                 threads = (int64_t)gridDim.x * kPointwiseThreads, size = p.args.size;
-  const int64_t dense = p.vectors ? size / kVector : 0;
+  const int64_t dense = sizeof(T) == 4 && p.vectors ? size / kVector : 0;
   ThreadSum sum;
-  for (int64_t i = first; i < dense; i += threads) {
-    T loss[kVector];
-    loop.vector(i * kVector, loss);
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t i = first; i < dense; i += threads) {
+      T loss[kVector];
+      loop.vector(i * kVector, loss);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      if (sizeof(T) == 4 && p.totals) sum.add((float)loss[k], shared.total);
-      if (sizeof(T) == 8 && p.terms) p.terms[i * kVector + k] = (double)loss[k];
+      for (int k = 0; k < kVector; ++k)
+        if (p.totals) sum.add(loss[k], shared.total);
     }
   }
   for (int64_t i = dense * kVector + first; i < size; i += threads) {

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     if (gridDim.x > 1) {
       read_state(shared.total, *p.total);
       clear(*p.total);
-      *p.done = 0;
+      atomicExch(p.done, 0u);  // others have added to it as atomics only
     }
     deliver(p.to, shared.total);
   } else {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     double total = 0;
     for (int64_t block = 0; block < blocks; ++block)
       total += ((const volatile double*)p.block_sums)[block];
-    *p.done = 0;
+    atomicExch(p.done, 0u);  // others have added to it as atomics only
     deliver(p.to, total);
   }
 }

@@ -1,7 +1,24 @@
 #pragma once
 // Every loss, once. A loss's position in its list is its number in the tables and in the binding.
+#include "losses/binary_cross_entropy.h"
+#include "losses/binary_cross_entropy_with_logits.h"
 #include "losses/cross_entropy.h"
+#include "losses/gaussian_nll.h"
+#include "losses/hinge.h"
+#include "losses/hinge_embedding.h"
+#include "losses/huber.h"
+#include "losses/kl_div.h"
+#include "losses/l1.h"
+#include "losses/log_cosh.h"
+#include "losses/margin_ranking.h"
+#include "losses/poisson_nll.h"
+#include "losses/quantile.h"
+#include "losses/sigmoid_focal.h"
+#include "losses/smooth_l1.h"
+#include "losses/soft_margin.h"
 #include "losses/squared_error.h"
+#include "losses/squared_hinge.h"
+#include "losses/tweedie_nll.h"
 
 namespace mbk::MBK_ISA {
 
@@ -10,6 +27,17 @@ struct LossList {
   static constexpr int size = sizeof...(L);
 };
 using RowLosses = LossList<CrossEntropy>;
-using PointwiseLosses = LossList<HalfSquaredError, SquaredError>;
+using PointwiseLosses =
+    LossList<HalfSquaredError, SquaredError, BinaryCrossEntropy, BinaryCrossEntropyWithLogits,
+             GaussianNll, Hinge, HingeEmbedding, Huber, KLDivergence, AbsoluteError, LogCosh,
+             MarginRanking, PoissonNll, Quantile, SigmoidFocal, SmoothL1, SoftMargin, SquaredHinge,
+             TweedieNll>;
+
+// How many inputs an element-wise loss has.
+template <class... L>
+MBK_HOST_FN int inputs_of(LossList<L...>, int loss) {
+  constexpr int inputs[] = {L::kInputs...};
+  return inputs[loss];
+}
 
 }  // namespace mbk::MBK_ISA

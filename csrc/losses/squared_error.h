@@ -1,29 +1,37 @@
 #pragma once
-#include "core/lane.h"
+#include "losses/pointwise.h"
 
 namespace mbk::MBK_ISA {
 
-// loss = d^2 / 2, dloss/dinput = d, dloss/dtarget = -d, with d = input - target. No parameter.
+// loss = r^2 / 2, r = x0 - x1.
 struct HalfSquaredError {
   static constexpr const char* name = "half_squared_error";
+  static constexpr int kInputs = 2;
+  template <class T>
+  using Call = NoParameters<T>;
   template <class V>
-  MBK_FN static void eval(V input, V target, Element<V>, V& loss, V& dinput, V& dtarget) {
-    const V d = input - target;
-    loss = d * d * (Element<V>)0.5;
-    dinput = d;
-    dtarget = -d;
+  MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V& loss,
+                          V (&d)[kInputs]) {
+    const V r = x[0] - x[1];
+    loss = r * r * (Element<V>)0.5;
+    d[0] = r;
+    d[1] = -r;
   }
 };
 
-// loss = d^2, dloss/dinput = 2 d, dloss/dtarget = -2 d, with d = input - target. No parameter.
+// loss = r^2, r = x0 - x1.
 struct SquaredError {
   static constexpr const char* name = "mse_loss";
+  static constexpr int kInputs = 2;
+  template <class T>
+  using Call = NoParameters<T>;
   template <class V>
-  MBK_FN static void eval(V input, V target, Element<V>, V& loss, V& dinput, V& dtarget) {
-    const V d = input - target;
-    loss = d * d;
-    dinput = d + d;
-    dtarget = -dinput;
+  MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V& loss,
+                          V (&d)[kInputs]) {
+    const V r = x[0] - x[1];
+    loss = r * r;
+    d[0] = r + r;
+    d[1] = -d[0];
   }
 };
 

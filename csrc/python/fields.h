@@ -29,6 +29,14 @@ class Fields {
     present = field != Py_None;
     return present ? as_number(field) : 0;
   }
+  // A tuple of as many numbers, or fewer; the rest is 0.
+  template <int n>
+  void numbers(double (&values)[n]) {
+    PyObject* field = get();
+    const Py_ssize_t count = PyTuple_Check(field) ? PyTuple_GET_SIZE(field) : n + 1;
+    if (count > n) throw std::invalid_argument("mbkern._C: parameters are a short tuple");
+    for (Py_ssize_t k = 0; k < count; ++k) values[k] = as_number(PyTuple_GET_ITEM(field, k));
+  }
   // False if a number was given as a tensor: Python would read it, and lose its derivative.
   bool numbers() const { return numbers_; }
   bool boolean() { return integer() != 0; }

@@ -1,10 +1,11 @@
 // From tensors to a call of an element-wise loss, on every device.
 #include <pybind11/pybind11.h>
 
-#include <vector>
+#include <array>
 
 #include "cpu/dispatch.h"
 #include "cpu/pointwise_call.h"
+#include "losses/all.h"
 #include "python/fields.h"
 #include "python/functions.h"
 
@@ -14,7 +15,7 @@ namespace mbk::python {
 namespace {
 
 // Dimensions of size 1 are dropped, and those merged that are one in every view.
-bool merge(const std::vector<const Tensor*>& views, PointwiseArgs& a) {
+bool merge(const std::array<const Tensor*, kViews>& views, PointwiseArgs& a) {
   const Tensor& first = *views[0];
   a.dims = 0;
   if (!first.numel()) {
@@ -43,10 +44,11 @@ py::object pointwise_loss(const py::tuple& fields) {
   PointwiseArgs a{};
   Result r{};
   const int loss = static_cast<int>(f.integer());
-  const Tensor input = f.tensor(), target = f.tensor(), weight = f.tensor();
-  const Tensor item_scale = f.tensor(), losses = f.output();
-  const Tensor grad_input = f.output(), grad_target = f.output();
-  a.accumulate = f.boolean(), a.parameter = f.number();
+  const Tensor input = f.tensor(), target = f.tensor(), third = f.tensor(), weight = f.tensor();
+  const Tensor rescale = f.tensor(), item_scale = f.tensor(), losses = f.output();
+  const Tensor grad_input = f.output(), grad_target = f.output(), grad_third = f.output();
+  a.accumulate = f.boolean();
+  f.numbers(a.parameters);
   bool good = f.scalar(a.scale);
   good = f.result(r) && good;
   a.threads = static_cast<int>(f.integer());
@@ -57,19 +59,23 @@ py::object pointwise_loss(const py::tuple& fields) {
 
   using Kind = Tensor::Kind;
   if (!good || input.kind != Kind::floating || target.kind != Kind::floating) return py::none();
-  const std::vector<const Tensor*> views = {&input,  &target,     &weight,     &item_scale,
-                                            &losses, &grad_input, &grad_target};
-  const DType type = input.is(DType::f64) || target.is(DType::f64) ? DType::f64 : DType::f32;
+  if ((third || grad_third) && inputs_of(host::PointwiseLosses{}, loss) < 3) return py::none();
+  const std::array<const Tensor*, kViews> views = {&input,       &target,     &third,  &weight,
+                                                   &rescale,     &item_scale, &losses, &grad_input,
+                                                   &grad_target, &grad_third};
+  const bool in_double = input.is(DType::f64) || target.is(DType::f64) || third.is(DType::f64);
+  const DType type = in_double ? DType::f64 : DType::f32;
   for (int v = 0; v < kViews; ++v) {
     const Tensor& t = *views[v];
     if (!t) continue;
     if (t.kind != Kind::floating || !t.same_shape(input)) return py::none();
     a.views[v].data = t.data, a.views[v].dtype = t.dtype;
-    if ((v == kWeight || v == kItemScale) && t.dtype != type) return py::none();
+    if ((v == kWeight || v == kRescale || v == kItemScale) && t.dtype != type) return py::none();
   }
   if ((r.loss_sum && type == DType::f64) || !merge(views, a)) return py::none();
   if (f.overwrites(grad_input, a.scale, r.denominator) ||
-      f.overwrites(grad_target, a.scale, r.denominator))
+      f.overwrites(grad_target, a.scale, r.denominator) ||
+      f.overwrites(grad_third, a.scale, r.denominator))
     return py::none();
 
   if (!f.on_host()) {

@@ -8,10 +8,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from mbkern._losses import Loss
 from mbkern._tensors import (
     INDEX_TYPES,
     describe,
     has_internal_overlap,
+    on_cuda,
     require_dtype,
     require_plain,
     same_elements,
@@ -32,12 +34,13 @@ def check_reduction(reduction: str, denominator: Number | None) -> None:
         raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
 
 
-def promoted_dtype(input: Tensor, other: Tensor) -> torch.dtype:
-    """Return the dtype that torch computes both in: class indices do not count."""
+def promoted_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
+    """Return the dtype that torch computes all in: class indices do not count."""
     dtype = input.dtype
-    if other.dtype is dtype or not other.is_floating_point():
-        return dtype
-    return torch.promote_types(dtype, other.dtype)
+    for other in others:
+        if other is not None and other.dtype is not dtype and other.is_floating_point():
+            dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
 
 
 def result_dtype(
@@ -70,14 +73,29 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def combine_weights(
-    weight: Tensor | None, sample_weight: Tensor | None, shape: torch.Size
-) -> Tensor | None:
-    """Multiply torch's weight and ours into the one weight of each element, in 32 bits or more."""
+def product(weight: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+    """Multiply torch's weight and ours, where both count in the mean, in 32 bits or more."""
     if weight is None or sample_weight is None:
         return weight if sample_weight is None else sample_weight
     both = compute_dtype(torch.promote_types(weight.dtype, sample_weight.dtype))
-    return weight.detach().to(both) * sample_weight.detach().to(both).expand(shape)
+    return weight.detach().to(both) * sample_weight.detach().to(both).expand(weight.shape)
+
+
+def check_values(loss: Loss, inputs: tuple[Tensor | None, ...]) -> None:
+    """Refuse values outside a loss's domain, as torch does on the CPU; on CUDA nobody looks."""
+    x, *_, third = inputs
+    if x is None or x.numel() == 0 or on_cuda(x):
+        return
+    if loss.name == "binary_cross_entropy" and not bool(((x >= 0) & (x <= 1)).all()):
+        low, high = (v.item() for v in x.aminmax())
+        raise ValueError(
+            f"mbkern: binary_cross_entropy takes probabilities, in [0, 1]; the input holds numbers "
+            f"from {low} to {high}"
+        )
+    if loss.name == "gaussian_nll_loss" and third is not None and bool((third < 0).any()):
+        raise ValueError(
+            f"mbkern: gaussian_nll_loss takes variances; var holds {third.min().item()}"
+        )
 
 
 def check_output(

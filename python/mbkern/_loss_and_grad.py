@@ -14,13 +14,13 @@ from mbkern._arguments import (
     Number,
     check_output,
     check_reduction,
-    combine_weights,
     compute_dtype,
+    product,
     promoted_dtype,
     result_dtype,
 )
 from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument, zeros_like
-from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
+from mbkern._launch_pointwise import Inputs, PointwiseCall, TensorOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
 from mbkern._tensors import refuse_tracing
@@ -28,14 +28,10 @@ from mbkern._tensors import refuse_tracing
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 ArgNums: TypeAlias = "int | str | tuple[int | str, ...]"
 
-_ARGUMENTS = ("input", "target")
-
 
 def loss_and_grad(
     name: str,
-    input: Array,
-    target: Array,
-    *,
+    *tensors: Array,
     argnums: ArgNums = 0,
     reduction: str = "mean",
     grad_out: Any = None,
@@ -48,7 +44,8 @@ def loss_and_grad(
 
     Args:
         name: the loss, as in ``mbkern.functional``.
-        input, target: the loss's tensors, or NumPy arrays (used in place; results are arrays then).
+        tensors: the loss's tensors (``mbkern.losses()`` names them; by name, too), all of the
+            loss's shape, or NumPy arrays (used in place; results are arrays then).
         argnums: which arguments to differentiate: an index or a name, or a tuple of them.
         reduction: "none" (losses an item, and the gradient of their sum), "mean" or "sum".
         grad_out: where the gradients go, in the structure of ``argnums``; None, there or within,
@@ -60,29 +57,33 @@ def loss_and_grad(
             rounding.
         loss_sum: receives every item's term before any division; not for float64.
         options: the loss's other options: ``weight``, ``sample_weight``, ``denominator``,
-            ``loss_dtype``, and for cross_entropy ``ignore_index``, ``label_smoothing``, ``z_loss``,
-            ``softcap``.
+            ``loss_dtype``, its own parameters (``delta``, ``margin``, ...), and for cross_entropy
+            ``ignore_index``, ``label_smoothing``, ``z_loss``, ``softcap``.
 
     Returns:
         The loss (0-dim, or one an item), and the gradient or the tuple of gradients.
     """
     loss = find(name)
     positions = _positions(loss, argnums)
-    numpy = isinstance(input, np.ndarray)
-    tensors = (_tensor(input, "input"), _tensor(target, "target"))
+    given = _arguments(loss, tensors, options)
+    numpy = isinstance(given[0], np.ndarray)
+    inputs = tuple(
+        None if value is None else _tensor(value, argument)
+        for value, argument in zip(given, loss.arguments, strict=True)
+    )
     outs = _structure(grad_out, argnums, positions)
     check_reduction(reduction, options.get("denominator"))
     options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     refuse_tracing("loss_and_grad")
-    for value in (*tensors, *outs.values(), *options.values(), scale):
+    for value in (*inputs, *outs.values(), *options.values(), scale):
         if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; "
                 "call it under torch.no_grad() or with detached tensors"
             )
-    run = _row if loss.kind == "row" else _pointwise
+    run = _row if loss.kind == "row" else _tensors
     value, grads = run(
-        loss, tensors, positions, outs, reduction, accumulate, scale, loss_sum, options
+        loss, inputs, positions, outs, reduction, accumulate, scale, loss_sum, options
     )
     result: Any = tuple(grads[p] for p in positions)
     if numpy:
@@ -90,16 +91,31 @@ def loss_and_grad(
     return value, (result if isinstance(argnums, tuple) else result[0])
 
 
+def _arguments(loss: Loss, tensors: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """The loss's tensors, by position or taken out of the options; None: an optional one."""
+    names = loss.arguments
+    if len(tensors) > len(names):
+        raise TypeError(f"mbkern: {loss.name} takes {', '.join(names)}, not {len(tensors)} tensors")
+    given = dict(zip(names, tensors, strict=False))
+    for name in names[len(tensors) :]:
+        if name in options:
+            given[name] = options.pop(name)
+        elif name != "pos_weight":
+            raise TypeError(f"mbkern: {loss.name} takes {', '.join(names)}; {name} is missing")
+    return tuple(given.get(name) for name in names)
+
+
 def _positions(loss: Loss, argnums: ArgNums) -> list[int]:
     positions = []
+    names = loss.arguments
     for arg in argnums if isinstance(argnums, tuple) else (argnums,):
-        name = arg if isinstance(arg, str) else _ARGUMENTS[arg] if arg in (0, 1) else None
+        name = arg if isinstance(arg, str) else names[arg] if arg in range(len(names)) else None
         if name not in loss.differentiable:
             raise ValueError(
                 f"mbkern: argnums {arg!r} is not a differentiable argument of {loss.name}: "
                 f"{', '.join(loss.differentiable)}"
             )
-        positions.append(_ARGUMENTS.index(name))
+        positions.append(names.index(name))
     if len(set(positions)) != len(positions) or not positions:
         raise ValueError(f"mbkern: argnums {argnums!r} must name each argument once")
     return positions
@@ -138,7 +154,7 @@ def _array(value: Any) -> Any:
 
 def _outputs(
     call: RowCall | PointwiseCall,
-    tensors: tuple[Tensor, Tensor],
+    tensors: tuple[Tensor | None, ...],
     positions: list[int],
     outs: Mapping[int, Tensor | None],
     accumulate: bool,
@@ -149,26 +165,27 @@ def _outputs(
         call.explain()  # what is wrong with the loss itself comes first
     grads: dict[int, Tensor] = {}
     for p in positions:
-        out = outs[p]
+        out, tensor = outs[p], tensors[p]
+        assert tensor is not None
         if out is not None:
             rest = [t for q, t in enumerate(tensors) if q != p] + [
                 g for q, g in grads.items() if q != p
             ]
-            check_output(out, "grad_out", tensors[p], accumulate, (*rest, *others))
+            check_output(out, "grad_out", tensor, accumulate, (*rest, *others))
             grads[p] = out
         elif accumulate:
-            grads[p] = zeros_like(tensors[p], compute_dtype(tensors[p].dtype))
+            grads[p] = zeros_like(tensor, compute_dtype(tensor.dtype))
         else:
-            grads[p] = new_gradient(tensors[p])
+            grads[p] = new_gradient(tensor)
     return grads
 
 
 def _common(
-    options: dict[str, Any], loss_sum: LossSum | None, tensors: tuple[Tensor, ...]
+    options: dict[str, Any], loss_sum: LossSum | None, tensors: tuple[Tensor | None, ...]
 ) -> Tensor | None:
     if loss_sum is None:
         return None
-    if any(t.dtype is torch.float64 for t in tensors):
+    if any(t is not None and t.dtype is torch.float64 for t in tensors):
         raise TypeError("mbkern: loss_sum holds float32 terms exactly; float64 losses are refused")
     return loss_sum.state
 
@@ -180,7 +197,7 @@ def _unknown(name: str, options: dict[str, Any]) -> None:
 
 def _row(
     loss: Loss,
-    tensors: tuple[Tensor, Tensor],
+    tensors: tuple[Tensor | None, ...],
     positions: list[int],
     outs: Mapping[int, Tensor | None],
     reduction: str,
@@ -190,6 +207,8 @@ def _row(
     options: dict[str, Any],
 ) -> tuple[Any, dict[int, Tensor]]:
     input, target = tensors
+    assert input is not None
+    assert target is not None
     known = {f: options.pop(f) for f in RowOptions.__slots__ if f in options}
     promoted = promoted_dtype(input, target)
     loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted, input)
@@ -210,9 +229,9 @@ def _row(
     return value, grads
 
 
-def _pointwise(
+def _tensors(
     loss: Loss,
-    tensors: tuple[Tensor, Tensor],
+    tensors: tuple[Tensor | None, ...],
     positions: list[int],
     outs: Mapping[int, Tensor | None],
     reduction: str,
@@ -221,32 +240,40 @@ def _pointwise(
     loss_sum: LossSum | None,
     options: dict[str, Any],
 ) -> tuple[Any, dict[int, Tensor]]:
-    input, target = tensors
-    if input.shape != target.shape:
-        raise ValueError(
-            f"mbkern: loss_and_grad needs input and target of one shape, not {tuple(input.shape)} "
-            f"and {tuple(target.shape)}; the gradient of a broadcast argument would be a sum"
-        )
-    weights = combine_weights(
-        options.pop("weight", None), options.pop("sample_weight", None), input.shape
+    input = tensors[0]
+    assert input is not None
+    for name, t in zip(loss.arguments, tensors, strict=True):
+        if t is not None and t.shape != input.shape:
+            raise ValueError(
+                f"mbkern: loss_and_grad needs {loss.arguments[0]} and {name} of one shape, not "
+                f"{tuple(input.shape)} and {tuple(t.shape)}; the gradient of a broadcast argument "
+                "would be a sum"
+            )
+    parameters = loss.numbers(
+        **{name: options.pop(name) for name in loss.parameters if name in options}
     )
-    promoted = promoted_dtype(input, target)
-    loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted, input)
-    pointwise = PointwiseOptions(
-        weights, reduction, options.pop("denominator", None), options.pop("parameter", 0.0)
-    )
+    sample_weight = options.pop("sample_weight", None)
+    weight = options.pop("weight", None) if loss.weight is not None else None
+    if loss.weight == "mean":
+        weight, sample_weight = None, product(weight, sample_weight)
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted_dtype(*tensors), input)  # type: ignore[arg-type]
+    denominator = options.pop("denominator", None)
     _unknown(loss.name, options)
     state = _common(options, loss_sum, tensors)
-    call = PointwiseCall(loss.number, input, target, pointwise)
-    grads = _outputs(call, tensors, positions, outs, accumulate, (call.weight,))
+    inputs: Inputs = (*tensors, None, None)[:3]  # type: ignore[assignment]
+    asked = TensorOptions(weight, sample_weight, reduction, denominator, parameters)
+    call = PointwiseCall(loss, inputs, asked)
+    others = (call.weight, call.sample_weight)
+    grads = _outputs(call, tensors, positions, outs, accumulate, others)
     value, _ = call.run(
-        grads=(grads.get(0), grads.get(1)),
+        grads=(grads.get(0), grads.get(1), grads.get(2)),
         accumulate=accumulate,
         scale=scalar_argument(scale, "scale"),
         loss_dtype=loss_dtype,
         loss_sum=state,
     )
     for p, out in outs.items():
-        if out is not None and out.data_ptr() == tensors[p].data_ptr():
-            torch.autograd.graph.increment_version(tensors[p])
+        tensor = tensors[p]
+        if out is not None and tensor is not None and out.data_ptr() == tensor.data_ptr():
+            torch.autograd.graph.increment_version(tensor)
     return value, grads

@@ -32,7 +32,7 @@ from mbkern._launch import (
     rescale_on_device,
     scale_dense,
 )
-from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
+from mbkern._launch_pointwise import Grads, Inputs, PointwiseCall, TensorOptions
 from mbkern._losses import find
 from mbkern._tensors import on_cuda
 
@@ -52,15 +52,17 @@ _SCHEMAS = {
         "Tensor? grad_scale, Tensor state, Tensor divisor, "
         f"{_ROW_OPTIONS}, bool form) -> Tensor"
     ),
-    "pointwise_loss": (
-        "(Tensor input, Tensor target, Tensor? weight, Tensor? denominator, Tensor? grad_scale, "
-        "str loss, str reduction, float parameter, bool form_input, bool form_target, "
-        "ScalarType dtype) -> (Tensor loss, Tensor divisor)"
+    "tensor_loss": (
+        "(Tensor first, Tensor? second, Tensor? third, Tensor? weight, Tensor? sample_weight, "
+        "Tensor? denominator, Tensor? grad_scale, str loss, str reduction, float[] parameters, "
+        "bool form_first, bool form_second, bool form_third, ScalarType dtype) "
+        "-> (Tensor loss, Tensor divisor)"
     ),
-    "pointwise_loss_backward": (
-        "(Tensor incoming, Tensor input, Tensor target, Tensor? weight, Tensor? grad_scale, "
-        "Tensor divisor, str loss, str reduction, float parameter, bool form, "
-        "bool need_input, bool need_target) -> (Tensor grad_input, Tensor grad_target)"
+    "tensor_loss_backward": (
+        "(Tensor incoming, Tensor first, Tensor? second, Tensor? third, Tensor? weight, "
+        "Tensor? sample_weight, Tensor? grad_scale, Tensor divisor, str loss, str reduction, "
+        "float[] parameters, bool form, bool need_first, bool need_second, bool need_third) "
+        "-> (Tensor grad_first, Tensor grad_second, Tensor grad_third)"
     ),
 }
 
@@ -180,72 +182,81 @@ def _row_loss_backward(
     return grad
 
 
-def _pointwise_call(
-    input: Tensor,
-    target: Tensor,
+def _tensor_call(
+    inputs: Inputs,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     denominator: Tensor | None,
     options: tuple[Any, ...],
 ) -> PointwiseCall:
-    loss, reduction, parameter = options
-    pointwise = PointwiseOptions(weight, reduction, denominator, parameter)
-    return PointwiseCall(find(loss).number, input, target, pointwise)
+    loss, reduction, parameters = options
+    asked = TensorOptions(weight, sample_weight, reduction, denominator, tuple(parameters))
+    return PointwiseCall(find(loss), inputs, asked)
 
 
-def _pointwise_loss(
-    input: Tensor,
-    target: Tensor,
+def new_gradients(inputs: Inputs, needs: Sequence[bool]) -> Grads:
+    """Memory for the gradients that are needed."""
+    first, second, third = (
+        new_gradient(t) if need and t is not None else None
+        for t, need in zip(inputs, needs, strict=True)
+    )
+    return first, second, third
+
+
+def _tensor_loss(
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     denominator: Tensor | None,
     grad_scale: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    *options, form_input, form_target, dtype = rest
-    call = _pointwise_call(input, target, weight, denominator, tuple(options))
-    grads = (
-        new_gradient(input) if form_input else None,
-        new_gradient(target) if form_target else None,
-    )
+    loss_name, reduction, parameters, *form, dtype = rest
+    inputs = (first, second, third)
+    options = (loss_name, reduction, parameters)
+    call = _tensor_call(inputs, weight, sample_weight, denominator, options)
+    grads = new_gradients(inputs, form)
     scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grads=grads, scale=scale, loss_dtype=dtype)
     assert loss is not None
     return loss, divisor_tensor(divisor, grads)
 
 
-def _pointwise_loss_backward(
+def _tensor_loss_backward(
     incoming: Tensor,
-    input: Tensor,
-    target: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     grad_scale: Tensor | None,
     divisor: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    *options, form, need_input, need_target = rest
+) -> tuple[Tensor, ...]:
+    loss, reduction, parameters, form, *needs = rest
     hint = 1.0 if grad_scale is None else hint_argument(grad_scale)
-    needs = (need_input, need_target)
-    grads = _take_grads(divisor) if form else None
-    if grads is None or any(g is None and n for g, n in zip(grads, needs, strict=True)):
-        grads = tuple(
-            new_gradient(t) if need else None
-            for t, need in zip((input, target), needs, strict=True)
-        )
-        call = _pointwise_call(input, target, weight, None, tuple(options))
+    inputs = (first, second, third)
+    found: Any = _take_grads(divisor) if form else None
+    if found is None or any(g is None and n for g, n in zip(found, needs, strict=True)):
+        found = new_gradients(inputs, needs)
+        options = (loss, reduction, parameters)
+        call = _tensor_call(inputs, weight, sample_weight, None, options)
         arguments: dict[str, Any] = {
-            "want_loss": False, "grads": grads, "loss_dtype": input.dtype,
+            "want_loss": False, "grads": found, "loss_dtype": first.dtype,
         }  # fmt: skip
-        if call.options.reduction == "none":
+        if reduction == "none":
             call.run(item_scale=incoming, **arguments)
         else:
             scale = hint if form else incoming.detach()
             call.run(scale=scale, divisor=divisor.detach(), **arguments)
     if form:
-        grads = tuple(None if g is None else _rescaled(g, incoming, hint) for g in grads)
-    first, second = (
-        g if g is not None and need else t.new_empty(0)
-        for g, need, t in zip(grads, needs, (input, target), strict=True)
+        found = tuple(None if g is None else _rescaled(g, incoming, hint) for g in found)
+    return tuple(
+        g if g is not None and need else first.new_empty(0)
+        for g, need in zip(found, needs, strict=True)
     )
-    return first, second
 
 
 # ---- shapes and dtypes ---------------------------------------------------------------------------
@@ -283,22 +294,19 @@ def _fake_row_loss_backward(incoming: Tensor, input: Tensor, *rest: Any) -> Tens
     return torch.empty_like(input)
 
 
-def _fake_pointwise_loss(input: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    reduction, dtype = rest[4], rest[-1]
-    loss = torch.empty_like(input, dtype=dtype) if reduction == "none" else None
+def _fake_tensor_loss(first: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    reduction, dtype = rest[7], rest[-1]
+    loss = torch.empty_like(first, dtype=dtype) if reduction == "none" else None
     return (
-        input.new_empty((), dtype=dtype) if loss is None else loss,
-        input.new_empty((), dtype=torch.float64),
+        first.new_empty((), dtype=dtype) if loss is None else loss,
+        first.new_empty((), dtype=torch.float64),
     )
 
 
-def _fake_pointwise_loss_backward(
-    incoming: Tensor, input: Tensor, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    need_input, need_target = rest[-2:]
-    return (
-        torch.empty_like(input) if need_input else input.new_empty(0),
-        torch.empty_like(target) if need_target else target.new_empty(0),
+def _fake_tensor_loss_backward(incoming: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t) if need and t is not None else rest[0].new_empty(0)
+        for t, need in zip(rest[:3], rest[-3:], strict=True)
     )
 
 
@@ -336,8 +344,8 @@ def _each(operator: Callable[..., Any], *forms: int) -> Callable[..., Any]:
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...]]] = {
     "row_loss": (_row_loss, _fake_row_loss, (12,)),
     "row_loss_backward": (_row_loss_backward, _fake_row_loss_backward, ()),
-    "pointwise_loss": (_pointwise_loss, _fake_pointwise_loss, (8, 9)),
-    "pointwise_loss_backward": (_pointwise_loss_backward, _fake_pointwise_loss_backward, ()),
+    "tensor_loss": (_tensor_loss, _fake_tensor_loss, (10, 11, 12)),
+    "tensor_loss_backward": (_tensor_loss_backward, _fake_tensor_loss_backward, ()),
 }
 
 for _name, (_kernel, _fake, _forms) in _KERNELS.items():
@@ -351,5 +359,5 @@ for _name, (_kernel, _fake, _forms) in _KERNELS.items():
 
 row_loss = torch.ops.mbkern.row_loss.default
 row_loss_backward = torch.ops.mbkern.row_loss_backward.default
-pointwise_loss = torch.ops.mbkern.pointwise_loss.default
-pointwise_loss_backward = torch.ops.mbkern.pointwise_loss_backward.default
+tensor_loss = torch.ops.mbkern.tensor_loss.default
+tensor_loss_backward = torch.ops.mbkern.tensor_loss_backward.default

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from mbkern import functional
 from mbkern._arguments import REDUCTIONS
-from mbkern._losses import losses
+from mbkern._losses import Loss, losses
 from mbkern._tensors import DTYPES, has_kernels
 
 _is_compiling = torch.compiler.is_compiling
@@ -30,7 +30,8 @@ class Entry:
     Attributes:
         name: of both functions.
         is_row: whether an item is a row of classes.
-        names: torch's parameters in order; the first two are the input and the target.
+        names: torch's parameters in order, first the tensors.
+        tensors: how many of them are tensors that the loss is of: two or three.
         defaults: of torch's options.
         original: torch's function.
         function: ours.
@@ -39,25 +40,28 @@ class Entry:
     name: str
     is_row: bool
     names: tuple[str, ...]
+    tensors: int
     defaults: dict[str, Any]
     original: Callable[..., Tensor]
     function: Callable[..., Tensor]
 
 
-def _entry(name: str, is_row: bool) -> Entry | None:
+def _entry(loss: Loss) -> Entry | None:
+    name, is_row = loss.name, loss.kind == "row"
     original = getattr(torch_functional, name, None)
     function = getattr(functional, name, None)
     if original is None or function is None:
         return None
     parameters = inspect.signature(original).parameters
     names = tuple(parameters)
-    defaults = {key: parameters[key].default for key in names[2:]}
-    return Entry(name, is_row, names, defaults, original, function)
+    required = [p for p in parameters.values() if p.default is p.empty]
+    defaults = {key: parameters[key].default for key in names[len(required) :]}
+    return Entry(name, is_row, names, len(required), defaults, original, function)
 
 
 def entries() -> list[Entry]:
     """Every loss that both libraries have."""
-    found = [_entry(loss.name, loss.kind == "row") for loss in losses()]
+    found = [_entry(loss) for loss in losses()]
     return [entry for entry in found if entry is not None]
 
 
@@ -79,14 +83,20 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
 
     Whatever torch would refuse is refused here, so that the error is torch's.
     """
-    if len(args) == 2:
+    third = None
+    if len(args) == entry.tensors == 2:
         input, target = args
         options = kwargs
     else:
         bound = _bind(entry, args, kwargs)
         if bound is None:
             return "arguments of no loss"
-        input, target, options = bound
+        (input, target, *rest), options = bound
+        if rest:
+            third = rest[0]
+            reason = _third_refusal(entry, input, third)
+            if reason is not None:
+                return reason
     reason = _tensor_refusal(input, "input") or _tensor_refusal(target, "target")
     if reason is not None:
         return reason
@@ -98,6 +108,8 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
         return "a transform inside torch.compile"  # which loses the derivatives of our operators
     if input.dtype not in DTYPES:
         return f"input is {_short(input.dtype)}"
+    if entry.name == "gaussian_nll_loss" and input.dtype in _HALF and _is_autocast(input.device):
+        return "autocast, which leaves this loss in 16 bits on some devices"
     items = _row_refusal if entry.is_row else _pointwise_refusal
     return items(input, target, options) or (
         _options_refusal(entry, input, options) if options else None
@@ -106,17 +118,33 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
 
 def _bind(
     entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any, dict[str, Any]] | None:
-    """Input, target and options, however they were passed; None if that is no call."""
+) -> tuple[list[Any], dict[str, Any]] | None:
+    """The loss's tensors and its options, however they were passed; None if that is no call."""
     names = entry.names
     given = dict(zip(names, args, strict=False))
     count = len(given) + len(kwargs)
     given.update(kwargs)
     if len(args) > len(names) or len(given) < count:
         return None
-    if names[0] not in given or names[1] not in given:
+    first = names[: entry.tensors]
+    if any(name not in given for name in first):
         return None
-    return given.pop(names[0]), given.pop(names[1]), given
+    return [given.pop(name) for name in first], given
+
+
+def _third_refusal(entry: Entry, input: Any, third: Any) -> str | None:
+    """A third tensor of the input's shape and dtype; a variance may be a number."""
+    name = entry.names[2]
+    if type(third) in _NUMBERS and entry.name == "gaussian_nll_loss":
+        return None
+    reason = _tensor_refusal(input, entry.names[0]) or _tensor_refusal(third, name)
+    if reason is not None:
+        return reason
+    if third.shape != input.shape:
+        return f"{name} differs in shape"
+    if third.dtype is not input.dtype:
+        return f"{name} is {_short(third.dtype)}, input {_short(input.dtype)}"
+    return None if _on_one_device(input, third) else f"{name} is on {third.device}"
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -199,7 +227,8 @@ def _options_refusal(entry: Entry, input: Tensor, options: dict[str, Any]) -> st
                 return reason
             fits = True
         else:
-            fits = type(value) is type(default)
+            numbers = type(value) in _NUMBERS and type(default) in _NUMBERS
+            fits = numbers or type(value) is type(default)
         if not fits:
             return name
     return None
@@ -214,11 +243,21 @@ def _is_share(value: Any) -> bool:
 
 
 def _is_reduction(value: Any) -> bool:
-    return type(value) is str and value in REDUCTIONS
+    return type(value) is str and (value in REDUCTIONS or value == "batchmean")
 
 
 def _is_none(value: Any) -> bool:
     return value is None
+
+
+_BROADCASTS = ("binary_cross_entropy", "binary_cross_entropy_with_logits")  # their weights
+
+
+def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
+    """Whether a shape broadcasts to another one."""
+    return len(shape) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
+    )
 
 
 #: What options of one meaning in all losses may be; a number of another name is of its default's
@@ -244,7 +283,11 @@ def _weight_refusal(entry: Entry, input: Tensor, name: str, weight: Tensor) -> s
         return f"{name} under a transform"
     shape = input.shape
     classes = shape[1 if len(shape) > 1 else 0 : 2]
-    if weight.shape != (classes if entry.is_row else shape):
+    if entry.is_row:
+        fits = weight.shape == classes
+    else:
+        fits = weight.shape == shape or (entry.name in _BROADCASTS and _fits(weight.shape, shape))
+    if not fits:
         return f"{name}'s shape"
     if weight.dtype is not input.dtype and not (entry.is_row and _dtypes_agree(input, weight)):
         return f"{name} is {_short(weight.dtype)}, input {_short(input.dtype)}"

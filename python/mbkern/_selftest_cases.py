@@ -140,6 +140,13 @@ POINTWISE = [
 ]
 
 
+#: The element-wise cases that see what a formula does, and not only what its loop does.
+FORMULA = (
+    "elements of every size", "pairs of special values", "in place", "mean", "accumulated",
+    "backward",
+)  # fmt: skip
+
+
 def _arrange(tensor: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
@@ -189,11 +196,25 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     if "weight" in words:
         data["options"]["weight"] = numbers(7, (shape[1],), compute, 2.0).abs()
     data["sample_weight"] = numbers(8, items, compute, 4.0).abs() if "sample" in words else None
+    if not row:
+        x, target = _within_domain(kernel, x, target)
+        loss = find(kernel)
+        if loss.arguments[2:] == ("target",):
+            data["options"]["target"] = numbers(11, shape, dtype).sign()
+        elif loss.arguments[2:]:
+            data["options"][loss.arguments[2]] = numbers(11, shape, dtype, 4.0).abs()
     data["incoming"] = numbers(9, items, dtype, 2.0)
     data["input"] = _arrange(x, case.layout)
     data["target"] = _arrange(target, case.layout) if target.dim() == x.dim() else target
     data["buffer"] = _arrange(numbers(10, shape, compute), case.layout)
     return data
+
+
+def _within_domain(kernel: str, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs that the losses with a domain do not refuse."""
+    if kernel == "binary_cross_entropy":
+        return x.abs() / 8, target.abs() / 8
+    return x, target
 
 
 def _piece(
@@ -202,6 +223,8 @@ def _piece(
     """Losses and gradients of one piece of the batch, the losses added to ``total``."""
     x, target = data["input"][cut], data["target"][cut]
     options = dict(data["options"])
+    for name in find(kernel).arguments[2:]:
+        options[name] = options[name][cut]
     if data["sample_weight"] is not None:
         options["sample_weight"] = data["sample_weight"][cut]
     if mode == "reduced":
@@ -226,12 +249,13 @@ def _piece(
         options.update(reduction="mean", denominator=37.0, scale=0.3)
     else:
         options.update(reduction="none", loss_dtype=data["buffer"].dtype)
-    both = find(kernel).kind == "pointwise" and out is None
+    loss = find(kernel)
+    many = loss.kind == "pointwise" and out is None
     losses, grad = loss_and_grad(
         kernel,
         x,
         target,
-        argnums=(0, 1) if both else (0,),
+        argnums=loss.differentiable if many else (0,),
         grad_out=None if out is None else (out,),
         accumulate=mode == "accumulate",
         loss_sum=total,
@@ -244,6 +268,10 @@ def _piece(
 def cases(kernel: str, dtype: torch.dtype) -> list[Case]:
     """The cases of a kernel. For the reduced loss of float64 no bits are promised."""
     found = ROWS if find(kernel).kind == "row" else POINTWISE
+    if kernel not in ("cross_entropy", "mse_loss"):  # the rest differs in its formula only
+        found = [case for case in found if case.name in FORMULA]
+    if kernel == "binary_cross_entropy":  # which refuses what is no probability
+        found = [case for case in found if not {"lattice", "wide"} & set(case.with_.split())]
     return [case for case in found if dtype is not torch.float64 or case.mode != "reduced"]
 
 

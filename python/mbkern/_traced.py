@@ -21,7 +21,7 @@ from mbkern._arguments import (
     check_row_shapes,
 )
 from mbkern._launch import RowOptions
-from mbkern._launch_pointwise import PointwiseOptions
+from mbkern._launch_pointwise import Inputs, TensorOptions
 from mbkern._losses import Loss, find
 from mbkern._tensors import on_cuda
 
@@ -33,12 +33,13 @@ _jit_tracing = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 
 
-def is_needed(input: Tensor, target: Tensor) -> bool:
+def is_needed(input: Tensor, target: Tensor | None, third: Tensor | None = None) -> bool:
     """Whether a call may not take the shortest way, straight from plain tensors to a kernel."""
     return (
         _is_compiling()
         or (type(input) is not Tensor and type(input) is not Parameter)
-        or (type(target) is not Tensor and type(target) is not Parameter)
+        or (type(target) is not Tensor and type(target) is not Parameter and target is not None)
+        or (third is not None and type(third) is not Tensor and type(third) is not Parameter)
         or not (input.is_cpu or on_cuda(input))
         or _dispatch_modes() > 0
         or _function_modes() > 0  # among them those of tracers before dispatch
@@ -88,10 +89,10 @@ def _is_functionalized() -> bool:
     )
 
 
-def _is_differentiated(input: Tensor, target: Tensor) -> bool:
+def _is_differentiated(*inputs: Tensor | None) -> bool:
     # Inside vmap a tensor does not say that it is differentiated outside.
     return torch.is_grad_enabled() and (
-        input.requires_grad or target.requires_grad or _functorch_active()
+        _functorch_active() or any(t is not None and t.requires_grad for t in inputs)
     )
 
 
@@ -264,127 +265,140 @@ class _RowGradient(torch.autograd.Function):
 _differentiate(_ops.row_loss, _RowLoss, _ops.row_loss_backward)
 
 
-# ---- element-wise losses -------------------------------------------------------------------------
+# ---- losses over several tensors -----------------------------------------------------------------
 
 
-def pointwise_loss(
+def tensor_loss(
     loss: Loss,
-    input: Tensor,
-    target: Tensor,
-    options: PointwiseOptions,
+    inputs: Inputs,
+    options: TensorOptions,
     grad_scale: Number | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """An element-wise loss, traceable, differentiable under every transform."""
+    """A loss over several tensors, traceable, differentiable under every transform."""
     o = options
     if _wants_formula():
-        return _composite.pointwise_loss(loss, input, target, o, dtype)
+        return _composite.tensor_loss(loss, inputs, o, dtype)
+    first, second, third = inputs
     hinted = grad_scale is not None
-    form = o.reduction != "none" and _may_form(input)
-    if input is target:
-        target = target.view_as(target)  # Dynamo takes no tensor twice
+    may_form = o.reduction != "none" and _may_form(first)
+    form = (
+        may_form and t is not None and t.requires_grad and (hinted or _is_full(t.dtype))
+        for t in inputs
+    )
+    if second is first:
+        second = first.view_as(first)  # Dynamo takes no tensor twice
+    if third is not None and (third is first or third is inputs[1]):
+        third = third.view_as(third)
     arguments = (
-        input, target, o.weight, _scalar(o.denominator, input), _scalar(grad_scale, input),
-        loss.name, o.reduction, o.parameter,
-        form and input.requires_grad and (hinted or _is_full(input.dtype)),
-        form and target.requires_grad and (hinted or _is_full(target.dtype)), dtype,
+        first, second, third, o.weight, o.sample_weight, _scalar(o.denominator, first),
+        _scalar(grad_scale, first), loss.name, o.reduction, o.parameters, *form, dtype,
     )  # fmt: skip
-    apply: Any = _PointwiseLoss.apply if _is_differentiated(input, target) else _ops.pointwise_loss
+    apply: Any = _TensorLoss.apply if _is_differentiated(*inputs) else _ops.tensor_loss
     result: Tensor = apply(*arguments)[0]
     return result
 
 
-class _PointwiseLoss(torch.autograd.Function):
+class _TensorLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        input: Tensor,
-        target: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
         weight: Tensor | None,
+        sample_weight: Tensor | None,
         denominator: Tensor | None,
         grad_scale: Tensor | None,
         loss: str,
         reduction: str,
-        parameter: float,
-        form_input: bool,
-        form_target: bool,
+        parameters: tuple[float, ...],
+        form_first: bool,
+        form_second: bool,
+        form_third: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = _ops.pointwise_loss(
-            input, target, weight, denominator, grad_scale, loss, reduction, parameter,
-            form_input, form_target, dtype,
+        result: tuple[Tensor, ...] = _ops.tensor_loss(
+            first, second, third, weight, sample_weight, denominator, grad_scale, loss, reduction,
+            parameters, form_first, form_second, form_third, dtype,
         )  # fmt: skip
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, denominator, grad_scale = inputs[:5]
         _, divisor = output
         ctx.mark_non_differentiable(divisor)
-        ctx.save_for_backward(input, target, weight, denominator, grad_scale, divisor)
-        ctx.options, ctx.dtype = inputs[5:8], inputs[10]
-        ctx.form = inputs[8] or inputs[9]
+        ctx.save_for_backward(*inputs[:7], divisor)
+        ctx.options, ctx.dtype = inputs[7:10], inputs[13]
+        ctx.form = inputs[10] or inputs[11] or inputs[12]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        present = (True, ctx.saved_tensors[1] is not None, ctx.saved_tensors[2] is not None)
+        needs = tuple(n and p for n, p in zip(ctx.needs_input_grad[:3], present, strict=True))
         arguments = (incoming, *ctx.saved_tensors, *ctx.options, ctx.form, *needs, ctx.dtype)
         if torch.compiler.is_compiling():
-            grads = _PointwiseGradient.forward(*arguments)
+            grads = _TensorGradient.forward(*arguments)
         else:
-            grads = _PointwiseGradient.apply(*arguments)  # type: ignore[no-untyped-call]
-        first, second = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return (first, second, *(None,) * 9)
+            grads = _TensorGradient.apply(*arguments)  # type: ignore[no-untyped-call]
+        found = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+        return (*found, *(None,) * 11)
 
 
-class _PointwiseGradient(torch.autograd.Function):
-    """The gradients as a differentiable function of the incoming gradient, input and target."""
+class _TensorGradient(torch.autograd.Function):
+    """The gradients as a differentiable function of the incoming gradient and the inputs."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         incoming: Tensor,
-        input: Tensor,
-        target: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
         weight: Tensor | None,
+        sample_weight: Tensor | None,
         denominator: Tensor | None,
         grad_scale: Tensor | None,
         divisor: Tensor,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor]:
-        *options, form, need_input, need_target, _ = rest
-        result: tuple[Tensor, Tensor] = _ops.pointwise_loss_backward(
-            incoming, input, target, weight, grad_scale, divisor, *options, form,
-            need_input, need_target,
+    ) -> tuple[Tensor, ...]:
+        *options, form, need_first, need_second, need_third, _ = rest
+        result: tuple[Tensor, ...] = _ops.tensor_loss_backward(
+            incoming, first, second, third, weight, sample_weight, grad_scale, divisor, *options,
+            form, need_first, need_second, need_third,
         )  # fmt: skip
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        *ctx.options, _, need_input, need_target, ctx.dtype = inputs[7:]
-        ctx.needs = (need_input, need_target)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        *ctx.options, _, first, second, third, ctx.dtype = inputs[9:]
+        ctx.needs = (first, second, third)
         ctx.count = len(inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
-        incoming, input, target, weight, denominator = ctx.saved_tensors
-        name, reduction, parameter = ctx.options
-        options = PointwiseOptions(weight, reduction, denominator, parameter)
-        wanted = [k for k in (0, 1) if ctx.needs[k]]
+        incoming, *inputs, weight, sample_weight, denominator = ctx.saved_tensors
+        name, reduction, parameters = ctx.options
+        options = TensorOptions(weight, sample_weight, reduction, denominator, tuple(parameters))
+        wanted = [k for k in (0, 1, 2) if ctx.needs[k]]
+        there = [k for k in (0, 1, 2) if inputs[k] is not None]
 
-        def gradients(incoming: Tensor, input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-            def value(x: Tensor, y: Tensor) -> Tensor:
-                return _composite.pointwise_loss(find(name), x, y, options, ctx.dtype)
+        def gradients(incoming: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            def value(*tensors: Tensor) -> Tensor:
+                all_three = dict(zip(there, tensors, strict=True))
+                arguments = (all_three[0], all_three.get(1), all_three.get(2))
+                return _composite.tensor_loss(find(name), arguments, options, ctx.dtype)
 
-            both = torch.func.vjp(value, input, target)[1](incoming)
-            return tuple(both[k] for k in wanted)
+            found = dict(zip(there, torch.func.vjp(value, *tensors)[1](incoming), strict=True))
+            return tuple(found[k] for k in wanted)
 
-        pull = torch.func.vjp(gradients, incoming, input, target)[1]
-        results = pull(tuple(grad_grads[k] for k in wanted))
-        return (*results, *(None,) * (ctx.count - 3))
+        pull = torch.func.vjp(gradients, incoming, *(inputs[k] for k in there))[1]
+        of_incoming, *rest = pull(tuple(grad_grads[k] for k in wanted))
+        found = dict(zip(there, rest, strict=True))
+        return (of_incoming, *(found.get(k) for k in (0, 1, 2)), *(None,) * (ctx.count - 4))
 
 
-_differentiate(_ops.pointwise_loss, _PointwiseLoss, _ops.pointwise_loss_backward)
+_differentiate(_ops.tensor_loss, _TensorLoss, _ops.tensor_loss_backward)

@@ -28,11 +28,11 @@ from mbkern._launch import (
     scalar_argument,
     scale_dense,
 )
-from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
+from mbkern._launch_pointwise import Grads, Inputs, PointwiseCall, TensorOptions
 from mbkern._losses import Loss
 from mbkern._tensors import on_cuda
 
-__all__ = ["PointwiseLoss", "Request", "RowLoss"]
+__all__ = ["Request", "RowLoss", "TensorLoss"]
 
 _SECOND_BACKWARD = (
     "mbkern: trying to backward through the graph a second time, but the gradient formed in "
@@ -60,7 +60,7 @@ def _differentiable(
     request: Request,
     divisor: float,
     incoming: Tensor,
-    *tensors: Tensor,
+    *tensors: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the formula as a graph: for create_graph, to be differentiated again.
 
@@ -69,14 +69,15 @@ def _differentiable(
     """
     if request.inplace or not _composite.is_available(request.loss):
         raise RuntimeError(_DOUBLE_BACKWARD.format(name=request.loss.name))
+    assert tensors[0] is not None
     dtype = request.loss_dtype or tensors[0].dtype
     options = request.options
     if isinstance(options.denominator, Tensor):  # as it was in forward
         options = replace(options, denominator=divisor)
     value = formula(request.loss, *tensors, options, dtype)
-    needed = [t for t in tensors if t.requires_grad]
-    found = iter(torch.autograd.grad(value, needed, incoming, create_graph=True))
-    return tuple(next(found) if t.requires_grad else None for t in tensors)
+    needed = [t for t in tensors if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(value, needed, incoming, create_graph=True, allow_unused=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
 
 
 def _hand_out(ctx: Any, incoming: Tensor, *, keep_zeros: bool) -> tuple[Tensor | None, ...]:
@@ -154,7 +155,7 @@ class Request:
 
     Attributes:
         loss: which loss.
-        options: its options: RowOptions or PointwiseOptions.
+        options: its options: RowOptions or TensorOptions.
         grad_scale: a hint of the incoming gradient: a number, a 0-dim tensor or None.
         inplace: write the gradient over the input.
         loss_dtype: the dtype of the result; None for the input's.
@@ -260,92 +261,107 @@ def _gradient_of_probabilities(
     return grad.to(call.target.dtype)
 
 
-class PointwiseLoss(torch.autograd.Function):
-    """Element-wise losses of one shape: ``PointwiseLoss.apply(input, target, request)``.
+class TensorLoss(torch.autograd.Function):
+    """Losses over up to three tensors: ``TensorLoss.apply(first, second, third, request)``.
 
-    ``request`` is a :class:`Request` whose options are PointwiseOptions. Returns the loss: 0-dim,
-    or of the input's shape for ``reduction="none"``. Differentiable in the input and the target.
+    ``request`` is a :class:`Request` whose options are TensorOptions; tensors that a loss does not
+    have are None. Returns the loss: 0-dim, or one an item for ``reduction="none"``. Differentiable
+    in the arguments that the loss's registry entry says.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, request: Request) -> Tensor:
-        options: PointwiseOptions = request.options
-        call = PointwiseCall(request.loss.number, input, target, options)
-        needs = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor | None, third: Tensor | None, request: Request
+    ) -> Tensor:
+        options: TensorOptions = request.options
+        inputs = (first, second, third)
+        call = PointwiseCall(request.loss, inputs, options)
+        needs = ctx.needs_input_grad[:3]
         hint, inplace = request.grad_scale, request.inplace
-        loss_dtype = request.loss_dtype or input.dtype
+        loss_dtype = request.loss_dtype or first.dtype
         if inplace:
-            _check_inplace(input, (target, options.weight))
-        tensors = (input, target)
+            _check_inplace(first, (second, third, options.weight, options.sample_weight))
+        full = call.compute
         if options.reduction != "none" and (
             hint is not None
-            or all(t.dtype is call.compute for t, need in zip(tensors, needs, strict=True) if need)
+            or all(
+                t is None or not need or t.dtype is full
+                for t, need in zip(inputs, needs, strict=True)
+            )
         ):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
-            grads = _gradients(tensors, needs, inplace)
+            grads = _gradients(inputs, needs, inplace)
             result, ctx.divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.formed, ctx.hint, ctx.request = (*grads, None), factor, request
-            ctx.save_for_backward(input, target, options.weight)
+            ctx.save_for_backward(*inputs, options.weight, options.sample_weight)
             if inplace and needs[0]:
-                ctx.version = _bump_version(input)
+                ctx.version = _bump_version(first)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         result, ctx.divisor = call.run(loss_dtype=loss_dtype)
-        ctx.save_for_backward(input, target, options.weight)
+        ctx.save_for_backward(*inputs, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            input, target = ctx.saved_tensors[:2]
-            formula = _composite.pointwise_loss
-            both = _differentiable(formula, ctx.request, ctx.divisor, incoming, input, target)
-            return (*both, None)
+            return (
+                *_differentiable(
+                    _tensor_formula, ctx.request, ctx.divisor, incoming, *ctx.saved_tensors[:3]
+                ),
+                None,
+            )
         if ctx.formed is not None:
             return _hand_out(ctx, incoming, keep_zeros=False)
         request: Request = ctx.request
-        input, target, weight = ctx.saved_tensors
-        options: PointwiseOptions = replace(request.options, weight=weight)
+        first, second, third, weight, sample_weight = ctx.saved_tensors
+        inputs, needs = (first, second, third), ctx.needs_input_grad[:3]
+        options: TensorOptions = replace(
+            request.options, weight=weight, sample_weight=sample_weight
+        )
         if _is_legacy_batched(incoming):
-            needs = ctx.needs_input_grad[:2]
-            many = _ops.pointwise_loss_backward(
-                incoming, input, target, weight, None,
+            many = _ops.tensor_loss_backward(
+                incoming, *inputs, weight, sample_weight, None,
                 _ops.divisor_tensor(ctx.divisor),
-                request.loss.name, options.reduction, options.parameter, False, *needs,
+                request.loss.name, options.reduction, options.parameters, False, *needs,
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
-        call = PointwiseCall(request.loss.number, input, target, options)
+        call = PointwiseCall(request.loss, inputs, options)
         overwrite = request.inplace and not _graph_is_kept()
-        grads = _gradients((input, target), ctx.needs_input_grad[:2], overwrite)
+        grads = _gradients(inputs, needs, overwrite)
+        arguments: dict[str, Any] = {
+            "want_loss": False, "grads": grads, "loss_dtype": first.dtype,
+        }  # fmt: skip
         if options.reduction == "none":
-            call.run(want_loss=False, grads=grads, item_scale=incoming, loss_dtype=input.dtype)
+            call.run(item_scale=incoming, **arguments)
         else:
-            call.run(
-                want_loss=False,
-                grads=grads,
-                scale=scalar_argument(incoming, "the incoming gradient"),
-                divisor=ctx.divisor,
-                loss_dtype=input.dtype,
-            )
-        if overwrite and ctx.needs_input_grad[0]:
-            _bump_version(input)
+            scale = scalar_argument(incoming, "the incoming gradient")
+            call.run(scale=scale, divisor=ctx.divisor, **arguments)
+        if overwrite and needs[0]:
+            _bump_version(first)
         return (*grads, None)
 
 
-def _gradients(
-    tensors: tuple[Tensor, Tensor], needs: tuple[bool, bool], inplace: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for the gradients that are needed; the input's own with ``inplace``."""
-    input, target = tensors
-    first = (input.detach() if inplace else new_gradient(input)) if needs[0] else None
-    return first, (new_gradient(target) if needs[1] else None)
+def _tensor_formula(loss: Loss, *rest: Any) -> Tensor:
+    *inputs, options, dtype = rest
+    return _composite.tensor_loss(loss, tuple(inputs), options, dtype)
+
+
+def _gradients(inputs: Inputs, needs: tuple[bool, ...], inplace: bool) -> Grads:
+    """Memory for the gradients that are needed; the first input's own with ``inplace``."""
+    first, second, third = inputs
+    return (
+        (first.detach() if inplace else new_gradient(first)) if needs[0] else None,
+        new_gradient(second) if needs[1] and second is not None else None,
+        new_gradient(third) if needs[2] and third is not None else None,
+    )
 
 
 # Function.apply checks for torch.func transforms and unwraps its arguments, at a cost that a small
 # loss feels; the callers of these two have checked that there is nothing to do. The node's apply
 # looks up whether there is a backward or a vjp.
 RowLoss._backward_cls.apply = RowLoss.backward  # type: ignore[attr-defined]
-PointwiseLoss._backward_cls.apply = PointwiseLoss.backward  # type: ignore[attr-defined]
+TensorLoss._backward_cls.apply = TensorLoss.backward  # type: ignore[attr-defined]
 apply_row = super(torch.autograd.Function, RowLoss).apply
-apply_pointwise = super(torch.autograd.Function, PointwiseLoss).apply
+apply_tensors = super(torch.autograd.Function, TensorLoss).apply

@@ -75,8 +75,8 @@ void copy_through(const mbk::Backend& tier, const Buffer& from, const Buffer& to
   mbk::PointwiseArgs a{};
   a.dims = 1, a.shape[0] = from.size(), a.threads = 1;
   a.views[mbk::kInput] = {from.data(), from.type(), {1}};
-  a.views[mbk::kTarget] = {zero.data(), DType::f32, {0}};
-  a.views[mbk::kGradInput] = {to.data(), to.type(), {1}};
+  a.views[mbk::kInput + 1] = {zero.data(), DType::f32, {0}};
+  a.views[mbk::kGrad] = {to.data(), to.type(), {1}};
   a.scale = {1, nullptr, DType::f64};
   mbk::run_pointwise_loss(tier, 0, DType::f32, a, mbk::Result{});
 }

@@ -9,6 +9,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/pointwise_call.h"
 #include "cuda/calls.h"
+#include "losses/all.h"
 
 namespace test {
 namespace {
@@ -16,8 +17,9 @@ namespace {
 using mbk::DType;
 
 constexpr int kDims = 3;
-constexpr int kInputs = 4;   // the first of the views: input, target, weight, item scale
-constexpr int kLosses2 = 2;  // half squared error, squared error
+constexpr int kInputs = mbk::kLosses;  // the first of the views are read
+constexpr int kLossCount = mbk::host::PointwiseLosses::size;
+constexpr int kSquaredErrors = 2;  // the first two, whose values are checked here
 
 struct Problem {
   int loss;
@@ -26,6 +28,7 @@ struct Problem {
   int64_t shape[kDims];
   bool broadcast[kInputs][kDims];
   std::vector<double> values[kInputs];  // over the whole shape, equal where broadcast
+  double parameters[mbk::kParameters];
   double scale;
   bool mean;
   int64_t size() const { return shape[0] * shape[1] * shape[2]; }
@@ -33,12 +36,17 @@ struct Problem {
 
 Problem make_problem(Random& r, int64_t size) {
   Problem p{};
-  p.loss = (int)r.below(kLosses2);
+  p.loss = (int)r.below(r.one_in(2) ? kSquaredErrors : kLossCount);
+  constexpr double kChoices[] = {0.7, 1, 0, 2};
+  for (double& x : p.parameters) x = kChoices[r.below(4)];
   p.compute = r.one_in(3) ? DType::f64 : DType::f32;
   for (int v = 0; v < mbk::kViews; ++v) {
-    const bool wide = v == mbk::kWeight || v == mbk::kLosses;  // always in the computed type
+    const bool wide = v == mbk::kWeight || v == mbk::kRescale ||
+                      v == mbk::kLosses;  // always in the computed type
     p.type[v] = wide || r.one_in(2) ? p.compute : (DType)r.below(3);
-    p.present[v] = v == mbk::kInput || v == mbk::kTarget || r.one_in(2);
+    p.present[v] = v < 2 || r.one_in(2);
+    const bool third = v == 2 || v == mbk::kGrad + 2;
+    if (third && inputs_of(mbk::host::PointwiseLosses{}, p.loss) < 3) p.present[v] = false;
   }
   p.shape[0] = p.shape[1] = 1, p.shape[2] = size;
   for (int d = 0; d < 2; ++d)
@@ -56,7 +64,7 @@ Problem make_problem(Random& r, int64_t size) {
                                           i % p.shape[2]};
       for (int d = 0; d < kDims; ++d)
         source = source * p.shape[d] + (p.broadcast[v][d] ? 0 : index[d]);
-      const bool weight = v == mbk::kWeight;
+      const bool weight = v == mbk::kWeight || v == mbk::kRescale;
       double x = weight ? 2 * r.uniform() : spread * r.symmetric();
       if (!weight && r.one_in(500)) {
         constexpr double kSpecial[] = {NAN, INFINITY, -INFINITY, 0x1p-149, -0.0, 65504, 0x1p-24};
@@ -115,7 +123,8 @@ Outcome run(Random& r, const mbk::Backend& tier, const Problem& p, const Variant
   a.dims = kDims, a.threads = variant.threads, a.accumulate = variant.accumulate;
   std::copy(p.shape, p.shape + kDims, a.shape);
   a.scale = {p.scale, nullptr, DType::f64};
-  const bool same = variant.in_place && p.type[mbk::kGradInput] == p.type[mbk::kInput];
+  std::copy(std::begin(p.parameters), std::end(p.parameters), a.parameters);
+  const bool same = variant.in_place && p.type[mbk::kGrad] == p.type[mbk::kInput];
   for (int v = 0; v < mbk::kViews; ++v) {
     if (!p.present[v]) continue;
     int order[kDims] = {0, 1, 2};
@@ -123,7 +132,7 @@ Outcome run(Random& r, const mbk::Backend& tier, const Problem& p, const Variant
       for (int k = 0; k < kDims; ++k) std::swap(order[k], order[r.below(kDims)]);
     placed[v] = place(p, v, order, variant.plain ? 1 : 1 + r.below(3));
     a.views[v] = placed[v].view;
-    if (v == mbk::kGradInput && same) a.views[v] = a.views[mbk::kInput];
+    if (v == mbk::kGrad && same) a.views[v] = a.views[mbk::kInput];
     for (int64_t i = 0; v > mbk::kLosses && variant.accumulate && i < p.size(); ++i)
       placed[v].memory->set(placed[v].offset[(size_t)i], old_value((size_t)i));
   }
@@ -144,7 +153,7 @@ Outcome run(Random& r, const mbk::Backend& tier, const Problem& p, const Variant
   }
   for (int v = kInputs; v < mbk::kViews; ++v) {
     if (!p.present[v]) continue;
-    const Placed& at = placed[v == mbk::kGradInput && same ? (int)mbk::kInput : v];
+    const Placed& at = placed[v == mbk::kGrad && same ? (int)mbk::kInput : v];
     std::vector<bool> inside((size_t)at.memory->size());
     for (const int64_t k : at.offset) {
       o.view[v].push_back(at.memory->bits(k));
@@ -181,20 +190,24 @@ void check_values(const Problem& p, const Outcome& o, const std::string& where) 
   Buffer cell(p.compute, 1);
   for (int64_t i = 0; i < p.size(); ++i) {
     const auto value = [&](int v) { return p.present[v] ? (Real)p.values[v][(size_t)i] : (Real)1; };
-    const Real d = value(mbk::kInput) - value(mbk::kTarget), w = value(mbk::kWeight);
-    const Real factor = p.scale / o.divisor * value(mbk::kItemScale) * w * (p.loss ? 2 : 1);
-    const Real enlarged = (1 + fabsl(value(mbk::kItemScale))) * (1 + fabsl(w)) * (1 + 2 * fabsl(d));
-    const Real want[] = {d * d * (p.loss ? 1 : 0.5L) * w, d * factor, -d * factor};
-    for (int v = mbk::kLosses; v < mbk::kViews; ++v) {
+    const Real d = value(mbk::kInput) - value(1), w = value(mbk::kWeight),
+               rescale = value(mbk::kRescale);
+    const Real factor =
+        p.scale / o.divisor * value(mbk::kItemScale) * w * rescale * (p.loss ? 2 : 1);
+    const Real enlarged = (1 + fabsl(value(mbk::kItemScale))) * (1 + fabsl(w)) *
+                          (1 + fabsl(rescale)) * (1 + 2 * fabsl(d));
+    const Real want[] = {d * d * (p.loss ? 1 : 0.5L) * w * rescale, d * factor, -d * factor};
+    for (int v = mbk::kLosses; v < mbk::kGrad + 2; ++v) {
       if (!p.present[v]) continue;
       Buffer got(p.type[v], 1);
       memcpy(got.data(), &o.view[v][(size_t)i], (size_t)size_of(p.type[v]));
       const Real y = want[v - mbk::kLosses], x = got.get(0);
       Buffer nearest(p.type[v], 1);
       nearest.set(0, (double)y);
-      const Real slack = (8 * u + 1.01L * roundoff(p.type[v])) * fabsl(y) +
-                         8 * half_denormal(p.compute) * (v == mbk::kLosses ? 1 : enlarged) +
-                         half_denormal(p.type[v]);
+      const Real slack =
+          (8 * u + 1.01L * roundoff(p.type[v])) * fabsl(y) +
+          8 * half_denormal(p.compute) * (v == mbk::kLosses ? 1 + fabsl(rescale) : enlarged) +
+          half_denormal(p.type[v]);
       CHECK(y != y ? o.view[v][(size_t)i] == nan_bits(p.type[v])
                    : x == y || fabsl(x - y) <= slack || x == nearest.get(0),
             "%s: view %d element %lld is %.9Lg, not %.9Lg", where.c_str(), v, (long long)i, x, y);
@@ -252,7 +265,10 @@ int64_t check_problem(Random& r, const Problem& p) {
       if (base)
         for (const auto& words : o.view) digest_of(t).add(words);
       if (base) digest_of(t).add(o.total);
-      if (base && t == 0) check_values(p, first = o, where);
+      if (base && t == 0) {
+        first = o;
+        if (p.loss < kSquaredErrors) check_values(p, o, where);
+      }
       Outcome& want = v.accumulate ? first_sum : first;
       if (v.accumulate && first_sum.total.empty()) first_sum = o;
       // Sums in fp64 are taken in the order of the input's memory: the divisor of a weighted mean

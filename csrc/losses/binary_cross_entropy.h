@@ -1,0 +1,25 @@
+#pragma once
+#include "losses/pointwise.h"
+
+namespace mbk::MBK_ISA {
+
+// Probabilities x0, targets x1: -x1 max(log x0, -100) - (1 - x1) max(log(1 - x0), -100). NaN where
+// x0 is not in [0, 1], by which the caller knows. Derivative (x0 - x1) / max(x0 (1 - x0), 1e-12),
+// as in torch.
+struct BinaryCrossEntropy {
+  static constexpr const char* name = "binary_cross_entropy";
+  static constexpr int kInputs = 2;
+  template <class T>
+  using Call = NoParameters<T>;
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V& loss,
+                          V (&d)[kInputs]) {
+    const V one = splat<V>(1), low = splat<V>(-100), rest = one - x[1];
+    const V yes = max(low, log(x[0])), no = max(low, log1p(-x[0]));
+    loss = -multiply_add(x[1], yes, rest * no);
+    d[0] = (x[0] - x[1]) / max(splat<V>((Element<V>)1e-12), x[0] * (one - x[0]));
+    d[1] = no - yes;
+  }
+};
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,25 @@
+#pragma once
+#include "losses/pointwise.h"
+
+namespace mbk::MBK_ISA {
+
+// Targets x1 = +-1: h^2, h = max(0, margin - x1 x0).
+struct SquaredHinge {
+  static constexpr const char* name = "squared_hinge_loss";
+  static constexpr int kInputs = 2;
+  template <class T>
+  struct Call {
+    T margin;
+    MBK_FN explicit Call(const double* p) : margin((T)p[0]) {}
+  };
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
+                          V (&d)[kInputs]) {
+    const V h = hinge(multiply_add(-x[1], x[0], splat<V>(call.margin))), twice = h + h;
+    loss = h * h;
+    d[0] = -(x[1] * twice);
+    d[1] = -(x[0] * twice);
+  }
+};
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,43 @@
+#pragma once
+#include "losses/pointwise.h"
+
+namespace mbk::MBK_ISA {
+
+// Negative log-likelihood of a Tweedie distribution of power p, up to a constant, of targets x1
+// against means m = x0, or m = e^x0:
+//   -x1 m^(1-p) / (1-p) + m^(2-p) / (2-p); with p = 1, m - x1 log m; with p = 2, x1 / m + log m
+// Jorgensen, The theory of dispersion models (1997). Parameters: p, whether x0 is logarithmic, eps,
+// the least mean.
+struct TweedieNll {
+  static constexpr const char* name = "tweedie_nll_loss";
+  static constexpr int kInputs = 2;
+  template <class T>
+  struct Call {
+    bool is_poisson, is_gamma, log_input;
+    T one_minus_p, two_minus_p, first, second, eps;
+    MBK_FN explicit Call(const double* p)
+        : is_poisson(p[0] == 1),
+          is_gamma(p[0] == 2),
+          log_input(p[1] != 0),
+          one_minus_p((T)(1 - p[0])),
+          two_minus_p((T)(2 - p[0])),
+          first((T)(1 / (p[0] - 1))),
+          second((T)(1 / (2 - p[0]))),
+          eps((T)p[2]) {}
+  };
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
+                          V (&d)[kInputs]) {
+    const V mean = max(splat<V>(call.eps), x[0]);
+    const V logarithm = call.log_input ? x[0] : log(mean);
+    const V a = call.is_poisson ? splat<V>(1) : exp(logarithm * call.one_minus_p);
+    const V b = call.is_gamma ? splat<V>(1) : exp(logarithm * call.two_minus_p);
+    const V first = call.is_poisson ? -logarithm : a * call.first;
+    loss = multiply_add(x[1], first, call.is_gamma ? logarithm : b * call.second);
+    const V slope = multiply_add(-x[1], a, b);
+    d[0] = call.log_input ? slope : slope / mean;
+    d[1] = first;
+  }
+};
+
+}  // namespace mbk::MBK_ISA

@@ -1,0 +1,145 @@
+"""The common ends of the public functions: checks, then a kernel, a Function or an operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as _legacy
+
+from mbkern import _traced
+from mbkern._arguments import Number, check_reduction, product, promoted_dtype, result_dtype
+from mbkern._launch import RowCall, RowOptions
+from mbkern._launch_pointwise import Inputs, PointwiseCall, TensorOptions
+from mbkern._losses import Loss
+from mbkern._tensors import is_differentiated
+from mbkern.autograd import Request, apply_row, apply_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Extras(TypedDict, total=False):
+    """Keywords that every loss takes; see :mod:`mbkern.functional`."""
+
+    sample_weight: Tensor | None
+    inplace: bool
+    grad_scale: Number | None
+    denominator: Number | None
+    loss_dtype: torch.dtype | None
+
+
+_EXTRAS = frozenset(Extras.__annotations__)
+
+
+def row_loss(
+    loss: Loss,
+    input: Tensor,
+    target: Tensor,
+    options: RowOptions,
+    grad_scale: Number | None,
+    inplace: bool,
+    loss_dtype: torch.dtype | None,
+) -> Tensor:
+    """Compute any loss over rows of classes; the common end of the public functions."""
+    check_reduction(options.reduction, options.denominator)
+    if target.dtype is not input.dtype and target.is_floating_point():
+        # Class probabilities of another dtype: as in torch, in the promotion of both, by a copy.
+        if inplace:
+            raise TypeError(
+                f"mbkern: inplace=True needs class probabilities of the input's dtype, "
+                f"{input.dtype}, not {target.dtype}"
+            )
+        both = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(both), target.to(both)
+    loss_dtype = result_dtype(loss_dtype, input.dtype, input)
+    o = options
+    if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
+        _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
+    if _traced.is_needed(input, target):
+        return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        request = Request(loss, options, grad_scale, inplace, loss_dtype)
+        result: Tensor = apply_row(input, target, request)  # type: ignore[no-untyped-call]
+        return result
+    value, _ = RowCall(loss.number, input, target, options).run(loss_dtype=loss_dtype)
+    assert value is not None
+    return value
+
+
+def tensor_loss(
+    loss: Loss,
+    tensors: tuple[Tensor | None, ...],
+    reduction: str,
+    parameters: tuple[float, ...] = (),
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    **extras: Unpack[Extras],
+) -> Tensor:
+    """Compute any element-wise loss of tensors that broadcast to one shape."""
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    if not _EXTRAS.issuperset(extras):
+        unknown = ", ".join(repr(name) for name in extras if name not in _EXTRAS)
+        raise TypeError(f"mbkern: {loss.name} has no argument {unknown}")
+    sample_weight, denominator = extras.get("sample_weight"), extras.get("denominator")
+    grad_scale, inplace = extras.get("grad_scale"), extras.get("inplace", False)
+    check_reduction(reduction, denominator)
+    if weight is not None or sample_weight is not None or denominator is not None:
+        _refuse_other_gradients(weight, sample_weight, denominator)
+    inputs = _one_shape(loss, tensors, inplace)
+    first, second, third = inputs
+    loss_dtype = result_dtype(extras.get("loss_dtype"), promoted_dtype(*inputs), first)
+    if loss.weight == "mean":
+        weight, sample_weight = None, product(weight, sample_weight)
+    options = TensorOptions(weight, sample_weight, reduction, denominator, parameters)
+    if _traced.is_needed(first, second, third):
+        return _traced.tensor_loss(loss, inputs, options, grad_scale, loss_dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        request = Request(loss, options, grad_scale, inplace, loss_dtype)
+        result: Tensor = apply_tensors(*inputs, request)  # type: ignore[no-untyped-call]
+        return result
+    value, _ = PointwiseCall(loss, inputs, options).run(loss_dtype=loss_dtype)
+    assert value is not None
+    return value
+
+
+def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) -> Inputs:
+    """The inputs broadcast to one shape, those of integers in the first one's dtype; three."""
+    first = tensors[0]
+    assert first is not None
+    shape, dtype = first.shape, first.dtype
+    differs = False
+    for t, name in zip(tensors, loss.arguments, strict=True):
+        if t is None:
+            continue
+        differs = differs or t.shape != shape
+        if name not in loss.differentiable and torch.is_grad_enabled() and is_differentiated(t):
+            raise NotImplementedError(
+                f"mbkern: {loss.name} computes no gradient for {name}; detach it"
+            )
+        if t.dtype is not dtype and not (t.is_floating_point() or t.is_complex()):
+            tensors = tuple(other if other is not t else t.to(dtype) for other in tensors)
+    if differs:
+        present = [t for t in tensors if t is not None]
+        common = torch.broadcast_shapes(*(t.shape for t in present))  # type: ignore[no-untyped-call]
+        if inplace and common != shape:
+            raise ValueError(
+                f"mbkern: inplace=True needs an input of the shape of the loss, {tuple(common)}, "
+                f"not {tuple(shape)}"
+            )
+        tensors = tuple(None if t is None else t.expand(common) for t in tensors)
+    return (*tensors, None, None)[:3]  # type: ignore[return-value]
+
+
+def _refuse_other_gradients(
+    weight: Tensor | None, sample_weight: Tensor | None, denominator: Number | None
+) -> None:
+    for value in (weight, sample_weight, denominator):
+        if isinstance(value, Tensor) and torch.is_grad_enabled() and is_differentiated(value):
+            raise NotImplementedError(
+                "mbkern: no gradient is computed for weights and denominators; detach them, or use "
+                "torch.nn.functional"
+            )

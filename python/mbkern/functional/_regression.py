@@ -1,0 +1,150 @@
+"""Losses of real numbers against real numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mbkern._losses import find
+from mbkern.functional._ends import tensor_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mbkern.functional._ends import Extras
+
+_MSE_LOSS = find("mse_loss")
+_HALF_SQUARED_ERROR = find("half_squared_error")
+_L1_LOSS = find("l1_loss")
+_SMOOTH_L1_LOSS = find("smooth_l1_loss")
+_HUBER_LOSS = find("huber_loss")
+_LOG_COSH_LOSS = find("log_cosh_loss")
+_QUANTILE_LOSS = find("quantile_loss")
+
+
+def _require_shape(weight: Tensor | None, input: Tensor) -> None:
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(
+            f"mbkern: weight {tuple(weight.shape)} and input {tuple(input.shape)} must have "
+            "the same shape"
+        )
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    **extras: Unpack[Extras],
+) -> Tensor:
+    """Squared error (input - target)^2: :func:`torch.nn.functional.mse_loss`.
+
+    Args:
+        input, target: tensors that broadcast to one shape; both differentiable.
+        weight: of the input's shape; ``mean`` divides by the sum of the weights.
+        reduction: "none", "mean" or "sum".
+        size_average, reduce: deprecated, as in torch.
+        extras: the keywords of the module; an item is an element.
+    """
+    _require_shape(weight, input)
+    return tensor_loss(
+        _MSE_LOSS, (input, target), reduction, (), weight, size_average, reduce, **extras
+    )
+
+
+def half_squared_error(
+    input: Tensor, target: Tensor, reduction: str = "mean", **extras: Unpack[Extras]
+) -> Tensor:
+    """Half the squared error, (input - target)^2 / 2, whose gradient is the residual.
+
+    Arguments as in :func:`mse_loss`.
+    """
+    return tensor_loss(_HALF_SQUARED_ERROR, (input, target), reduction, **extras)
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    **extras: Unpack[Extras],
+) -> Tensor:
+    """Absolute error |input - target|: :func:`torch.nn.functional.l1_loss`.
+
+    Arguments as in :func:`mse_loss`. The gradient at 0 is 0.
+    """
+    _require_shape(weight, input)
+    return tensor_loss(
+        _L1_LOSS, (input, target), reduction, (), weight, size_average, reduce, **extras
+    )
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+    **extras: Unpack[Extras],
+) -> Tensor:
+    """With r = input - target, r^2 / (2 beta) where abs(r) < beta, else abs(r) - beta / 2.
+
+    :func:`torch.nn.functional.smooth_l1_loss`; ``beta=0`` is :func:`l1_loss`. Other arguments as in
+    :func:`mse_loss`.
+    """
+    is_l1 = not isinstance(beta, Tensor) and beta == 0
+    loss = _L1_LOSS if is_l1 else _SMOOTH_L1_LOSS
+    parameters = () if is_l1 else loss.numbers(beta=beta)
+    return tensor_loss(
+        loss, (input, target), reduction, parameters, None, size_average, reduce, **extras
+    )
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+    **extras: Unpack[Extras],
+) -> Tensor:
+    """With r = input - target, r^2 / 2 where abs(r) < delta, else delta (abs(r) - delta / 2).
+
+    :func:`torch.nn.functional.huber_loss`. As there ``weight``, of the input's shape, does not
+    count in the mean. Other arguments as in :func:`mse_loss`.
+    """
+    _require_shape(weight, input)
+    parameters = _HUBER_LOSS.numbers(delta=delta)
+    return tensor_loss(_HUBER_LOSS, (input, target), reduction, parameters, weight, **extras)
+
+
+def log_cosh_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", **extras: Unpack[Extras]
+) -> Tensor:
+    """log(cosh(input - target)), whose gradient is tanh(input - target).
+
+    Arguments as in :func:`mse_loss`.
+    """
+    return tensor_loss(_LOG_COSH_LOSS, (input, target), reduction, **extras)
+
+
+def quantile_loss(
+    input: Tensor,
+    target: Tensor,
+    quantile: float = 0.5,
+    reduction: str = "mean",
+    **extras: Unpack[Extras],
+) -> Tensor:
+    """Pinball loss: with r = target - input, q r where r >= 0, else (q - 1) r.
+
+    Minimised by the ``quantile``, q in (0, 1), of the targets (Koenker & Bassett 1978). The
+    gradient at 0 is 0. Other arguments as in :func:`mse_loss`.
+    """
+    parameters = _QUANTILE_LOSS.numbers(quantile=quantile)
+    return tensor_loss(_QUANTILE_LOSS, (input, target), reduction, parameters, **extras)

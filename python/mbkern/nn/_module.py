@@ -1,0 +1,68 @@
+"""What the modules have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern._arguments import Number
+
+_EXTRAS: dict[str, Any] = {
+    "inplace": False,
+    "grad_scale": None,
+    "denominator": None,
+    "loss_dtype": None,
+}
+
+
+class Extras:
+    """The keywords that every loss takes, kept for the calls; the rest goes to torch's module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kept = {name: kwargs.pop(name, default) for name, default in _EXTRAS.items()}
+        super().__init__(*args, **kwargs)
+        self.inplace: bool = kept["inplace"]
+        self.grad_scale: Number | None = kept["grad_scale"]
+        self.denominator: Number | None = kept["denominator"]
+        self.loss_dtype: torch.dtype | None = kept["loss_dtype"]
+
+    def _extras(self, sample_weight: Tensor | None) -> dict[str, Any]:
+        return {"sample_weight": sample_weight, **{name: getattr(self, name) for name in _EXTRAS}}
+
+
+class OwnLoss(Extras, torch.nn.Module):
+    """A loss that torch does not have: its function's parameters by keyword."""
+
+    _function: Callable[..., Tensor]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = inspect.signature(self._function).parameters
+        given = dict(zip(self._names(), args, strict=False))
+        if len(args) > len(given) or given.keys() & kwargs.keys():
+            raise TypeError(f"mbkern: {type(self).__name__} takes {', '.join(self._names())}")
+        kwargs = {**given, **kwargs}
+        options = {n: kwargs.pop(n, names[n].default) for n in self._names()}
+        super().__init__(**kwargs)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        """Names of the loss's own parameters and its reduction, in the function's order."""
+        skipped = ("input", "target", "extras")
+        return tuple(n for n in inspect.signature(cls._function).parameters if n not in skipped)
+
+    def extra_repr(self) -> str:
+        """The loss's own parameters."""
+        return ", ".join(f"{n}={getattr(self, n)}" for n in self._names())
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        options = {name: getattr(self, name) for name in self._names()}
+        return self._function(input, target, **options, **self._extras(sample_weight))
