@@ -23,6 +23,7 @@
 //
 //   begin(args, item, c)      before the first level
 //   between(args, item, c)    before the second
+//   finish(args, item)        after all sums: what loss() and factors() both need
 //   loss(args, item)          without the sample weight
 //   factors(args, item, c)    before the gradient; returns that of the target's column
 //   can_fuse(args)            whether factors() needs no sums of the fused level, but for the
@@ -52,6 +53,7 @@ struct Constants {
 struct MultirowItem {
   double max[2], target_logit, target_term, target_weight, label, scale;
   double first[kMaxSums], second[kMaxSums];
+  double own[5];  // what finish() leaves for loss() and factors()
 };
 
 // What a loss that has nothing special need not say.
@@ -65,6 +67,7 @@ struct MultirowLoss {
   MBK_FN static bool can_fuse(const MultirowArgs&) { return true; }
   MBK_FN static void begin(const MultirowArgs&, const MultirowItem&, Constants&) {}
   MBK_FN static void between(const MultirowArgs&, const MultirowItem&, Constants&) {}
+  MBK_FN static void finish(const MultirowArgs&, MultirowItem&) {}
   template <class V>
   MBK_FN static void keep(const Constants&, const V*, V*) {}
   template <class V>

@@ -74,10 +74,11 @@ struct RowOf {
   int64_t stride;
   bool direct;
   int64_t loaded;  // the block that the buffer holds; -1: none
+  bool has_tail;   // the partial group has been copied
   const T* ahead;  // a row that comes later, to be fetched
 
   MBK_FN void open(const RowTensor& t, const ItemPosition& at, bool may_be_direct) {
-    data = nullptr, loaded = -1, ahead = nullptr;
+    data = nullptr, loaded = -1, has_tail = false, ahead = nullptr;
     if (!t.data) return;
     dtype = t.dtype, stride = t.strides.column;
     const int64_t offset = at.offset(t.strides);
@@ -175,7 +176,10 @@ struct Rows {
       if (x[i].direct) {
         b.main[i] = (const T*)x[i].data + begin;
         b.tail[i] = x_tail[i];
-        memcpy(x_tail[i], b.main[i] + b.full * kGroup, (size_t)b.rest * sizeof(T));
+        if (b.rest && !x[i].has_tail) {
+          memcpy(x_tail[i], b.main[i] + b.full * kGroup, (size_t)b.rest * sizeof(T));
+          x[i].has_tail = true;
+        }
       } else {
         b.main[i] = x_block[i];
         b.tail[i] = x_block[i] + b.full * kGroup;
@@ -194,10 +198,9 @@ struct Rows {
   MBK_FN void close(const Block& b) const {
     for (int i = 0; i < Loss::kGradients; ++i) {
       if (!b.grad[i]) continue;
-      if (grad[i].direct)
+      if (grad[i].direct && b.rest)
         memcpy(b.grad[i] + b.full * kGroup, grad_tail[i], (size_t)b.rest * sizeof(T));
-      else
-        grad[i].write(grad_block[i], b.begin, b.columns, a.accumulate);
+      if (!grad[i].direct) grad[i].write(grad_block[i], b.begin, b.columns, a.accumulate);
     }
   }
 
@@ -264,7 +267,7 @@ struct Rows {
     for (int s = 0; s < Loss::kSums; ++s) {
       W t = term[s];
       if constexpr (kMasked) {
-        const W number = lane_numbers<W>(k);
+        const W number = lane_numbers<W>(0) + splat<W>((E)k);
         const int apart = b.apart >= 0 && b.apart / kGroup == group ? b.apart % kGroup : -1;
         const auto inside =
             (number < splat<W>((E)(in_tail ? b.rest : kGroup))) & (number != splat<W>((E)apart));
@@ -281,8 +284,9 @@ struct Rows {
     for (double& total : totals) total = 0;
     for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
       const Block b = open(begin, apart, kGrads > 0);
-      W lane[kMaxSums][kGroup / lanes<W>];
-      for (int k = 0; k < kGroup; k += lanes<V>) {
+      W lane[kMaxSums][kGroup / lanes<W>] = {};
+      const int end = b.full ? kGroup : b.rest;
+      for (int k = 0; k < end; k += lanes<V>) {
         W sum[kMaxSums][kWideParts] = {};
         int group = 0;
         for (const int stop : b.stop) {
@@ -324,7 +328,8 @@ struct Rows {
           nan[k] |= is_nan(v);
         }
       for (int k = 0; k < b.rest; k += lanes<V>) {
-        const V v = select(lane_numbers<V>(k) < splat<V>((T)b.rest), load<V>(b.tail[i] + k), low);
+        const V v =
+            select(lane_numbers<V>(0) < splat<V>((T)(b.rest - k)), load<V>(b.tail[i] + k), low);
         m[0] = max(v, m[0]);
         nan[0] |= is_nan(v);
       }
@@ -462,6 +467,7 @@ struct Rows {
         sums<2, 0, false>(c, apart, item);
       }
     }
+    if (Loss::kLevels > 0) Loss::finish(a, item);
     if (wanted) {
       at_target = Loss::factors(a, item, c);
       if constexpr (Loss::kLevels == 0) {

@@ -14,30 +14,25 @@ struct CosineEmbeddingLoss : MultirowLoss {
   static constexpr bool kWide = true;
   static constexpr double kEpsilon = 1e-12;
   enum { kOther, kOwnX, kOwnY };
-  struct Angle {
-    double a, b, norm, difference, cosine;
-  };
-  MBK_FN static Angle angle(const MultirowItem& item) {
-    Angle r;
-    r.a = item.first[1] + kEpsilon, r.b = item.first[2] + kEpsilon;
-    r.norm = sqrt(r.a * r.b);
-    r.cosine = item.first[0] / r.norm;
-    r.difference = (r.norm - item.first[0]) / r.norm;
-    return r;
+  enum { kA, kB, kNorm, kDifference, kCosine };
+  MBK_FN static void finish(const MultirowArgs&, MultirowItem& item) {
+    item.own[kA] = item.first[1] + kEpsilon, item.own[kB] = item.first[2] + kEpsilon;
+    const double norm = sqrt(item.own[kA] * item.own[kB]);
+    item.own[kNorm] = norm;
+    item.own[kCosine] = item.first[0] / norm;
+    item.own[kDifference] = (norm - item.first[0]) / norm;
   }
   MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
-    const Angle r = angle(item);
-    if (item.label == 1) return r.difference;
-    const double over = r.cosine - a.parameters[0];
+    if (item.label == 1) return item.own[kDifference];
+    const double over = item.own[kCosine] - a.parameters[0];
     return item.label == -1 ? over < 0 ? 0 : over : 0;
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
-    const Angle r = angle(item);
     double f = item.label == 1 ? -item.scale : 0;
-    if (item.label == -1 && !(r.cosine - a.parameters[0] < 0)) f = item.scale;
-    c.value[kOther] = f == 0 ? 0 : f / r.norm;
-    c.value[kOwnX] = f == 0 ? 0 : -(f * (r.cosine / r.a));
-    c.value[kOwnY] = f == 0 ? 0 : -(f * (r.cosine / r.b));
+    if (item.label == -1 && !(item.own[kCosine] - a.parameters[0] < 0)) f = item.scale;
+    c.value[kOther] = f == 0 ? 0 : f / item.own[kNorm];
+    c.value[kOwnX] = f == 0 ? 0 : -(f * (item.own[kCosine] / item.own[kA]));
+    c.value[kOwnY] = f == 0 ? 0 : -(f * (item.own[kCosine] / item.own[kB]));
     return 0;
   }
   template <class V>

@@ -11,15 +11,14 @@ struct DiceLoss : MultirowLoss {
   static constexpr int kInputs = 2, kGradients = 2, kSums = 2;
   static constexpr bool kWide = true;
   enum { kLoss, kFactor };
-  MBK_FN static double total(const MultirowArgs& a, const MultirowItem& item) {
-    return item.first[1] + a.parameters[0];
+  MBK_FN static void finish(const MultirowArgs& a, MultirowItem& item) {
+    item.own[0] = item.first[1] + a.parameters[0];
+    item.own[1] = item.first[0] / item.own[0];
   }
-  MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
-    return item.first[0] / total(a, item);
-  }
-  MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
-    c.value[kLoss] = loss(a, item);
-    c.value[kFactor] = item.scale / total(a, item);
+  MBK_FN static double loss(const MultirowArgs&, const MultirowItem& item) { return item.own[1]; }
+  MBK_FN static double factors(const MultirowArgs&, const MultirowItem& item, Constants& c) {
+    c.value[kLoss] = item.own[1];
+    c.value[kFactor] = item.scale / item.own[0];
     return 0;
   }
   template <class V>

@@ -14,34 +14,32 @@ struct SoftmaxFocalLoss : MultirowLoss {
   static constexpr ItemTarget kTarget = ItemTarget::index;
   static constexpr bool kApart = true, kWeighsDivisor = true;
   static constexpr int kMaxima = 1, kKept = 1, kScaleParameter = 1;
-  enum { kMax, kScale, kFactor };
-  struct End {
-    double rest, sum, minus_log, power;  // R, S, -log p_t, q^gamma
-  };
-  MBK_FN static End end(const MultirowArgs& a, const MultirowItem& item) {
-    End e;
-    e.rest = item.first[0];
-    e.sum = e.rest + item.target_term;
-    const double excess = item.target_term == 1 ? e.rest : (e.rest - 1) + item.target_term;
-    e.minus_log = (item.max[0] - item.target_logit) * a.parameters[1] + log1p(excess);
-    const double q = e.rest / e.sum, gamma = a.parameters[0];
-    e.power = gamma == 0 ? 1 : gamma == 1 ? q : gamma == 2 ? q * q : exp(gamma * log(q));
-    return e;
+  enum { kMax, kScale, kFactor };           // of the columns
+  enum { kRest, kSum, kMinusLog, kPower };  // R, S, -log p_t, q^gamma
+  MBK_FN static void finish(const MultirowArgs& a, MultirowItem& item) {
+    const double rest = item.first[0], gamma = a.parameters[0];
+    const double excess = item.target_term == 1 ? rest : (rest - 1) + item.target_term;
+    item.own[kRest] = rest, item.own[kSum] = rest + item.target_term;
+    item.own[kMinusLog] = (item.max[0] - item.target_logit) * a.parameters[1] + log1p(excess);
+    const double q = rest / item.own[kSum];
+    item.own[kPower] = gamma == 0 ? 1 : gamma == 1 ? q : gamma == 2 ? q * q : exp(gamma * log(q));
   }
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     c.value[kMax] = item.max[0];
     c.value[kScale] = a.parameters[1];
   }
-  MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
-    const End e = end(a, item);
-    return item.target_weight * (e.power * e.minus_log);
+  MBK_FN static double loss(const MultirowArgs&, const MultirowItem& item) {
+    return item.target_weight * (item.own[kPower] * item.own[kMinusLog]);
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
-    const End e = end(a, item);
-    const double ratio = e.rest > 0 ? e.minus_log * e.sum / e.rest : 1;
-    const double pull = e.power * (1 + a.parameters[0] * (item.target_term / e.sum) * ratio);
-    c.value[kFactor] = item.target_weight * pull * a.parameters[1] * (item.scale / e.sum);
-    return -(c.value[kFactor] * e.rest);
+    const double rest = item.own[kRest], sum = item.own[kSum], gamma = a.parameters[0];
+    double pull = item.own[kPower];
+    if (gamma != 0) {
+      const double ratio = rest > 0 ? item.own[kMinusLog] * sum / rest : 1;
+      pull = pull * (1 + gamma * (item.target_term / sum) * ratio);
+    }
+    c.value[kFactor] = item.target_weight * pull * a.parameters[1] * (item.scale / sum);
+    return -(c.value[kFactor] * rest);
   }
   template <class V>
   MBK_FN static void keep(const Constants& c, const V* x, V* kept) {

@@ -11,20 +11,16 @@ struct TripletMarginLoss : MultirowLoss {
   static constexpr int kInputs = 3, kGradients = 3, kSums = 3;
   static constexpr bool kWide = true;
   enum { kEpsilon, kPositive, kNegative, kSwapped };
-  struct Distances {
-    double positive, negative, swapped, value;
-    bool swap;
-  };
-  MBK_FN static Distances distances(const MultirowArgs& a, const MultirowItem& item) {
-    Distances d;
-    d.positive = sqrt(item.first[0]), d.negative = sqrt(item.first[1]);
-    d.swapped = sqrt(item.first[2]);
-    d.swap = a.parameters[2] != 0;
-    double far = d.negative;
-    if (d.swap && !(d.swapped > far)) far = d.swapped;  // a NaN of either stays
-    if (d.swap && d.negative != d.negative) far = d.negative;
-    d.value = (a.parameters[0] + d.positive) - far;
-    return d;
+  enum { kToPositive, kToNegative, kBetween, kValue };
+  MBK_FN static void finish(const MultirowArgs& a, MultirowItem& item) {
+    const double positive = sqrt(item.first[0]), negative = sqrt(item.first[1]);
+    const double between = sqrt(item.first[2]);
+    double far = negative;
+    if (a.parameters[2] != 0 && !(between > negative)) far = between;
+    if (negative != negative) far = negative;  // a NaN of either stays
+    item.own[kToPositive] = positive, item.own[kToNegative] = negative;
+    item.own[kBetween] = between;
+    item.own[kValue] = (a.parameters[0] + positive) - far;
   }
   MBK_FN static double over(double scale, double distance) {
     return distance == 0 ? 0 : scale / distance;
@@ -32,19 +28,18 @@ struct TripletMarginLoss : MultirowLoss {
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem&, Constants& c) {
     c.value[kEpsilon] = a.parameters[1];
   }
-  MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
-    const double value = distances(a, item).value;
-    return value < 0 ? 0 : value;
+  MBK_FN static double loss(const MultirowArgs&, const MultirowItem& item) {
+    return item.own[kValue] < 0 ? 0 : item.own[kValue];
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
-    const Distances d = distances(a, item);
+    const double to_negative = item.own[kToNegative], between = item.own[kBetween];
     double negative = 1, swapped = 0;
-    if (d.swap && d.negative > d.swapped) negative = 0, swapped = 1;
-    if (d.swap && d.negative == d.swapped) negative = swapped = 0.5;
-    const double scale = d.value < 0 ? 0 : item.scale;
-    c.value[kPositive] = over(scale, d.positive);
-    c.value[kNegative] = over(scale * negative, d.negative);
-    c.value[kSwapped] = over(scale * swapped, d.swapped);
+    if (a.parameters[2] != 0 && to_negative > between) negative = 0, swapped = 1;
+    if (a.parameters[2] != 0 && to_negative == between) negative = swapped = 0.5;
+    const double scale = item.own[kValue] < 0 ? 0 : item.scale;
+    c.value[kPositive] = over(scale, item.own[kToPositive]);
+    c.value[kNegative] = over(scale * negative, to_negative);
+    c.value[kSwapped] = over(scale * swapped, between);
     return 0;
   }
   template <class V>
