@@ -40,7 +40,7 @@
 
 namespace mbk::MBK_ISA {
 
-inline constexpr int kMaxSums = 3, kMaxKept = 2;
+inline constexpr int kMaxSums = 5, kMaxKept = 2;
 
 struct Constants {
   double value[12];
@@ -73,5 +73,28 @@ struct MultirowLoss {
   template <class V>
   MBK_FN static void sums2(const Constants&, const V*, V, const V*, V*) {}
 };
+
+// Calls f with a null pointer of a storage type.
+template <class F>
+MBK_FN void with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f((float*)nullptr);
+    case DType::bf16:
+      return f((bf16*)nullptr);
+    case DType::f16:
+      return f((f16*)nullptr);
+    default:
+      return f((double*)nullptr);
+  }
+}
+template <class P>
+struct StorageOfPointer;
+template <class S>
+struct StorageOfPointer<S*> {
+  typedef S type;
+};
+template <class P>
+using StorageOf = typename StorageOfPointer<P>::type;
 
 }  // namespace mbk::MBK_ISA

@@ -10,27 +10,6 @@
 namespace mbk::MBK_ISA {
 namespace {
 
-// Calls f with a null pointer of a storage type.
-template <class F>
-MBK_FN void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f((float*)nullptr);
-    case DType::bf16:
-      return f((bf16*)nullptr);
-    case DType::f16:
-      return f((f16*)nullptr);
-    default:
-      return f((double*)nullptr);
-  }
-}
-template <class P>
-struct Pointee;
-template <class S>
-struct Pointee<S*> {
-  typedef S type;
-};
-
 template <class T, class S>
 MBK_PASS void read_columns(T* to, const S* from, int64_t stride, int64_t n) {
   int64_t j = 0;
@@ -82,27 +61,26 @@ struct RowOf {
     if (!t.data) return;
     dtype = t.dtype, stride = t.strides.column;
     const int64_t offset = at.offset(t.strides);
-    with_type(dtype, [&](auto* type) {
-      data = (char*)((typename Pointee<decltype(type)>::type*)t.data + offset);
-    });
+    with_storage(dtype,
+                 [&](auto* type) { data = (char*)((StorageOf<decltype(type)>*)t.data + offset); });
     direct = may_be_direct && stride == 1 && dtype == kDTypeOf<T>;
   }
   MBK_FN T value(int64_t j) const {
     T x = 0;
-    with_type(dtype, [&](auto* type) {
-      x = (T)widen(((const typename Pointee<decltype(type)>::type*)data)[j * stride]);
+    with_storage(dtype, [&](auto* type) {
+      x = (T)widen(((const StorageOf<decltype(type)>*)data)[j * stride]);
     });
     return x;
   }
   MBK_PASS void read(T* to, int64_t begin, int64_t n) const {
-    with_type(dtype, [&](auto* type) {
-      typedef typename Pointee<decltype(type)>::type S;
+    with_storage(dtype, [&](auto* type) {
+      typedef StorageOf<decltype(type)> S;
       read_columns(to, (const S*)data + begin * stride, stride, n);
     });
   }
   MBK_PASS void write(const T* from, int64_t begin, int64_t n, bool accumulate) const {
-    with_type(dtype, [&](auto* type) {
-      typedef typename Pointee<decltype(type)>::type S;
+    with_storage(dtype, [&](auto* type) {
+      typedef StorageOf<decltype(type)> S;
       S* const to = (S*)data + begin * stride;
       accumulate ? write_columns<true>(to, stride, from, n)
                  : write_columns<false>(to, stride, from, n);
@@ -110,8 +88,8 @@ struct RowOf {
   }
   // One column: value, or old + value.
   MBK_FN void put(int64_t j, T value, bool accumulate, T old) const {
-    with_type(dtype, [&](auto* type) {
-      typedef typename Pointee<decltype(type)>::type S;
+    with_storage(dtype, [&](auto* type) {
+      typedef StorageOf<decltype(type)> S;
       Compute<S> v = (Compute<S>)value;
       if (accumulate) v = (Compute<S>)old + v;
       ((S*)data)[j * stride] = narrow<S>(canonical(v));
@@ -349,7 +327,7 @@ struct Rows {
     if (!g.data || (a.accumulate && value == 0)) return;
     if (value == 0 && g.stride == 1) {
       int64_t size = 0;
-      with_type(g.dtype, [&](auto* type) { size = sizeof *type; });
+      with_storage(g.dtype, [&](auto* type) { size = sizeof *type; });
       memset(g.data, 0, (size_t)(a.columns * size));
       return;
     }

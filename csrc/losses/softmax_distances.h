@@ -172,10 +172,13 @@ struct JsDivWithLogits : SoftmaxDistance {
 
 // loss = c/2 sum |p - t|, c = parameters[2]. With sigma = sign(p - t), 0 where they are equal:
 //   dloss/dx = c/2 s p (sigma - sum p sigma),  dloss/dy = -c/2 s t (sigma - sum t sigma)
+// As sum p = 1, the bracket is A = sum p (1 - sigma) where sigma is 1, -B = -sum p (1 + sigma)
+// where it is -1, and (A - B) / 2 where it is 0: no small difference where one sign has nearly all
+// of p.
 struct TvDistanceWithLogits : SoftmaxDistance {
   static constexpr const char* name = "tv_distance_with_logits";
-  static constexpr int kSums = 3;
-  enum { kOwnX = kLogRatio, kOwnY = kOwn };
+  static constexpr int kSums = 5;
+  enum { kAboveX = kOwn, kBelowX, kAboveY, kBelowY };  // A and B, of p and of t
   MBK_FN static void between(const MultirowArgs&, const MultirowItem& item, Constants& c) {
     c.value[kOverS] = 1 / item.first[0], c.value[kOverF] = 1 / item.first[1];
   }
@@ -185,31 +188,34 @@ struct TvDistanceWithLogits : SoftmaxDistance {
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     c.value[kFactorX] = a.parameters[2] * 0.5 * inverse_temperature(a) * item.scale;
     c.value[kFactorY] = -c.value[kFactorX];
-    c.value[kOwnX] = item.second[1], c.value[kOwnY] = item.second[2];
+    for (int k = 0; k < 4; ++k) c.value[kAboveX + k] = item.second[1 + k];
     return 0;
   }
   template <class V>
-  MBK_FN static V sign(V d) {
-    const V one = splat<V>(1);
-    return select(d > V{}, one, select(d < V{}, -one, V{}));
-  }
-  template <class V>
   MBK_FN static void sums1(const Constants&, const V*, V, const V* kept, V* term) {
-    term[0] = kept[0], term[1] = kept[1], term[2] = V{};
+    term[0] = kept[0], term[1] = kept[1];
+    for (int k = 2; k < kSums; ++k) term[k] = V{};
   }
   template <class V>
   MBK_FN static void sums2(const Constants& c, const V*, V, const V* kept, V* term) {
-    const V p = kept[0] * c.get<V>(kOverS), t = kept[1] * c.get<V>(kOverF), d = p - t;
+    const V p = kept[0] * c.get<V>(kOverS), t = kept[1] * c.get<V>(kOverF), d = p - t, zero = V{};
+    const auto above = d > zero, below = d < zero;
     term[0] = abs(d);
-    term[1] = p * sign(d);
-    term[2] = t * sign(d);
+    term[1] = select(above, zero, select(below, p + p, p));
+    term[2] = select(below, zero, select(above, p + p, p));
+    term[3] = select(above, zero, select(below, t + t, t));
+    term[4] = select(below, zero, select(above, t + t, t));
   }
   template <class V>
   MBK_FN static void gradient(const Constants& c, const V*, V, const V* kept, V* g) {
-    const V p = kept[0] * c.get<V>(kOverS), t = kept[1] * c.get<V>(kOverF);
-    const V sigma = sign(p - t);
-    g[0] = p * c.get<V>(kFactorX) * (sigma - c.get<V>(kOwnX));
-    g[1] = t * c.get<V>(kFactorY) * (sigma - c.get<V>(kOwnY));
+    const V p = kept[0] * c.get<V>(kOverS), t = kept[1] * c.get<V>(kOverF), d = p - t, zero = V{};
+    const auto above = d > zero, below = d < zero;
+    const auto bracket = [&](int first) {
+      const V a = c.get<V>(first), b = c.get<V>(first + 1);
+      return select(above, a, select(below, -b, (a - b) * splat<V>((Element<V>)0.5)));
+    };
+    g[0] = p * c.get<V>(kFactorX) * bracket(kAboveX);
+    g[1] = t * c.get<V>(kFactorY) * bracket(kAboveY);
   }
 };
 

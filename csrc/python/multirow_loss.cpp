@@ -94,11 +94,10 @@ py::object multirow_loss(const py::tuple& fields) {
   for (int k = 0; good && k < kMaxRows; ++k) {
     if (!grad[k]) continue;
     a.grads[k].data = grad[k].data, a.grads[k].dtype = grad[k].dtype;
-    // An accumulated gradient is fp32 or fp64, and not narrower than its row.
-    good =
-        grad[k].same_shape(input) && item_strides(grad[k], true, a.grads[k].strides) &&
-        (a.accumulate ? grad[k].is(DType::f64) || (grad[k].is(DType::f32) && !x[k].is(DType::f64))
-                      : grad[k].is(x[k].dtype));
+    // An accumulated gradient may be fp32 in a call that is computed in fp64.
+    const bool wide = grad[k].is(type) || (grad[k].is(DType::f32) && !x[k].is(DType::f64));
+    good = grad[k].same_shape(input) && item_strides(grad[k], true, a.grads[k].strides) &&
+           (a.accumulate ? wide : grad[k].is(x[k].dtype));
   }
   good = good && dense(losses, in_double, a.items, a.losses) && (!r.loss_sum || !in_double);
   // Rows are reduced by their maxima before they are scaled.
