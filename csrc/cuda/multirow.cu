@@ -295,7 +295,7 @@ struct Block {
 };
 
 template <class Loss, class T>
-__global__ void __launch_bounds__(kMaxSlots* kGroup)
+__global__ void __launch_bounds__(kMaxSlots* kGroup, 1)
     multirow(const __grid_constant__ MultirowLaunch p) {
   typedef typename Block<Loss, T>::Shared Shared;
   Shared& shared = *shared_memory<Shared>();

@@ -452,8 +452,10 @@ void check_values(Random& r, const Problem& p, const Outcome& o, const std::stri
         if (fabsl((up - item) - (item - down)) > 1e-4L * h) continue;
         const Real want = (up - down) / (2 * h) * factor;
         const Real have = value_of(o.grad[k][(size_t)(i * p.columns + j)], p.type[k]);
+        // Differences of numbers as large as 1 are formed in the computed type.
+        const Real unit = fabsl(factor) * (p.loss == kTriplet ? 1 : fmaxl(1, p.parameters[2]));
         const Real slack = 1.01L * roundoff(p.type[k]) * fabsl(want) + half_denormal(p.type[k]) +
-                           (wide ? 3e-9L : 6e-6L) * (largest + fabsl(factor) * 1e-2L);
+                           (wide ? 3e-9L : 6e-6L) * (largest + unit * 1e-2L);
         CHECK(fabsl(have - want) <= slack, "%s: gradient %d of (%lld, %lld) is %.12Lg, not %.12Lg",
               where.c_str(), k, (long long)i, (long long)j, have, want);
       }
