@@ -44,6 +44,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("has_openmp", &mbk::has_openmp);
   m.def("row_losses", [] { return names(mbk::MBK_ISA::RowLosses{}); });
   m.def("pointwise_losses", [] { return names(mbk::MBK_ISA::PointwiseLosses{}); });
+  m.def("multirow_losses", [] { return names(mbk::MBK_ISA::MultirowLosses{}); });
   m.def("elementary_functions", [] {
     std::vector<std::string> found;
     for (const mbk::Elementary* f = mbk::current_backend().elementary; f->name; ++f)
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("exchange"));
   mbk::python::add_row_loss(m);
   mbk::python::add_pointwise_loss(m);
+  mbk::python::add_multirow_loss(m);
   mbk::python::add_arrays(m);
   mbk::python::add_cuda(m);
 }

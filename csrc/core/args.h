@@ -127,6 +127,34 @@ struct PointwiseArgs {
   double* partial_sums;   // one for each kPointwiseBlock elements
 };
 
+// Losses of several rows an item: up to three tensors of one shape, whose storage types may differ;
+// fp64 is computed in if any is fp64. `input` and `grad` of the base are not used. Per-item arrays
+// and class weights are in the type that is computed in. `class_weight` is that of the target, or
+// of every column, as the loss has it.
+inline constexpr int kMaxRows = 3, kRowParameters = 4;
+struct RowTensor {
+  void* data;  // null: absent, or a gradient that is not wanted
+  DType dtype;
+  Strides strides;
+};
+enum class ItemTarget : int32_t {
+  none,
+  index,   // a class an item; the loss may do without
+  number,  // a floating number an item
+  list     // a row of classes an item, up to the first -1
+};
+struct MultirowArgs : RowArgs {
+  RowTensor inputs[kMaxRows];
+  RowTensor grads[kMaxRows];  // with accumulate, fp32 or fp64
+  RowTensor label;            // of ItemTarget::number
+  double parameters[kRowParameters];
+};
+
+// Scratch of one thread: rows of values kept from one pass to the next, in whole groups.
+inline constexpr int64_t multirow_scratch_bytes(int64_t columns, int64_t size) {
+  return (columns + 63) / 64 * 64 * size * kMaxRows + 64;
+}
+
 // Elements that a task of the element-wise loops covers; fp64 sums are taken block by block, in
 // order.
 inline constexpr int64_t kPointwiseBlock = 16384;

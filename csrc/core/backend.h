@@ -9,6 +9,7 @@ namespace mbk {
 
 using RowFn = void (*)(const RowArgs&);
 using PointwiseFn = void (*)(const PointwiseArgs&);
+using MultirowFn = void (*)(const MultirowArgs&);
 
 // An elementary function over an array, for the self-test and the exhaustive accuracy test.
 struct Elementary {
@@ -23,6 +24,7 @@ struct Backend {
   PointwiseFn (*pointwise)(int loss, DType type);  // type: computed in, f32 or f64
   void (*sum)(const PointwiseArgs&);               // of the view kLosses: exactly, into totals
   const Elementary* elementary;                    // ends with a null name
+  MultirowFn (*multirow)(int loss, DType type);    // type: computed in, f32 or f64
 };
 
 namespace scalar {

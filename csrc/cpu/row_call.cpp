@@ -31,7 +31,7 @@ namespace {
 
 // Checks every class index and adds up the weights: exactly for fp32, in the fixed order for fp64.
 template <class T>
-double check_and_weigh(const RowArgs& a) {
+double check_and_weigh_as(const RowArgs& a) {
   const bool weighted = (a.class_weight && a.target_is_index) || a.sample_weight;
   if (!a.target_is_index && !weighted) return static_cast<double>(a.items);
   std::atomic<int64_t> bad{a.items};
@@ -87,7 +87,7 @@ struct Free {
 template <class T>
 double run(const Backend& backend, int loss, DType input, RowArgs a, const Result& result) {
   const DefaultEnvironment environment;
-  const double weights = a.from_state ? 0 : check_and_weigh<T>(a);
+  const double weights = a.from_state ? 0 : check_and_weigh_as<T>(a);
   const double divisor = a.from_state ? read(a.denominator) : divisor_of(result, weights);
   a.denominator = {divisor, nullptr, DType::f64};
   // Read before anything is written: it may lie in the gradient's memory.
@@ -130,6 +130,10 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
 }
 
 }  // namespace
+
+double check_and_weigh(const RowArgs& args, DType type) {
+  return type == DType::f64 ? check_and_weigh_as<double>(args) : check_and_weigh_as<float>(args);
+}
 
 double run_row_loss(const Backend& backend, int loss, DType input, RowArgs args,
                     const Result& result) {

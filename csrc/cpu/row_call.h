@@ -12,4 +12,8 @@ namespace mbk {
 double run_row_loss(const Backend& backend, int loss, DType input, RowArgs args,
                     const Result& result);
 
+// Checks every class index, and returns the sum of the items' weights: the mean's divisor. Class
+// and sample weights are of `type`.
+double check_and_weigh(const RowArgs& args, DType type);
+
 }  // namespace mbk

@@ -17,6 +17,7 @@ namespace {
 int64_t workspace_bytes(int64_t, bool) { refuse(); }
 void run_row_loss(const Queue&, int, DType, RowArgs, const Result&) { refuse(); }
 void run_pointwise_loss(const Queue&, int, DType, PointwiseArgs, const Result&) { refuse(); }
+void run_multirow_loss(const Queue&, int, DType, MultirowArgs, const Result&) { refuse(); }
 void scale_array(const Queue&, void*, DType, int64_t, const Scalar&, const Scalar&, bool) {
   refuse();
 }

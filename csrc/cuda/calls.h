@@ -18,11 +18,13 @@ struct Queue {
 
 int64_t workspace_bytes(int64_t items, bool in_double);
 
-// As run_row_loss and run_pointwise_loss on the CPU; `args` as the caller sees it. The divisor of
-// the backward half (from_state) is args.denominator, which may be a pointer.
+// As run_row_loss, run_pointwise_loss and run_multirow_loss on the CPU; `args` as the caller sees
+// it. The divisor of the backward half (from_state) is args.denominator, which may be a pointer.
 void run_row_loss(const Queue& queue, int loss, DType input, RowArgs args, const Result& result);
 void run_pointwise_loss(const Queue& queue, int loss, DType type, PointwiseArgs args,
                         const Result& result);
+void run_multirow_loss(const Queue& queue, int loss, DType type, MultirowArgs args,
+                       const Result& result);
 
 // x = x * (factor / hint), rounded once; nothing is touched where that is 1. keep_zeros: 0 stays 0
 // also where the factor is not finite.

@@ -23,7 +23,7 @@ struct GaussianNll {
     loss = multiply_add(half, log(v) + r * r / v, splat<V>(call.constant));
     d[0] = slope;
     d[1] = -slope;
-    d[2] = half * (splat<V>(1) / v - slope * slope);
+    d[2] = half * (multiply_add(-r, slope, splat<V>(1)) / v);
   }
 };
 

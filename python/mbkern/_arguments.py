@@ -23,6 +23,8 @@ from mbkern._tensors import (
 Number: TypeAlias = "float | int | Tensor"
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+#: An ignore_index that ignores nothing: it is no class, so it is an error in a target.
+NO_CLASS = -(2**63)
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mbkern._launch import RowOptions
-from mbkern._launch_pointwise import Inputs, TensorOptions
+from mbkern._launch_tensors import Inputs, TensorOptions
 from mbkern._losses import Loss
 
 
@@ -86,23 +87,36 @@ def row_loss(
 def tensor_loss(loss: Loss, inputs: Inputs, options: TensorOptions, dtype: torch.dtype) -> Tensor:
     """A loss over several tensors with these options."""
     given = [_compute(t) for t in inputs if t is not None]
-    numbers = dict(zip(loss.parameters, options.parameters, strict=True))
+    numbers: dict[str, Any] = loss.named(options.parameters)
+    if loss.kind == "multirow":
+        losses, counts = _rows(loss, given, numbers, options)
+        return _reduce_weighted(losses, counts, options, dtype)
     losses = _TENSORS[loss.name](*given, **numbers)
     if options.weight is not None:
         losses = losses * _compute(options.weight).to(losses.dtype)
-    weights = torch.ones_like(losses)
+    return _reduce_weighted(losses, torch.ones_like(losses), options, dtype)
+
+
+def _reduce_weighted(
+    losses: Tensor, weights: Tensor, options: TensorOptions, dtype: torch.dtype
+) -> Tensor:
     if options.sample_weight is not None:
-        weights = _compute(options.sample_weight).to(losses.dtype).expand(losses.shape)
-        losses = losses * weights
+        weight = _compute(options.sample_weight).to(losses.dtype).expand(losses.shape)
+        losses, weights = losses * weight, weights * weight
     return _reduce(losses, weights, options, dtype)
 
 
 # ---- element-wise formulas, see csrc/losses ------------------------------------------------------
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """Not torch's, which is x itself above a threshold."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
 def _log_cosh(x: Tensor, y: Tensor) -> Tensor:
     a = (x - y).abs()
-    return a + F.softplus(-2 * a) - math.log(2)
+    return a + _softplus(-2 * a) - math.log(2)
 
 
 def _quantile(x: Tensor, y: Tensor, quantile: float) -> Tensor:
@@ -121,7 +135,7 @@ def _tweedie(x: Tensor, y: Tensor, power: float, log_input: float, eps: float) -
 
 def _sigmoid_focal(x: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
     s, rest = torch.sigmoid(x), torch.sigmoid(-x)
-    ce = y * F.softplus(-x) + (1 - y) * F.softplus(x)
+    ce = y * _softplus(-x) + (1 - y) * _softplus(x)
     loss = (s * (1 - y) + rest * y) ** gamma * ce
     return loss if alpha < 0 else (alpha * y + (1 - alpha) * (1 - y)) * loss
 
@@ -149,7 +163,7 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
         F.binary_cross_entropy_with_logits(x, y, reduction="none", pos_weight=pos_weight)
     ),
     "sigmoid_focal_loss": _sigmoid_focal,
-    "soft_margin_loss": lambda x, y: F.softplus(-y * x),
+    "soft_margin_loss": lambda x, y: _softplus(-y * x),
     "hinge_embedding_loss": lambda x, y, margin: F.hinge_embedding_loss(
         x, y, margin, reduction="none"
     ),
@@ -164,6 +178,144 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     "tweedie_nll_loss": _tweedie,
 }
 _ROWS = {"cross_entropy": _cross_entropy}
+
+
+# ---- formulas over rows, see csrc/losses; the rows are the last dimension here ---------------
+
+
+def _rows(
+    loss: Loss, given: list[Tensor], numbers: dict[str, Any], options: TensorOptions
+) -> tuple[Tensor, Tensor]:
+    """The loss of each item, and its weight in the mean."""
+    rows = [t.movedim(1, -1) if t.dim() > 1 else t for t in given]
+    weights = torch.ones_like(rows[0][..., 0])
+    target = options.target
+    if loss.target == "list" and target is not None:
+        numbers["target"] = target.movedim(1, -1) if target.dim() > 1 else target
+    elif loss.target == "label" and target is not None:
+        numbers["target"] = _compute(target)
+    elif target is not None:
+        counted = target.long() != options.ignore_index
+        index = torch.where(counted, target.long(), 0)
+        if "target" not in loss.optional:
+            numbers["target"] = index
+        weights = counted.to(weights.dtype)
+    if options.weight is not None:
+        w = _compute(options.weight).to(weights.dtype)
+        if loss.target == "index":
+            of_item = w.expand(rows[0].shape).gather(-1, numbers["target"].unsqueeze(-1))
+            numbers["weight"] = of_item.squeeze(-1)
+        else:
+            numbers["weight"] = w
+    losses = _TENSORS[loss.name](*rows, **numbers)
+    if target is not None and loss.target == "index":
+        losses = torch.where(weights != 0, losses, 0.0)
+    if loss.name in ("nll_loss", "softmax_focal_loss") and options.weight is not None:
+        weights = weights * numbers["weight"]
+    return losses, weights
+
+
+def _picked(x: Tensor, target: Tensor) -> Tensor:
+    return x.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+def _weighed(losses: Tensor, weight: Tensor | None) -> Tensor:
+    return losses if weight is None else losses * weight
+
+
+def _multi_margin(
+    x: Tensor, target: Tensor, p: float, margin: float, weight: Tensor | None = None
+) -> Tensor:
+    terms = torch.pow((margin - _picked(x, target).unsqueeze(-1) + x).clamp_min(0), int(p))
+    others = torch.arange(x.shape[-1], device=x.device) != target.unsqueeze(-1)
+    return _weighed(torch.where(others, terms, 0.0).sum(-1) / x.shape[-1], weight)
+
+
+def _multilabel_margin(x: Tensor, target: Tensor) -> Tensor:
+    count = x.shape[-1]
+    listed = (target >= 0).cumprod(-1).bool()  # up to the first negative number
+    index = torch.where(listed, target, 0).long()
+    numbers = torch.arange(count, device=x.device)
+    wanted = ((index.unsqueeze(-1) == numbers) & listed.unsqueeze(-1)).any(-2)
+    terms = (1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2)).clamp_min(0)
+    pairs = listed.unsqueeze(-1) & ~wanted.unsqueeze(-2)
+    return torch.where(pairs, terms, 0.0).sum((-1, -2)) / count
+
+
+def _multilabel_soft_margin(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    return _weighed(y * _softplus(-x) + (1 - y) * _softplus(x), weight).mean(-1)
+
+
+def _cosine(x: Tensor, y: Tensor, target: Tensor, margin: float) -> Tensor:
+    eps = 1e-12
+    norms = (x.square().sum(-1) + eps) * (y.square().sum(-1) + eps)
+    cosine = (x * y).sum(-1) / norms.sqrt()
+    far = torch.where(target == -1, (cosine - margin).clamp_min(0), 0.0)
+    return torch.where(target == 1, 1 - cosine, far)
+
+
+def _triplet(a: Tensor, p: Tensor, n: Tensor, margin: float, eps: float, swap: float) -> Tensor:
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(x - y + eps, dim=-1)
+        return norm
+
+    far = distance(a, n)
+    if swap:
+        far = torch.minimum(far, distance(p, n))
+    return (margin + distance(a, p) - far).clamp_min(0)
+
+
+def _dice(x: Tensor, y: Tensor, smooth: float) -> Tensor:
+    return 1 - (2 * (x * y).sum(-1) + smooth) / (x.sum(-1) + y.sum(-1) + smooth)
+
+
+def _softmax_focal(
+    x: Tensor, target: Tensor, gamma: float, temperature: float, weight: Tensor | None = None
+) -> Tensor:
+    log_p = _picked(torch.log_softmax(x / temperature, -1), target)
+    return _weighed(-(torch.pow(-torch.expm1(log_p), gamma) * log_p), weight)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def _kl(x: Tensor, y: Tensor, temperature: float, reverse: float) -> Tensor:
+    student, teacher = (torch.log_softmax(t / temperature, -1) for t in (x, y))
+    return _divergence(student, teacher) if reverse else _divergence(teacher, student)
+
+
+def _js(x: Tensor, y: Tensor, temperature: float, beta: float) -> Tensor:
+    student, teacher = (torch.log_softmax(t / temperature, -1) for t in (x, y))
+    middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
+    return beta * _divergence(teacher, middle) + (1 - beta) * _divergence(student, middle)
+
+
+def _tv(x: Tensor, y: Tensor, temperature: float) -> Tensor:
+    student, teacher = (torch.softmax(t / temperature, -1) for t in (x, y))
+    return 0.5 * (student - teacher).abs().sum(-1)
+
+
+def _entropy(x: Tensor, temperature: float) -> Tensor:
+    log_p = torch.log_softmax(x / temperature, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+_TENSORS.update(
+    nll_loss=lambda x, target, weight=None: _weighed(-_picked(x, target), weight),
+    multi_margin_loss=_multi_margin,
+    multilabel_margin_loss=_multilabel_margin,
+    multilabel_soft_margin_loss=_multilabel_soft_margin,
+    cosine_embedding_loss=_cosine,
+    triplet_margin_loss=_triplet,
+    dice_loss=_dice,
+    softmax_focal_loss=_softmax_focal,
+    kl_div_with_logits=_kl,
+    js_div_with_logits=_js,
+    tv_distance_with_logits=_tv,
+    entropy_with_logits=_entropy,
+)
 
 
 def is_available(loss: Loss) -> bool:

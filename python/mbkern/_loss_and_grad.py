@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbkern._arguments import (
+    NO_CLASS,
     Number,
     check_output,
     check_reduction,
@@ -19,8 +20,9 @@ from mbkern._arguments import (
     promoted_dtype,
     result_dtype,
 )
+from mbkern._calls import new_call
 from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument, zeros_like
-from mbkern._launch_pointwise import Inputs, PointwiseCall, TensorOptions
+from mbkern._launch_tensors import Inputs, TensorCall, TensorOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
 from mbkern._tensors import refuse_tracing
@@ -100,7 +102,7 @@ def _arguments(loss: Loss, tensors: tuple[Any, ...], options: dict[str, Any]) ->
     for name in names[len(tensors) :]:
         if name in options:
             given[name] = options.pop(name)
-        elif name != "pos_weight":
+        elif name not in loss.optional:
             raise TypeError(f"mbkern: {loss.name} takes {', '.join(names)}; {name} is missing")
     return tuple(given.get(name) for name in names)
 
@@ -153,7 +155,7 @@ def _array(value: Any) -> Any:
 
 
 def _outputs(
-    call: RowCall | PointwiseCall,
+    call: RowCall | TensorCall,
     tensors: tuple[Tensor | None, ...],
     positions: list[int],
     outs: Mapping[int, Tensor | None],
@@ -242,7 +244,7 @@ def _tensors(
 ) -> tuple[Any, dict[int, Tensor]]:
     input = tensors[0]
     assert input is not None
-    for name, t in zip(loss.arguments, tensors, strict=True):
+    for name, t in zip(loss.arguments[: loss.inputs], tensors, strict=False):
         if t is not None and t.shape != input.shape:
             raise ValueError(
                 f"mbkern: loss_and_grad needs {loss.arguments[0]} and {name} of one shape, not "
@@ -256,14 +258,19 @@ def _tensors(
     weight = options.pop("weight", None) if loss.weight is not None else None
     if loss.weight == "mean":
         weight, sample_weight = None, product(weight, sample_weight)
-    loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted_dtype(*tensors), input)  # type: ignore[arg-type]
+    promoted = promoted_dtype(input, *tensors[1 : loss.inputs])
+    loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted, input)
     denominator = options.pop("denominator", None)
+    ignore_index = options.pop("ignore_index", -100) if loss.ignores else NO_CLASS
     _unknown(loss.name, options)
-    state = _common(options, loss_sum, tensors)
-    inputs: Inputs = (*tensors, None, None)[:3]  # type: ignore[assignment]
-    asked = TensorOptions(weight, sample_weight, reduction, denominator, parameters)
-    call = PointwiseCall(loss, inputs, asked)
-    others = (call.weight, call.sample_weight)
+    state = _common(options, loss_sum, tensors[: loss.inputs])
+    target = tensors[loss.inputs] if loss.inputs < len(tensors) else None
+    inputs: Inputs = (*tensors[: loss.inputs], None, None)[:3]  # type: ignore[assignment]
+    asked = TensorOptions(
+        target, weight, sample_weight, reduction, denominator, ignore_index, parameters
+    )
+    call = new_call(loss, inputs, asked)
+    others = (call.target, call.weight, call.sample_weight)
     grads = _outputs(call, tensors, positions, outs, accumulate, others)
     value, _ = call.run(
         grads=(grads.get(0), grads.get(1), grads.get(2)),

@@ -22,6 +22,7 @@ class Parameter:
     least: float = -math.inf
     most: float = math.inf
     open: bool = False  # whether the ends are left out
+    inverse: bool = False  # whether the kernels take its inverse
 
     def check(self, name: str, value: Any) -> float:
         """Return a value as a number, or raise."""
@@ -36,7 +37,7 @@ class Parameter:
             raise ValueError(
                 f"mbkern: {name} must be in {left}{self.least}, {self.most}{right}, not {value}"
             )
-        return number
+        return 1.0 / number if self.inverse else number
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,44 +46,92 @@ class Loss:
 
     Attributes:
         name: as in ``mbkern.functional`` and ``mbkern.loss_and_grad``.
-        kind: "row" (softmax cross-entropy: an item is a row of classes) or "pointwise" (an item is
-            an element).
+        kind: "row" (softmax cross-entropy: an item is a row of classes), "pointwise" (an item is an
+            element) or "multirow" (an item is a row of each of its tensors).
         arguments: its tensors, in order.
+        inputs: how many of them, from the first, are of one shape and go to the kernel as such.
+        target: what a target after those is: "index" (a class an item), "list" (a row of classes),
+            "label" (a number an item), or None, without one.
+        ignores: whether items may be ignored by their class.
+        optional: tensors that may be left out.
         differentiable: those of them that gradients are computed for.
         parameters: the numbers it takes by name; the order is the kernels'.
         weight: what torch's ``weight`` is here: "classes"; "mean" (of an element, and ``mean``
             divides by the sum of the weights); "rescale" (of an element, not counted in the mean);
             or None, without one.
+        constants: what the kernels take after the parameters.
         number: its position in the compiled list of its kind.
     """
 
     name: str
     kind: str
     arguments: tuple[str, ...] = _TWO
+    inputs: int = 2
+    target: str | None = None
+    ignores: bool = False
+    optional: tuple[str, ...] = ()
     differentiable: tuple[str, ...] = _TWO
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     weight: str | None = None
+    constants: tuple[float, ...] = ()
     number: int = -1
 
     def numbers(self, **values: Any) -> tuple[float, ...]:
         """The parameters as the kernels take them, checked; absent ones have their default."""
-        return tuple(
-            parameter.check(name, values.get(name, parameter.default))
-            for name, parameter in self.parameters.items()
+        return (
+            *(
+                parameter.check(name, values.get(name, parameter.default))
+                for name, parameter in self.parameters.items()
+            ),
+            *self.constants,
         )
+
+    def named(self, numbers: tuple[float, ...]) -> dict[str, float]:
+        """What :meth:`numbers` was given."""
+        return {
+            name: 1.0 / value if parameter.inverse else value
+            for (name, parameter), value in zip(self.parameters.items(), numbers, strict=False)
+        }
 
 
 def _loss(name: str, kind: str = "pointwise", **properties: Any) -> Loss:
-    numbers = _C.row_losses() if kind == "row" else _C.pointwise_losses()
-    return Loss(name, kind, number=numbers.index(name), **properties)
+    lists = {
+        "row": _C.row_losses,
+        "pointwise": _C.pointwise_losses,
+        "multirow": _C.multirow_losses,
+    }
+    properties.setdefault("inputs", len(properties.get("arguments", _TWO)))
+    return Loss(name, kind, number=lists[kind]().index(name), **properties)
+
+
+def _rows(name: str, inputs: tuple[str, ...], target: str | None = None, **rest: Any) -> Loss:
+    """A loss of rows, differentiable in all its inputs."""
+    arguments = inputs if target is None else (*inputs, "target")
+    return _loss(
+        name, "multirow", arguments=arguments, inputs=len(inputs), differentiable=inputs,
+        target=target, **rest,
+    )  # fmt: skip
 
 
 _ONE = ("input",)
+_PAIR = ("student", "teacher")
+_TEMPERATURE = {"temperature": Parameter(1.0, 0.0, open=True, inverse=True)}
+_FOCAL = {"gamma": Parameter(2.0, 0.0), **_TEMPERATURE}
+_REVERSE = {**_TEMPERATURE, "reverse": Parameter(False)}
+_BETA = {**_TEMPERATURE, "beta": Parameter(0.5, 0.0, 1.0)}
+_DISTANCE: dict[str, Any] = {"target": "index", "ignores": True, "optional": ("target",)}
 _MARGIN = {"margin": Parameter(1.0)}
 _LOSSES = {
     loss.name: loss
     for loss in (
-        _loss("cross_entropy", "row", differentiable=_ONE, weight="classes"),
+        _loss(
+            "cross_entropy",
+            "row",
+            differentiable=_ONE,
+            target="index",
+            ignores=True,
+            weight="classes",
+        ),
         _loss("half_squared_error"),
         _loss("mse_loss", weight="mean"),
         _loss("l1_loss", weight="mean"),
@@ -94,6 +143,7 @@ _LOSSES = {
         _loss(
             "binary_cross_entropy_with_logits",
             arguments=("input", "target", "pos_weight"),
+            optional=("pos_weight",),
             weight="rescale",
         ),
         _loss(
@@ -133,6 +183,50 @@ _LOSSES = {
                 "eps": Parameter(1e-8),
             },
         ),
+        _rows("nll_loss", _ONE, target="index", ignores=True, weight="classes"),
+        _rows(
+            "multi_margin_loss",
+            _ONE,
+            target="index",
+            weight="classes",
+            parameters={"p": Parameter(1, 1, 2), "margin": Parameter(1.0)},
+        ),
+        _rows("multilabel_margin_loss", _ONE, target="list"),
+        _rows("multilabel_soft_margin_loss", _TWO, weight="classes"),
+        _rows(
+            "cosine_embedding_loss",
+            ("input1", "input2"),
+            target="label",
+            parameters={"margin": Parameter(0.0)},
+        ),
+        _rows(
+            "triplet_margin_loss",
+            ("anchor", "positive", "negative"),
+            parameters={
+                "margin": Parameter(1.0),
+                "eps": Parameter(1e-6),
+                "swap": Parameter(False),
+            },
+        ),
+        _rows("dice_loss", _TWO, parameters={"smooth": Parameter(1.0, 0.0)}),
+        _rows(
+            "softmax_focal_loss",
+            _ONE,
+            target="index",
+            ignores=True,
+            weight="classes",
+            parameters=_FOCAL,
+        ),
+        _rows("kl_div_with_logits", _PAIR, parameters=_REVERSE, constants=(1.0,), **_DISTANCE),
+        _rows("js_div_with_logits", _PAIR, parameters=_BETA, constants=(1.0,), **_DISTANCE),
+        _rows(
+            "tv_distance_with_logits",
+            _PAIR,
+            parameters=_TEMPERATURE,
+            constants=(0.0, 1.0),
+            **_DISTANCE,
+        ),
+        _rows("entropy_with_logits", _ONE, parameters=_TEMPERATURE, **_DISTANCE),
     )
 }
 

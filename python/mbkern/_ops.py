@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _C
+from mbkern._calls import new_call
 from mbkern._launch import (
     RowCall,
     RowOptions,
@@ -32,7 +33,7 @@ from mbkern._launch import (
     rescale_on_device,
     scale_dense,
 )
-from mbkern._launch_pointwise import Grads, Inputs, PointwiseCall, TensorOptions
+from mbkern._launch_tensors import Grads, Inputs, TensorCall, TensorOptions
 from mbkern._losses import find
 from mbkern._tensors import on_cuda
 
@@ -53,15 +54,17 @@ _SCHEMAS = {
         f"{_ROW_OPTIONS}, bool form) -> Tensor"
     ),
     "tensor_loss": (
-        "(Tensor first, Tensor? second, Tensor? third, Tensor? weight, Tensor? sample_weight, "
-        "Tensor? denominator, Tensor? grad_scale, str loss, str reduction, float[] parameters, "
-        "bool form_first, bool form_second, bool form_third, ScalarType dtype) "
+        "(Tensor first, Tensor? second, Tensor? third, Tensor? target, Tensor? weight, "
+        "Tensor? sample_weight, Tensor? denominator, Tensor? grad_scale, str loss, "
+        "str reduction, int ignore_index, float[] parameters, bool form_first, "
+        "bool form_second, bool form_third, ScalarType dtype) "
         "-> (Tensor loss, Tensor divisor)"
     ),
     "tensor_loss_backward": (
-        "(Tensor incoming, Tensor first, Tensor? second, Tensor? third, Tensor? weight, "
-        "Tensor? sample_weight, Tensor? grad_scale, Tensor divisor, str loss, str reduction, "
-        "float[] parameters, bool form, bool need_first, bool need_second, bool need_third) "
+        "(Tensor incoming, Tensor first, Tensor? second, Tensor? third, Tensor? target, "
+        "Tensor? weight, Tensor? sample_weight, Tensor? grad_scale, Tensor divisor, str loss, "
+        "str reduction, int ignore_index, float[] parameters, bool form, bool need_first, "
+        "bool need_second, bool need_third) "
         "-> (Tensor grad_first, Tensor grad_second, Tensor grad_third)"
     ),
 }
@@ -184,14 +187,17 @@ def _row_loss_backward(
 
 def _tensor_call(
     inputs: Inputs,
+    target: Tensor | None,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     denominator: Tensor | None,
     options: tuple[Any, ...],
-) -> PointwiseCall:
-    loss, reduction, parameters = options
-    asked = TensorOptions(weight, sample_weight, reduction, denominator, tuple(parameters))
-    return PointwiseCall(find(loss), inputs, asked)
+) -> TensorCall:
+    loss, reduction, ignore_index, parameters = options
+    asked = TensorOptions(
+        target, weight, sample_weight, reduction, denominator, ignore_index, tuple(parameters)
+    )
+    return new_call(find(loss), inputs, asked)
 
 
 def new_gradients(inputs: Inputs, needs: Sequence[bool]) -> Grads:
@@ -207,16 +213,16 @@ def _tensor_loss(
     first: Tensor,
     second: Tensor | None,
     third: Tensor | None,
+    target: Tensor | None,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     denominator: Tensor | None,
     grad_scale: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    loss_name, reduction, parameters, *form, dtype = rest
-    inputs = (first, second, third)
-    options = (loss_name, reduction, parameters)
-    call = _tensor_call(inputs, weight, sample_weight, denominator, options)
+    *options, form_first, form_second, form_third, dtype = rest
+    inputs, form = (first, second, third), (form_first, form_second, form_third)
+    call = _tensor_call(inputs, target, weight, sample_weight, denominator, tuple(options))
     grads = new_gradients(inputs, form)
     scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grads=grads, scale=scale, loss_dtype=dtype)
@@ -229,30 +235,33 @@ def _tensor_loss_backward(
     first: Tensor,
     second: Tensor | None,
     third: Tensor | None,
+    target: Tensor | None,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     grad_scale: Tensor | None,
     divisor: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    loss, reduction, parameters, form, *needs = rest
+    *options, form, need_first, need_second, need_third = rest
+    needs = (need_first, need_second, need_third)
     hint = 1.0 if grad_scale is None else hint_argument(grad_scale)
     inputs = (first, second, third)
     found: Any = _take_grads(divisor) if form else None
     if found is None or any(g is None and n for g, n in zip(found, needs, strict=True)):
         found = new_gradients(inputs, needs)
-        options = (loss, reduction, parameters)
-        call = _tensor_call(inputs, weight, sample_weight, None, options)
+        call = _tensor_call(inputs, target, weight, sample_weight, None, tuple(options))
         arguments: dict[str, Any] = {
             "want_loss": False, "grads": found, "loss_dtype": first.dtype,
         }  # fmt: skip
-        if reduction == "none":
+        if call.options.reduction == "none":
             call.run(item_scale=incoming, **arguments)
         else:
             scale = hint if form else incoming.detach()
             call.run(scale=scale, divisor=divisor.detach(), **arguments)
     if form:
-        found = tuple(None if g is None else _rescaled(g, incoming, hint) for g in found)
+        found = tuple(
+            None if g is None else _rescaled(g, incoming, hint, target is not None) for g in found
+        )
     return tuple(
         g if g is not None and need else first.new_empty(0)
         for g, need in zip(found, needs, strict=True)
@@ -295,10 +304,16 @@ def _fake_row_loss_backward(incoming: Tensor, input: Tensor, *rest: Any) -> Tens
 
 
 def _fake_tensor_loss(first: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    reduction, dtype = rest[7], rest[-1]
-    loss = torch.empty_like(first, dtype=dtype) if reduction == "none" else None
+    name, reduction, dtype = rest[7], rest[8], rest[-1]
+    if reduction != "none":
+        loss = first.new_empty((), dtype=dtype)
+    elif find(name).kind == "pointwise":
+        loss = torch.empty_like(first, dtype=dtype)
+    else:
+        shape = first.shape
+        loss = first.new_empty(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=dtype)
     return (
-        first.new_empty((), dtype=dtype) if loss is None else loss,
+        loss,
         first.new_empty((), dtype=torch.float64),
     )
 
@@ -344,7 +359,7 @@ def _each(operator: Callable[..., Any], *forms: int) -> Callable[..., Any]:
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...]]] = {
     "row_loss": (_row_loss, _fake_row_loss, (12,)),
     "row_loss_backward": (_row_loss_backward, _fake_row_loss_backward, ()),
-    "tensor_loss": (_tensor_loss, _fake_tensor_loss, (10, 11, 12)),
+    "tensor_loss": (_tensor_loss, _fake_tensor_loss, (12, 13, 14)),
     "tensor_loss_backward": (_tensor_loss_backward, _fake_tensor_loss_backward, ()),
 }
 

@@ -109,8 +109,9 @@ def check(kernel: str, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Fin
 def moved_to(tier: Tier, data: dict[str, Any]) -> dict[str, Any]:
     """A case's inputs and options in the memory of a tier."""
     moved = {k: tier.move(v) if isinstance(v, Tensor) else v for k, v in data.items()}
-    options = data["options"].items()
-    moved["options"] = {k: tier.move(v) if isinstance(v, Tensor) else v for k, v in options}
+    for group in ("options", "more"):
+        values = data[group].items()
+        moved[group] = {k: tier.move(v) if isinstance(v, Tensor) else v for k, v in values}
     return moved
 
 

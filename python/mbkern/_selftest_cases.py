@@ -17,7 +17,7 @@ from torch import Tensor
 from mbkern import functional
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
-from mbkern._losses import find
+from mbkern._losses import Loss, find
 
 #: Integer of the same size, bits of exponent and mantissa.
 FORMATS = {
@@ -140,6 +140,19 @@ POINTWISE = [
 ]
 
 
+MULTIROW = [
+    Case("one column", (19, 1)),
+    Case("short rows", (301, 10), with_="ignored sample"),
+    Case("short special values", (90, 4), with_="lattice"),
+    Case("images", (3, 21, 5, 7), "mean", "sample", "channels_last"),
+    Case("in place", (23, 65), "inplace"),
+    Case("long rows", (9, 2047), "mean", "ignored", index=torch.int32),
+    Case("accumulated", (13, 700), "accumulate", "sample", "transposed"),
+    Case("backward", (17, 330), "backward", "", "gaps"),
+    Case("long special values", (36, 130), with_="sprinkled"),
+    Case("reduced", (101, 77), "reduced", "sample"),
+]
+
 #: The element-wise cases that see what a formula does, and not only what its loop does.
 FORMULA = (
     "elements of every size", "pairs of special values", "in place", "mean", "accumulated",
@@ -161,7 +174,8 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """Inputs and options of a case."""
     shape, words = case.shape, case.with_.split()
     compute = torch.float64 if dtype is torch.float64 else torch.float32
-    row = find(kernel).kind == "row"
+    loss = find(kernel)
+    row = loss.kind != "pointwise"
     items = (shape[0], *shape[2:]) if row else shape
     x, special = numbers(1, shape, dtype), special_values(dtype)
     target = numbers(2, shape, dtype)
@@ -180,7 +194,7 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
         target = integers(4, items, min(shape[1], 127))
         if "confident" in words:
             x.scatter_add_(1, target[:, None], torch.full_like(x, 24.0))
-        if "ignored" in words:
+        if "ignored" in words and loss.ignores:
             target[integers(5, items, 4) == 0] = 101
             data["options"]["ignore_index"] = 101
         target = target.to(case.index)
@@ -196,18 +210,44 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     if "weight" in words:
         data["options"]["weight"] = numbers(7, (shape[1],), compute, 2.0).abs()
     data["sample_weight"] = numbers(8, items, compute, 4.0).abs() if "sample" in words else None
-    if not row:
+    if loss.kind == "pointwise":
         x, target = _within_domain(kernel, x, target)
-        loss = find(kernel)
         if loss.arguments[2:] == ("target",):
             data["options"]["target"] = numbers(11, shape, dtype).sign()
         elif loss.arguments[2:]:
             data["options"][loss.arguments[2]] = numbers(11, shape, dtype, 4.0).abs()
     data["incoming"] = numbers(9, items, dtype, 2.0)
     data["input"] = _arrange(x, case.layout)
-    data["target"] = _arrange(target, case.layout) if target.dim() == x.dim() else target
+    more = _row_tensors(loss, shape, dtype, target) if loss.kind == "multirow" else {
+        name: data["options"].pop(name, target) for name in loss.arguments[1:]
+    }  # fmt: skip
+    data["more"] = {
+        name: _arrange(t, case.layout) if t.dim() == x.dim() else t for name, t in more.items()
+    }
     data["buffer"] = _arrange(numbers(10, shape, compute), case.layout)
     return data
+
+
+def _row_tensors(
+    loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, target: Tensor
+) -> dict[str, Tensor]:
+    """The tensors of a loss of rows after the first; ``target`` holds class indices."""
+    more = {
+        name: numbers(12 + k, shape, dtype)
+        for k, name in enumerate(loss.arguments[1 : loss.inputs])
+    }
+    if loss.name == "multilabel_soft_margin_loss":
+        more["target"] = more["target"].abs() / 8
+    if loss.target == "index":
+        more["target"] = target
+    elif loss.target == "label":
+        more["target"] = numbers(14, tuple(target.shape), dtype).sign()
+    elif loss.target == "list":
+        count = shape[1]
+        rows = integers(15, shape, min(count, 127)).movedim(1, -1)
+        rows[torch.arange(count).expand(rows.shape) >= min(count, 3)] = -1
+        more["target"] = rows.movedim(-1, 1)
+    return more
 
 
 def _within_domain(kernel: str, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,22 +261,21 @@ def _piece(
     kernel: str, mode: str, data: dict[str, Any], cut: slice, total: LossSum | None
 ) -> Outputs:
     """Losses and gradients of one piece of the batch, the losses added to ``total``."""
-    x, target = data["input"][cut], data["target"][cut]
+    x = data["input"][cut]
     options = dict(data["options"])
-    for name in find(kernel).arguments[2:]:
-        options[name] = options[name][cut]
+    more = {name: tensor[cut] for name, tensor in data["more"].items()}
     if data["sample_weight"] is not None:
         options["sample_weight"] = data["sample_weight"][cut]
     if mode == "reduced":
-        loss = getattr(functional, kernel)
+        function = getattr(functional, kernel)
         return {
-            f"{how} {kind}": loss(x, target, reduction=how, loss_dtype=kind, **options).view(1)
+            f"{how} {kind}": function(x, **more, reduction=how, loss_dtype=kind, **options).view(1)
             for how in ("sum", "mean")
             for kind in FORMATS
         }
     if mode == "backward":
         leaf = x.detach().requires_grad_()
-        losses = getattr(functional, kernel)(leaf, target, reduction="none", **options)
+        losses = getattr(functional, kernel)(leaf, **more, reduction="none", **options)
         losses.backward(data["incoming"][cut])
         assert leaf.grad is not None
         return {"loss": losses.detach(), "gradient 0": leaf.grad}
@@ -250,15 +289,15 @@ def _piece(
     else:
         options.update(reduction="none", loss_dtype=data["buffer"].dtype)
     loss = find(kernel)
-    many = loss.kind == "pointwise" and out is None
+    many = loss.kind != "row" and out is None
     losses, grad = loss_and_grad(
         kernel,
         x,
-        target,
         argnums=loss.differentiable if many else (0,),
         grad_out=None if out is None else (out,),
         accumulate=mode == "accumulate",
         loss_sum=total,
+        **more,
         **options,
     )
     outputs = {f"gradient {argument}": g for argument, g in enumerate(grad)}
@@ -267,8 +306,9 @@ def _piece(
 
 def cases(kernel: str, dtype: torch.dtype) -> list[Case]:
     """The cases of a kernel. For the reduced loss of float64 no bits are promised."""
-    found = ROWS if find(kernel).kind == "row" else POINTWISE
-    if kernel not in ("cross_entropy", "mse_loss"):  # the rest differs in its formula only
+    kind = find(kernel).kind
+    found = ROWS if kind == "row" else MULTIROW if kind == "multirow" else POINTWISE
+    if kind == "pointwise" and kernel != "mse_loss":  # the rest differs in its formula only
         found = [case for case in found if case.name in FORMULA]
     if kernel == "binary_cross_entropy":  # which refuses what is no probability
         found = [case for case in found if not {"lattice", "wide"} & set(case.with_.split())]

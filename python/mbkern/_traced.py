@@ -21,7 +21,7 @@ from mbkern._arguments import (
     check_row_shapes,
 )
 from mbkern._launch import RowOptions
-from mbkern._launch_pointwise import Inputs, TensorOptions
+from mbkern._launch_tensors import Inputs, TensorOptions
 from mbkern._losses import Loss, find
 from mbkern._tensors import on_cuda
 
@@ -291,8 +291,9 @@ def tensor_loss(
     if third is not None and (third is first or third is inputs[1]):
         third = third.view_as(third)
     arguments = (
-        first, second, third, o.weight, o.sample_weight, _scalar(o.denominator, first),
-        _scalar(grad_scale, first), loss.name, o.reduction, o.parameters, *form, dtype,
+        first, second, third, o.target, o.weight, o.sample_weight, _scalar(o.denominator, first),
+        _scalar(grad_scale, first), loss.name, o.reduction, o.ignore_index, o.parameters, *form,
+        dtype,
     )  # fmt: skip
     apply: Any = _TensorLoss.apply if _is_differentiated(*inputs) else _ops.tensor_loss
     result: Tensor = apply(*arguments)[0]
@@ -307,12 +308,14 @@ class _TensorLoss(torch.autograd.Function):
         first: Tensor,
         second: Tensor | None,
         third: Tensor | None,
+        target: Tensor | None,
         weight: Tensor | None,
         sample_weight: Tensor | None,
         denominator: Tensor | None,
         grad_scale: Tensor | None,
         loss: str,
         reduction: str,
+        ignore_index: int,
         parameters: tuple[float, ...],
         form_first: bool,
         form_second: bool,
@@ -320,8 +323,8 @@ class _TensorLoss(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = _ops.tensor_loss(
-            first, second, third, weight, sample_weight, denominator, grad_scale, loss, reduction,
-            parameters, form_first, form_second, form_third, dtype,
+            first, second, third, target, weight, sample_weight, denominator, grad_scale, loss,
+            reduction, ignore_index, parameters, form_first, form_second, form_third, dtype,
         )  # fmt: skip
         return result
 
@@ -329,9 +332,9 @@ class _TensorLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, divisor = output
         ctx.mark_non_differentiable(divisor)
-        ctx.save_for_backward(*inputs[:7], divisor)
-        ctx.options, ctx.dtype = inputs[7:10], inputs[13]
-        ctx.form = inputs[10] or inputs[11] or inputs[12]
+        ctx.save_for_backward(*inputs[:8], divisor)
+        ctx.options, ctx.dtype = inputs[8:12], inputs[15]
+        ctx.form = inputs[12] or inputs[13] or inputs[14]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -343,7 +346,7 @@ class _TensorLoss(torch.autograd.Function):
         else:
             grads = _TensorGradient.apply(*arguments)  # type: ignore[no-untyped-call]
         found = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-        return (*found, *(None,) * 11)
+        return (*found, *(None,) * 13)
 
 
 class _TensorGradient(torch.autograd.Function):
@@ -357,6 +360,7 @@ class _TensorGradient(torch.autograd.Function):
         first: Tensor,
         second: Tensor | None,
         third: Tensor | None,
+        target: Tensor | None,
         weight: Tensor | None,
         sample_weight: Tensor | None,
         denominator: Tensor | None,
@@ -366,23 +370,25 @@ class _TensorGradient(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         *options, form, need_first, need_second, need_third, _ = rest
         result: tuple[Tensor, ...] = _ops.tensor_loss_backward(
-            incoming, first, second, third, weight, sample_weight, grad_scale, divisor, *options,
-            form, need_first, need_second, need_third,
+            incoming, first, second, third, target, weight, sample_weight, grad_scale, divisor,
+            *options, form, need_first, need_second, need_third,
         )  # fmt: skip
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        *ctx.options, _, first, second, third, ctx.dtype = inputs[9:]
+        ctx.save_for_backward(*inputs[:8])
+        *ctx.options, _, first, second, third, ctx.dtype = inputs[10:]
         ctx.needs = (first, second, third)
         ctx.count = len(inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
-        incoming, *inputs, weight, sample_weight, denominator = ctx.saved_tensors
-        name, reduction, parameters = ctx.options
-        options = TensorOptions(weight, sample_weight, reduction, denominator, tuple(parameters))
+        incoming, *inputs, target, weight, sample_weight, denominator = ctx.saved_tensors
+        name, reduction, ignore_index, parameters = ctx.options
+        options = TensorOptions(
+            target, weight, sample_weight, reduction, denominator, ignore_index, tuple(parameters)
+        )
         wanted = [k for k in (0, 1, 2) if ctx.needs[k]]
         there = [k for k in (0, 1, 2) if inputs[k] is not None]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mbkern import _C, _composite, _ops
 from mbkern._arguments import Number, check_output, compute_dtype
+from mbkern._calls import new_call
 from mbkern._launch import (
     RowCall,
     RowOptions,
@@ -28,7 +29,7 @@ from mbkern._launch import (
     scalar_argument,
     scale_dense,
 )
-from mbkern._launch_pointwise import Grads, Inputs, PointwiseCall, TensorOptions
+from mbkern._launch_tensors import Grads, Inputs, TensorOptions
 from mbkern._losses import Loss
 from mbkern._tensors import on_cuda
 
@@ -275,12 +276,14 @@ class TensorLoss(torch.autograd.Function):
     ) -> Tensor:
         options: TensorOptions = request.options
         inputs = (first, second, third)
-        call = PointwiseCall(request.loss, inputs, options)
+        call = new_call(request.loss, inputs, options)
         needs = ctx.needs_input_grad[:3]
         hint, inplace = request.grad_scale, request.inplace
         loss_dtype = request.loss_dtype or first.dtype
         if inplace:
-            _check_inplace(first, (second, third, options.weight, options.sample_weight))
+            _check_inplace(
+                first, (second, third, options.target, options.weight, options.sample_weight)
+            )
         full = call.compute
         if options.reduction != "none" and (
             hint is not None
@@ -294,13 +297,13 @@ class TensorLoss(torch.autograd.Function):
             grads = _gradients(inputs, needs, inplace)
             result, ctx.divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.formed, ctx.hint, ctx.request = (*grads, None), factor, request
-            ctx.save_for_backward(*inputs, options.weight, options.sample_weight)
+            ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
             if inplace and needs[0]:
                 ctx.version = _bump_version(first)
             return result  # type: ignore[return-value]
         ctx.formed, ctx.request = None, request
         result, ctx.divisor = call.run(loss_dtype=loss_dtype)
-        ctx.save_for_backward(*inputs, options.weight, options.sample_weight)
+        ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
 
     @staticmethod
@@ -313,21 +316,21 @@ class TensorLoss(torch.autograd.Function):
                 None,
             )
         if ctx.formed is not None:
-            return _hand_out(ctx, incoming, keep_zeros=False)
+            return _hand_out(ctx, incoming, keep_zeros=ctx.request.options.target is not None)
         request: Request = ctx.request
-        first, second, third, weight, sample_weight = ctx.saved_tensors
+        first, second, third, target, weight, sample_weight = ctx.saved_tensors
         inputs, needs = (first, second, third), ctx.needs_input_grad[:3]
         options: TensorOptions = replace(
-            request.options, weight=weight, sample_weight=sample_weight
+            request.options, target=target, weight=weight, sample_weight=sample_weight
         )
         if _is_legacy_batched(incoming):
             many = _ops.tensor_loss_backward(
-                incoming, *inputs, weight, sample_weight, None,
-                _ops.divisor_tensor(ctx.divisor),
-                request.loss.name, options.reduction, options.parameters, False, *needs,
+                incoming, *inputs, target, weight, sample_weight, None,
+                _ops.divisor_tensor(ctx.divisor), request.loss.name, options.reduction,
+                options.ignore_index, options.parameters, False, *needs,
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
-        call = PointwiseCall(request.loss, inputs, options)
+        call = new_call(request.loss, inputs, options)
         overwrite = request.inplace and not _graph_is_kept()
         grads = _gradients(inputs, needs, overwrite)
         arguments: dict[str, Any] = {

@@ -65,6 +65,7 @@ int main(int argc, char** argv) {
 #endif
       {"row losses that are refused", test::row_refusals},
       {"element-wise losses", test::pointwise_losses},
+      {"losses of several rows", test::multirow_losses},
   };
   CHECK(mbk::has_openmp(), "the runtime in this file is not used");
   for (const Group& g : groups) {

@@ -33,6 +33,12 @@ from mbkern.functional._binary import (
     squared_hinge_loss,
 )
 from mbkern.functional._cross_entropy import cross_entropy
+from mbkern.functional._distillation import (
+    entropy_with_logits,
+    js_div_with_logits,
+    kl_div_with_logits,
+    tv_distance_with_logits,
+)
 from mbkern.functional._likelihood import (
     gaussian_nll_loss,
     kl_div,
@@ -48,26 +54,52 @@ from mbkern.functional._regression import (
     quantile_loss,
     smooth_l1_loss,
 )
+from mbkern.functional._rows import (
+    cosine_embedding_loss,
+    dice_loss,
+    info_nce_loss,
+    multi_margin_loss,
+    multilabel_margin_loss,
+    multilabel_soft_margin_loss,
+    nll_loss,
+    softmax_focal_loss,
+    triplet_margin_loss,
+    triplet_margin_with_distance_loss,
+)
 
 __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
     "cross_entropy",
+    "dice_loss",
+    "entropy_with_logits",
     "gaussian_nll_loss",
     "half_squared_error",
     "hinge_embedding_loss",
     "hinge_loss",
     "huber_loss",
+    "info_nce_loss",
+    "js_div_with_logits",
     "kl_div",
+    "kl_div_with_logits",
     "l1_loss",
     "log_cosh_loss",
     "margin_ranking_loss",
     "mse_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
     "poisson_nll_loss",
     "quantile_loss",
     "sigmoid_focal_loss",
     "smooth_l1_loss",
     "soft_margin_loss",
+    "softmax_focal_loss",
     "squared_hinge_loss",
+    "triplet_margin_loss",
+    "triplet_margin_with_distance_loss",
+    "tv_distance_with_logits",
     "tweedie_nll_loss",
 ]

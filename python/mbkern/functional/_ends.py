@@ -9,9 +9,17 @@ from torch import Tensor
 from torch.nn import _reduction as _legacy
 
 from mbkern import _traced
-from mbkern._arguments import Number, check_reduction, product, promoted_dtype, result_dtype
+from mbkern._arguments import (
+    NO_CLASS,
+    Number,
+    check_reduction,
+    product,
+    promoted_dtype,
+    result_dtype,
+)
+from mbkern._calls import new_call
 from mbkern._launch import RowCall, RowOptions
-from mbkern._launch_pointwise import Inputs, PointwiseCall, TensorOptions
+from mbkern._launch_tensors import Inputs, TensorOptions
 from mbkern._losses import Loss
 from mbkern._tensors import is_differentiated
 from mbkern.autograd import Request, apply_row, apply_tensors
@@ -81,27 +89,69 @@ def tensor_loss(
     """Compute any element-wise loss of tensors that broadcast to one shape."""
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
+    inputs = _one_shape(loss, tensors, extras.get("inplace", False))
+    sample_weight = extras.get("sample_weight")
+    if loss.weight == "mean":
+        weight, sample_weight = None, product(weight, sample_weight)
+    options = TensorOptions(
+        None, weight, sample_weight, reduction, extras.get("denominator"), -100, parameters
+    )
+    return _end(loss, inputs, options, extras)
+
+
+def rows_loss(
+    loss: Loss,
+    tensors: tuple[Tensor, ...],
+    target: Tensor | None,
+    reduction: str,
+    parameters: tuple[float, ...] = (),
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    **extras: Unpack[Extras],
+) -> Tensor:
+    """Compute any loss of rows of tensors of one shape; ``ignore_index`` None: no class is."""
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    first = tensors[0]
+    for t, name in zip(tensors, loss.arguments, strict=False):
+        if t.shape != first.shape:
+            raise ValueError(
+                f"mbkern: {loss.name} needs {loss.arguments[0]} and {name} of one shape, not "
+                f"{tuple(first.shape)} and {tuple(t.shape)}"
+            )
+        if not t.is_floating_point() and t is not first and not t.is_complex():
+            tensors = tuple(other if other is not t else t.to(first.dtype) for other in tensors)
+    options = TensorOptions(
+        target, weight, extras.get("sample_weight"), reduction, extras.get("denominator"),
+        NO_CLASS if ignore_index is None else ignore_index, parameters,
+    )  # fmt: skip
+    inputs: Inputs = (*tensors, None, None)[:3]  # type: ignore[assignment]
+    return _end(loss, inputs, options, extras)
+
+
+def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> Tensor:
     if not _EXTRAS.issuperset(extras):
         unknown = ", ".join(repr(name) for name in extras if name not in _EXTRAS)
         raise TypeError(f"mbkern: {loss.name} has no argument {unknown}")
-    sample_weight, denominator = extras.get("sample_weight"), extras.get("denominator")
-    grad_scale, inplace = extras.get("grad_scale"), extras.get("inplace", False)
-    check_reduction(reduction, denominator)
-    if weight is not None or sample_weight is not None or denominator is not None:
-        _refuse_other_gradients(weight, sample_weight, denominator)
-    inputs = _one_shape(loss, tensors, inplace)
+    o = options
+    check_reduction(o.reduction, o.denominator)
+    if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
+        _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
+    if o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target):
+        raise NotImplementedError(f"mbkern: {loss.name} computes no gradient for target; detach it")
     first, second, third = inputs
     loss_dtype = result_dtype(extras.get("loss_dtype"), promoted_dtype(*inputs), first)
-    if loss.weight == "mean":
-        weight, sample_weight = None, product(weight, sample_weight)
-    options = TensorOptions(weight, sample_weight, reduction, denominator, parameters)
-    if _traced.is_needed(first, second, third):
-        return _traced.tensor_loss(loss, inputs, options, grad_scale, loss_dtype)
+    grad_scale = extras.get("grad_scale")
+    traced = _traced.is_needed(first, second, third)
+    if traced or (o.target is not None and _traced.is_needed(o.target, None)):
+        return _traced.tensor_loss(loss, inputs, o, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        request = Request(loss, options, grad_scale, inplace, loss_dtype)
+        request = Request(loss, o, grad_scale, extras.get("inplace", False), loss_dtype)
         result: Tensor = apply_tensors(*inputs, request)  # type: ignore[no-untyped-call]
         return result
-    value, _ = PointwiseCall(loss, inputs, options).run(loss_dtype=loss_dtype)
+    value, _ = new_call(loss, inputs, o).run(loss_dtype=loss_dtype)
     assert value is not None
     return value
 

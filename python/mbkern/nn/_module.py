@@ -48,21 +48,21 @@ class OwnLoss(Extras, torch.nn.Module):
         options = {n: kwargs.pop(n, names[n].default) for n in self._names()}
         super().__init__(**kwargs)
         for name, value in options.items():
-            setattr(self, name, value)
+            if name == "weight":
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
 
     @classmethod
     def _names(cls) -> tuple[str, ...]:
         """Names of the loss's own parameters and its reduction, in the function's order."""
-        skipped = ("input", "target", "extras")
+        skipped = ("input", "similarity", "student", "teacher", "target", "extras")
         return tuple(n for n in inspect.signature(cls._function).parameters if n not in skipped)
 
     def extra_repr(self) -> str:
         """The loss's own parameters."""
         return ", ".join(f"{n}={getattr(self, n)}" for n in self._names())
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
+    def _loss(self, *tensors: Tensor | None, sample_weight: Tensor | None, **more: Any) -> Tensor:
         options = {name: getattr(self, name) for name in self._names()}
-        return self._function(input, target, **options, **self._extras(sample_weight))
+        return self._function(*tensors, **options, **more, **self._extras(sample_weight))

@@ -1,0 +1,100 @@
+#pragma once
+// What the losses of several rows an item are made of, on every device. A loss (csrc/losses) is a
+// struct of
+//
+//   name, kInputs      rows an item has
+//   kGradients         the first so many of them may get a gradient
+//   kTarget            what the target of an item is
+//   kWeighsDivisor     whether the class weight of the target is part of the mean's divisor
+//   kApart             there is a target index, with its class weight; its column is kept out of
+//   the
+//                      sums, and its gradient is what factors() returns
+//   kColumnWeights     every column has its class weight
+//   kMaxima            so many rows need their maximum first; an item with none that is finite is
+//                      NaN
+//   kScaleParameter    the parameter that multiplies such rows, and so must be positive
+//   kKept              values a column that the passes share, the exponentials
+//   kWide              elements are widened to fp64: sums that cancel, of few operations
+//   kLevels            passes that add up; the second may use the sums of the first
+//   kSums              sums of each level, at most kMaxSums
+//   kFusedLevel        in the pass of this level the gradient may be formed as well (0: never)
+//
+// and of functions, all static. In fp64, once a row, for the numbers that its columns share:
+//
+//   begin(args, item, c)      before the first level
+//   between(args, item, c)    before the second
+//   finish(args, item)        after all sums: what loss() and factors() both need
+//   loss(args, item)          without the sample weight
+//   factors(args, item, c)    before the gradient; returns that of the target's column
+//   can_fuse(args)            whether factors() needs no sums of the fused level, but for the
+//                             target's column
+// and for V, any lane type:
+//
+//   keep(c, x, kept)
+//   sums1(c, x, w, kept, term), sums2(c, x, w, kept, term)    what a column adds to each sum
+//   gradient(c, x, w, kept, g)
+//
+// Constants are written once and read as often as one likes: `c` keeps those of earlier steps.
+#include "core/args.h"
+#include "core/dtype.h"
+
+namespace mbk::MBK_ISA {
+
+inline constexpr int kMaxSums = 5, kMaxKept = 2;
+
+struct Constants {
+  double value[12];
+  template <class V>
+  MBK_FN V get(int i) const {
+    return splat<V>((Element<V>)value[i]);
+  }
+};
+
+struct MultirowItem {
+  double max[2], target_logit, target_term, target_weight, label, scale;
+  double first[kMaxSums], second[kMaxSums];
+  double own[5];  // what finish() leaves for loss() and factors()
+};
+
+// What a loss that has nothing special need not say.
+struct MultirowLoss {
+  static constexpr int kInputs = 1, kGradients = 1, kMaxima = 0, kKept = 0, kLevels = 1, kSums = 1,
+                       kFusedLevel = 0, kScaleParameter = -1;
+  static constexpr bool kWeighsDivisor = false, kApart = false, kColumnWeights = false,
+                        kWide = false;
+  static constexpr ItemTarget kTarget = ItemTarget::none;
+  MBK_FN static void prepare(MultirowArgs&) {}
+  MBK_FN static bool can_fuse(const MultirowArgs&) { return true; }
+  MBK_FN static void begin(const MultirowArgs&, const MultirowItem&, Constants&) {}
+  MBK_FN static void between(const MultirowArgs&, const MultirowItem&, Constants&) {}
+  MBK_FN static void finish(const MultirowArgs&, MultirowItem&) {}
+  template <class V>
+  MBK_FN static void keep(const Constants&, const V*, V*) {}
+  template <class V>
+  MBK_FN static void sums2(const Constants&, const V*, V, const V*, V*) {}
+};
+
+// Calls f with a null pointer of a storage type.
+template <class F>
+MBK_FN void with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f((float*)nullptr);
+    case DType::bf16:
+      return f((bf16*)nullptr);
+    case DType::f16:
+      return f((f16*)nullptr);
+    default:
+      return f((double*)nullptr);
+  }
+}
+template <class P>
+struct StorageOfPointer;
+template <class S>
+struct StorageOfPointer<S*> {
+  typedef S type;
+};
+template <class P>
+using StorageOf = typename StorageOfPointer<P>::type;
+
+}  // namespace mbk::MBK_ISA
