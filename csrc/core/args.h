@@ -150,9 +150,12 @@ struct MultirowArgs : RowArgs {
   double parameters[kRowParameters];
 };
 
-// Scratch of one thread: rows of values kept from one pass to the next, in whole groups.
+// Scratch of one thread: rows of values kept from one pass to the next, in whole groups; or tiles
+// of vectors of items, for all rows, gradients and kept values.
 inline constexpr int64_t multirow_scratch_bytes(int64_t columns, int64_t size) {
-  return (columns + 63) / 64 * 64 * size * kMaxRows + 64;
+  const int64_t rows = (columns + 63) / 64 * 64 * size * kMaxRows,
+                tiles = columns <= kShortColumns ? columns * 64 * 8 : 0;
+  return (rows > tiles ? rows : tiles) + 64;
 }
 
 // Elements that a task of the element-wise loops covers; fp64 sums are taken block by block, in

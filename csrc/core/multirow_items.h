@@ -17,6 +17,7 @@
 //   kWide              elements are widened to fp64: sums that cancel, of few operations
 //   kLevels            passes that add up; the second may use the sums of the first
 //   kSums              sums of each level, at most kMaxSums
+//   kConstants         numbers that its columns share
 //   kFusedLevel        in the pass of this level the gradient may be formed as well (0: never)
 //
 // and of functions, all static. In fp64, once a row, for the numbers that its columns share:
@@ -28,7 +29,7 @@
 //   factors(args, item, c)    before the gradient; returns that of the target's column
 //   can_fuse(args)            whether factors() needs no sums of the fused level, but for the
 //                             target's column
-// and for V, any lane type:
+// and for V, any lane type, and C, what the columns share (Constants, LaneConstants<V>):
 //
 //   keep(c, x, kept)
 //   sums1(c, x, w, kept, term), sums2(c, x, w, kept, term)    what a column adds to each sum
@@ -42,13 +43,24 @@ namespace mbk::MBK_ISA {
 
 inline constexpr int kMaxSums = 5, kMaxKept = 2;
 
+// What the columns of a row share: numbers, or one in each lane where lanes are items. Read by
+// constant<V>(c, k).
+inline constexpr int kMaxConstants = 12;
 struct Constants {
-  double value[12];
-  template <class V>
-  MBK_FN V get(int i) const {
-    return splat<V>((Element<V>)value[i]);
-  }
+  double value[kMaxConstants];
 };
+template <class V>
+struct LaneConstants {
+  V value[kMaxConstants];
+};
+template <class V>
+MBK_FN V constant(const Constants& c, int k) {
+  return splat<V>((Element<V>)c.value[k]);
+}
+template <class V>
+MBK_FN V constant(const LaneConstants<V>& c, int k) {
+  return c.value[k];
+}
 
 struct MultirowItem {
   double max[2], target_logit, target_term, target_weight, label, scale;
@@ -59,7 +71,7 @@ struct MultirowItem {
 // What a loss that has nothing special need not say.
 struct MultirowLoss {
   static constexpr int kInputs = 1, kGradients = 1, kMaxima = 0, kKept = 0, kLevels = 1, kSums = 1,
-                       kFusedLevel = 0, kScaleParameter = -1;
+                       kFusedLevel = 0, kScaleParameter = -1, kConstants = kMaxConstants;
   static constexpr bool kWeighsDivisor = false, kApart = false, kColumnWeights = false,
                         kWide = false;
   static constexpr ItemTarget kTarget = ItemTarget::none;
@@ -68,10 +80,10 @@ struct MultirowLoss {
   MBK_FN static void begin(const MultirowArgs&, const MultirowItem&, Constants&) {}
   MBK_FN static void between(const MultirowArgs&, const MultirowItem&, Constants&) {}
   MBK_FN static void finish(const MultirowArgs&, MultirowItem&) {}
-  template <class V>
-  MBK_FN static void keep(const Constants&, const V*, V*) {}
-  template <class V>
-  MBK_FN static void sums2(const Constants&, const V*, V, const V*, V*) {}
+  template <class V, class C>
+  MBK_FN static void keep(const C&, const V*, V*) {}
+  template <class V, class C>
+  MBK_FN static void sums2(const C&, const V*, V, const V*, V*) {}
 };
 
 // Calls f with a null pointer of a storage type.

@@ -4,6 +4,7 @@
 #include "core/exact_sum.h"
 #include "core/multirow_items.h"
 #include "core/row_items.h"
+#include "cpu/multirow_short.h"
 #include "cpu/parallel.h"
 #include "losses/all.h"
 
@@ -262,7 +263,8 @@ struct Rows {
     for (double& total : totals) total = 0;
     for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
       const Block b = open(begin, apart, kGrads > 0);
-      W lane[kMaxSums][kGroup / lanes<W>] = {};
+      constexpr int kCount = Loss::kSums > 0 ? Loss::kSums : 1;
+      W lane[kCount][kGroup / lanes<W>];
       const int end = b.full ? kGroup : b.rest;
       for (int k = 0; k < end; k += lanes<V>) {
         W sum[kMaxSums][kWideParts] = {};
@@ -279,8 +281,13 @@ struct Rows {
             lane[s][k / lanes<V> * kWideParts + part] = sum[s][part];
       }
       if constexpr (kLevel > 0) {
+        // Lanes without a column would add 0 to what is never -0.
+        const int filled = (end + lanes<V> - 1) / lanes<V> * kWideParts;
+        int joined = 1;
+        while (joined < filled) joined *= 2;
         for (int s = 0; s < Loss::kSums; ++s) {
-          for (int half = kGroup / lanes<W> / 2; half; half /= 2)
+          for (int k = filled; k < joined; ++k) lane[s][k] = W{};
+          for (int half = joined / 2; half; half /= 2)
             for (int k = 0; k < half; ++k) lane[s][k] = lane[s][k] + lane[s][k + half];
           totals[s] += (double)sum_lanes(lane[s][0]);
         }
@@ -466,6 +473,11 @@ struct Rows {
 
 template <class Loss, class T>
 void multirow(const MultirowArgs& args) {
+  const int64_t grain = kElementsPerTask / (args.columns * Loss::kInputs + 1) + 1;
+  if constexpr (ShortItems<Loss, T>::kSuited) {
+    if (items_are_short<T>(args, Loss::kInputs, Loss::kGradients))
+      return short_items<Loss, T>(args, grain);
+  }
   auto body = [&args](int64_t begin, int64_t end, int thread) {
     const int64_t padded = (args.columns + kGroup - 1) / kGroup * kGroup;
     Rows<Loss, T> rows(
@@ -479,7 +491,6 @@ void multirow(const MultirowArgs& args) {
     }
     if (args.totals) normalise(args.totals[thread]);
   };
-  const int64_t grain = kElementsPerTask / (args.columns * Loss::kInputs + 1) + 1;
   parallel_for(args.items, grain, args.threads, body);
 }
 

@@ -10,7 +10,7 @@ namespace mbk::MBK_ISA {
 struct CosineEmbeddingLoss : MultirowLoss {
   static constexpr const char* name = "cosine_embedding_loss";
   static constexpr ItemTarget kTarget = ItemTarget::number;
-  static constexpr int kInputs = 2, kGradients = 2, kSums = 3;
+  static constexpr int kInputs = 2, kGradients = 2, kSums = 3, kConstants = 3;
   static constexpr bool kWide = true;
   static constexpr double kEpsilon = 1e-12;
   enum { kOther, kOwnX, kOwnY };
@@ -35,16 +35,16 @@ struct CosineEmbeddingLoss : MultirowLoss {
     c.value[kOwnY] = f == 0 ? 0 : -(f * (item.own[kCosine] / item.own[kB]));
     return 0;
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants&, const V* x, V, const V*, V* term) {
+  template <class V, class C>
+  MBK_FN static void sums1(const C&, const V* x, V, const V*, V* term) {
     term[0] = x[0] * x[1];
     term[1] = x[0] * x[0];
     term[2] = x[1] * x[1];
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V* x, V, const V*, V* g) {
-    g[0] = x[1] * c.get<V>(kOther) + x[0] * c.get<V>(kOwnX);
-    g[1] = x[0] * c.get<V>(kOther) + x[1] * c.get<V>(kOwnY);
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V* x, V, const V*, V* g) {
+    g[0] = x[1] * constant<V>(c, kOther) + x[0] * constant<V>(c, kOwnX);
+    g[1] = x[0] * constant<V>(c, kOther) + x[1] * constant<V>(c, kOwnY);
   }
 };
 

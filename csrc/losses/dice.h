@@ -8,7 +8,7 @@ namespace mbk::MBK_ISA {
 //   U = sum (p + t) + s;   dloss/dp = ((1 - 2 t) - loss) / U, and the same for t.
 struct DiceLoss : MultirowLoss {
   static constexpr const char* name = "dice_loss";
-  static constexpr int kInputs = 2, kGradients = 2, kSums = 2;
+  static constexpr int kInputs = 2, kGradients = 2, kSums = 2, kConstants = 2;
   static constexpr bool kWide = true;
   enum { kLoss, kFactor };
   MBK_FN static void finish(const MultirowArgs& a, MultirowItem& item) {
@@ -21,15 +21,15 @@ struct DiceLoss : MultirowLoss {
     c.value[kFactor] = item.scale / item.own[0];
     return 0;
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants&, const V* x, V, const V*, V* term) {
+  template <class V, class C>
+  MBK_FN static void sums1(const C&, const V* x, V, const V*, V* term) {
     const V one = splat<V>(1);
     term[0] = x[0] * (one - x[1]) + x[1] * (one - x[0]);
     term[1] = x[0] + x[1];
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V* x, V, const V*, V* g) {
-    const V one = splat<V>(1), loss = c.get<V>(kLoss), f = c.get<V>(kFactor);
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V* x, V, const V*, V* g) {
+    const V one = splat<V>(1), loss = constant<V>(c, kLoss), f = constant<V>(c, kFactor);
     g[0] = ((one - (x[1] + x[1])) - loss) * f;
     g[1] = ((one - (x[0] + x[0])) - loss) * f;
   }

@@ -11,7 +11,7 @@ struct MultiMarginLoss : MultirowLoss {
   static constexpr const char* name = "multi_margin_loss";
   static constexpr ItemTarget kTarget = ItemTarget::index;
   static constexpr bool kApart = true;
-  static constexpr int kSums = 2, kFusedLevel = 1;
+  static constexpr int kSums = 2, kFusedLevel = 1, kConstants = 3;
   enum { kOffset, kPower, kFactor };
   MBK_FN static double share(const MultirowArgs& a, const MultirowItem& item) {
     return item.target_weight / (double)a.columns;
@@ -27,17 +27,17 @@ struct MultiMarginLoss : MultirowLoss {
     c.value[kFactor] = share(a, item) * item.scale;
     return -(c.value[kFactor] * item.first[1]);
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants& c, const V* x, V, const V*, V* term) {
-    const V z = max(x[0] + c.get<V>(kOffset), V{});
-    const auto square = c.get<V>(kPower) == splat<V>(2);
+  template <class V, class C>
+  MBK_FN static void sums1(const C& c, const V* x, V, const V*, V* term) {
+    const V z = max(x[0] + constant<V>(c, kOffset), V{});
+    const auto square = constant<V>(c, kPower) == splat<V>(2);
     term[0] = select(square, z * z, z);
     term[1] = select(z > V{}, select(square, z + z, splat<V>(1)), V{});
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V* x, V, const V*, V* g) {
-    const V z = max(x[0] + c.get<V>(kOffset), V{}), f = c.get<V>(kFactor);
-    const auto square = c.get<V>(kPower) == splat<V>(2);
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V* x, V, const V*, V* g) {
+    const V z = max(x[0] + constant<V>(c, kOffset), V{}), f = constant<V>(c, kFactor);
+    const auto square = constant<V>(c, kPower) == splat<V>(2);
     g[0] = select(z > V{}, select(square, (z + z) * f, f), V{});
   }
 };
@@ -57,16 +57,16 @@ struct MultilabelMarginLoss : MultirowLoss {
     c.value[kFactor] = item.scale / (double)a.columns;
     return 0;
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants& c, const V* x, V, const V* kept, V* term) {
-    const V z = max(x[0] + c.get<V>(kOffset), V{});
+  template <class V, class C>
+  MBK_FN static void sums1(const C& c, const V* x, V, const V* kept, V* term) {
+    const V z = max(x[0] + constant<V>(c, kOffset), V{});
     const auto counts = kept[0] == V{};
     term[0] = select(counts, z, V{});
     term[1] = select(counts, select(z > V{}, splat<V>(1), V{}), V{});
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V*, V, const V* kept, V* g) {
-    g[0] = select(kept[1] == V{}, V{}, kept[1] * c.get<V>(kFactor));
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
+    g[0] = select(kept[1] == V{}, V{}, kept[1] * constant<V>(c, kFactor));
   }
 };
 

@@ -15,10 +15,10 @@ struct NllLoss : MultirowLoss {
   MBK_FN static double factors(const MultirowArgs&, const MultirowItem& item, Constants&) {
     return -(item.target_weight * item.scale);
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants&, const V*, V, const V*, V*) {}
-  template <class V>
-  MBK_FN static void gradient(const Constants&, const V*, V, const V*, V* g) {
+  template <class V, class C>
+  MBK_FN static void sums1(const C&, const V*, V, const V*, V*) {}
+  template <class V, class C>
+  MBK_FN static void gradient(const C&, const V*, V, const V*, V* g) {
     g[0] = V{};
   }
 };

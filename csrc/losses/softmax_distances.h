@@ -13,7 +13,7 @@ namespace mbk::MBK_ISA {
 struct SoftmaxDistance : MultirowLoss {
   static constexpr ItemTarget kTarget = ItemTarget::index;
   static constexpr int kInputs = 2, kGradients = 2, kMaxima = 2, kKept = 2, kLevels = 2, kSums = 2,
-                       kScaleParameter = 0;
+                       kScaleParameter = 0, kConstants = 10;
   enum { kMaxX, kMaxY, kScale, kOverS, kOverF, kLogRatio, kFactorX, kFactorY, kOwn };
   MBK_FN static double inverse_temperature(const MultirowArgs& a) { return a.parameters[0]; }
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
@@ -25,21 +25,21 @@ struct SoftmaxDistance : MultirowLoss {
     c.value[kLogRatio] =
         log(item.first[0] / item.first[1]) - (item.max[1] - item.max[0]) * inverse_temperature(a);
   }
-  template <class V>
-  MBK_FN static V distance_x(const Constants& c, const V* x) {
-    return (x[0] - c.get<V>(kMaxX)) * c.get<V>(kScale);
+  template <class V, class C>
+  MBK_FN static V distance_x(const C& c, const V* x) {
+    return (x[0] - constant<V>(c, kMaxX)) * constant<V>(c, kScale);
   }
-  template <class V>
-  MBK_FN static V distance_y(const Constants& c, const V* x) {
-    return (x[1] - c.get<V>(kMaxY)) * c.get<V>(kScale);
+  template <class V, class C>
+  MBK_FN static V distance_y(const C& c, const V* x) {
+    return (x[1] - constant<V>(c, kMaxY)) * constant<V>(c, kScale);
   }
-  template <class V>
-  MBK_FN static void keep(const Constants& c, const V* x, V* kept) {
+  template <class V, class C>
+  MBK_FN static void keep(const C& c, const V* x, V* kept) {
     kept[0] = exp_nonpositive(distance_x(c, x));
     kept[1] = exp_nonpositive(distance_y(c, x));
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants&, const V*, V, const V* kept, V* term) {
+  template <class V, class C>
+  MBK_FN static void sums1(const C&, const V*, V, const V* kept, V* term) {
     term[0] = kept[0], term[1] = kept[1];
   }
 };
@@ -68,9 +68,9 @@ struct KlDivWithLogits : SoftmaxDistance {
     return 0;
   }
   // u = s (y - x) + what all columns share: y - x is exact where they are near each other.
-  template <class V>
-  MBK_FN static V log_ratio(const Constants& c, const V* x) {
-    return multiply_add(x[1] - x[0], c.get<V>(kScale), c.get<V>(kLogRatio));
+  template <class V, class C>
+  MBK_FN static V log_ratio(const C& c, const V* x) {
+    return multiply_add(x[1] - x[0], constant<V>(c, kScale), constant<V>(c, kLogRatio));
   }
   // (u - 1 + exp(-u)) / u^2 = sum (-u)^k / (k + 2)! for |u| < 1/2, to the last place.
   template <class V, F32<V> = 0>
@@ -84,20 +84,20 @@ struct KlDivWithLogits : SoftmaxDistance {
                   1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
                   1 / 5040.0, 1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 0.5);
   }
-  template <class V>
-  MBK_FN static void sums2(const Constants& c, const V* x, V, const V* kept, V* term) {
-    const V p = kept[0] * c.get<V>(kOverS), t = kept[1] * c.get<V>(kOverF);
+  template <class V, class C>
+  MBK_FN static void sums2(const C& c, const V* x, V, const V* kept, V* term) {
+    const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF);
     const V u = log_ratio(c, x);
     const V near = (t * (u * u)) * near_zero(u);
     const V far = multiply_add(t, u - splat<V>(1), p);
     term[0] = select(kept[1] == V{}, p, select(abs(u) < splat<V>((Element<V>)0.5), near, far));
     term[1] = V{};
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V* x, V, const V* kept, V* g) {
-    const V t = kept[1] * c.get<V>(kFactorY);
-    g[0] = kept[0] * c.get<V>(kFactorX) - t;
-    g[1] = select(kept[1] == V{}, V{}, t * (log_ratio(c, x) - c.get<V>(kOwn)));
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V* x, V, const V* kept, V* g) {
+    const V t = kept[1] * constant<V>(c, kFactorY);
+    g[0] = kept[0] * constant<V>(c, kFactorX) - t;
+    g[1] = select(kept[1] == V{}, V{}, t * (log_ratio(c, x) - constant<V>(c, kOwn)));
   }
 };
 
@@ -126,11 +126,11 @@ struct JsDivWithLogits : SoftmaxDistance {
   struct Mixture {
     V p, t, m, x, y;  // x and y: the r of p and of t
   };
-  template <class V>
-  MBK_FN static Mixture<V> mixture(const Constants& c, const V* kept) {
+  template <class V, class C>
+  MBK_FN static Mixture<V> mixture(const C& c, const V* kept) {
     Mixture<V> r;
-    const V beta = c.get<V>(kBeta), one = splat<V>(1);
-    r.p = kept[0] * c.get<V>(kOverS), r.t = kept[1] * c.get<V>(kOverF);
+    const V beta = constant<V>(c, kBeta), one = splat<V>(1);
+    r.p = kept[0] * constant<V>(c, kOverS), r.t = kept[1] * constant<V>(c, kOverF);
     r.m = beta * r.t + (one - beta) * r.p;
     const V d = select(r.m == V{}, V{}, (r.t - r.p) / r.m);
     r.x = -(beta * d), r.y = (one - beta) * d;
@@ -155,18 +155,18 @@ struct JsDivWithLogits : SoftmaxDistance {
     const V edge = select(r > -one, far, one);  // 0 log 0 = 0
     return select(abs(r) < splat<V>((Element<V>)0.5), near, edge);
   }
-  template <class V>
-  MBK_FN static void sums2(const Constants& c, const V*, V, const V* kept, V* term) {
+  template <class V, class C>
+  MBK_FN static void sums2(const C& c, const V*, V, const V* kept, V* term) {
     const Mixture<V> r = mixture(c, kept);
     term[0] = r.m * excess(r.x);
     term[1] = r.m * excess(r.y);
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V*, V, const V* kept, V* g) {
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
     const Mixture<V> r = mixture(c, kept);
-    const V zero = V{}, x = c.get<V>(kFactorX) * r.p, y = c.get<V>(kFactorY) * r.t;
-    g[0] = select(r.p == zero, zero, x * (log1p(r.x) - c.get<V>(kOwnX)));
-    g[1] = select(r.t == zero, zero, y * (log1p(r.y) - c.get<V>(kOwnY)));
+    const V zero = V{}, x = constant<V>(c, kFactorX) * r.p, y = constant<V>(c, kFactorY) * r.t;
+    g[0] = select(r.p == zero, zero, x * (log1p(r.x) - constant<V>(c, kOwnX)));
+    g[1] = select(r.t == zero, zero, y * (log1p(r.y) - constant<V>(c, kOwnY)));
   }
 };
 
@@ -177,7 +177,7 @@ struct JsDivWithLogits : SoftmaxDistance {
 // of p.
 struct TvDistanceWithLogits : SoftmaxDistance {
   static constexpr const char* name = "tv_distance_with_logits";
-  static constexpr int kSums = 5;
+  static constexpr int kSums = 5, kConstants = 12;
   enum { kAboveX = kOwn, kBelowX, kAboveY, kBelowY };  // A and B, of p and of t
   MBK_FN static void between(const MultirowArgs&, const MultirowItem& item, Constants& c) {
     c.value[kOverS] = 1 / item.first[0], c.value[kOverF] = 1 / item.first[1];
@@ -191,14 +191,15 @@ struct TvDistanceWithLogits : SoftmaxDistance {
     for (int k = 0; k < 4; ++k) c.value[kAboveX + k] = item.second[1 + k];
     return 0;
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants&, const V*, V, const V* kept, V* term) {
+  template <class V, class C>
+  MBK_FN static void sums1(const C&, const V*, V, const V* kept, V* term) {
     term[0] = kept[0], term[1] = kept[1];
     for (int k = 2; k < kSums; ++k) term[k] = V{};
   }
-  template <class V>
-  MBK_FN static void sums2(const Constants& c, const V*, V, const V* kept, V* term) {
-    const V p = kept[0] * c.get<V>(kOverS), t = kept[1] * c.get<V>(kOverF), d = p - t, zero = V{};
+  template <class V, class C>
+  MBK_FN static void sums2(const C& c, const V*, V, const V* kept, V* term) {
+    const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF), d = p - t,
+            zero = V{};
     const auto above = d > zero, below = d < zero;
     term[0] = abs(d);
     term[1] = select(above, zero, select(below, p + p, p));
@@ -206,16 +207,17 @@ struct TvDistanceWithLogits : SoftmaxDistance {
     term[3] = select(above, zero, select(below, t + t, t));
     term[4] = select(below, zero, select(above, t + t, t));
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V*, V, const V* kept, V* g) {
-    const V p = kept[0] * c.get<V>(kOverS), t = kept[1] * c.get<V>(kOverF), d = p - t, zero = V{};
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
+    const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF), d = p - t,
+            zero = V{};
     const auto above = d > zero, below = d < zero;
     const auto bracket = [&](int first) {
-      const V a = c.get<V>(first), b = c.get<V>(first + 1);
+      const V a = constant<V>(c, first), b = constant<V>(c, first + 1);
       return select(above, a, select(below, -b, (a - b) * splat<V>((Element<V>)0.5)));
     };
-    g[0] = p * c.get<V>(kFactorX) * bracket(kAboveX);
-    g[1] = t * c.get<V>(kFactorY) * bracket(kAboveY);
+    g[0] = p * constant<V>(c, kFactorX) * bracket(kAboveX);
+    g[1] = t * constant<V>(c, kFactorY) * bracket(kAboveY);
   }
 };
 
@@ -225,7 +227,7 @@ struct TvDistanceWithLogits : SoftmaxDistance {
 struct EntropyWithLogits : MultirowLoss {
   static constexpr const char* name = "entropy_with_logits";
   static constexpr ItemTarget kTarget = ItemTarget::index;
-  static constexpr int kMaxima = 1, kKept = 1, kSums = 3, kScaleParameter = 0;
+  static constexpr int kMaxima = 1, kKept = 1, kSums = 3, kScaleParameter = 0, kConstants = 4;
   enum { kMax, kScale, kFactor, kOwn };
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     c.value[kMax] = item.max[0], c.value[kScale] = a.parameters[0];
@@ -243,26 +245,26 @@ struct EntropyWithLogits : MultirowLoss {
     c.value[kOwn] = item.first[2] / sum;
     return 0;
   }
-  template <class V>
-  MBK_FN static V distance(const Constants& c, const V* x) {
-    return (x[0] - c.get<V>(kMax)) * c.get<V>(kScale);
+  template <class V, class C>
+  MBK_FN static V distance(const C& c, const V* x) {
+    return (x[0] - constant<V>(c, kMax)) * constant<V>(c, kScale);
   }
-  template <class V>
-  MBK_FN static void keep(const Constants& c, const V* x, V* kept) {
+  template <class V, class C>
+  MBK_FN static void keep(const C& c, const V* x, V* kept) {
     kept[0] = exp_nonpositive(distance(c, x));
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants& c, const V* x, V, const V* kept, V* term) {
+  template <class V, class C>
+  MBK_FN static void sums1(const C& c, const V* x, V, const V* kept, V* term) {
     const V a = distance(c, x), zero = V{};
     const auto top = a == zero;
     term[0] = select(top, zero, kept[0]);
     term[1] = select(top, splat<V>(1), zero);
     term[2] = select(kept[0] == zero, zero, -(kept[0] * a));
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V* x, V, const V* kept, V* g) {
-    const V own = distance(c, x) + c.get<V>(kOwn);
-    g[0] = select(kept[0] == V{}, V{}, kept[0] * c.get<V>(kFactor) * own);
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V* x, V, const V* kept, V* g) {
+    const V own = distance(c, x) + constant<V>(c, kOwn);
+    g[0] = select(kept[0] == V{}, V{}, kept[0] * constant<V>(c, kFactor) * own);
   }
 };
 

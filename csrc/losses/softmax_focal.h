@@ -13,7 +13,7 @@ struct SoftmaxFocalLoss : MultirowLoss {
   static constexpr const char* name = "softmax_focal_loss";
   static constexpr ItemTarget kTarget = ItemTarget::index;
   static constexpr bool kApart = true, kWeighsDivisor = true;
-  static constexpr int kMaxima = 1, kKept = 1, kScaleParameter = 1;
+  static constexpr int kMaxima = 1, kKept = 1, kScaleParameter = 1, kConstants = 3;
   enum { kMax, kScale, kFactor };           // of the columns
   enum { kRest, kSum, kMinusLog, kPower };  // R, S, -log p_t, q^gamma
   MBK_FN static void finish(const MultirowArgs& a, MultirowItem& item) {
@@ -41,17 +41,17 @@ struct SoftmaxFocalLoss : MultirowLoss {
     c.value[kFactor] = item.target_weight * pull * a.parameters[1] * (item.scale / sum);
     return -(c.value[kFactor] * rest);
   }
-  template <class V>
-  MBK_FN static void keep(const Constants& c, const V* x, V* kept) {
-    kept[0] = exp_nonpositive((x[0] - c.get<V>(kMax)) * c.get<V>(kScale));
+  template <class V, class C>
+  MBK_FN static void keep(const C& c, const V* x, V* kept) {
+    kept[0] = exp_nonpositive((x[0] - constant<V>(c, kMax)) * constant<V>(c, kScale));
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants&, const V*, V, const V* kept, V* term) {
+  template <class V, class C>
+  MBK_FN static void sums1(const C&, const V*, V, const V* kept, V* term) {
     term[0] = kept[0];
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V*, V, const V* kept, V* g) {
-    g[0] = kept[0] * c.get<V>(kFactor);
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
+    g[0] = kept[0] * constant<V>(c, kFactor);
   }
 };
 

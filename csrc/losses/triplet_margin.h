@@ -8,7 +8,7 @@ namespace mbk::MBK_ISA {
 // the gradient. In fp64, where adding eps = 1e-6 to a difference rounds to less than its share.
 struct TripletMarginLoss : MultirowLoss {
   static constexpr const char* name = "triplet_margin_loss";
-  static constexpr int kInputs = 3, kGradients = 3, kSums = 3;
+  static constexpr int kInputs = 3, kGradients = 3, kSums = 3, kConstants = 4;
   static constexpr bool kWide = true;
   enum { kEpsilon, kPositive, kNegative, kSwapped };
   enum { kToPositive, kToNegative, kBetween, kValue };
@@ -42,21 +42,21 @@ struct TripletMarginLoss : MultirowLoss {
     c.value[kSwapped] = over(scale * swapped, between);
     return 0;
   }
-  template <class V>
-  MBK_FN static void sums1(const Constants& c, const V* x, V, const V*, V* term) {
-    const V eps = c.get<V>(kEpsilon);
+  template <class V, class C>
+  MBK_FN static void sums1(const C& c, const V* x, V, const V*, V* term) {
+    const V eps = constant<V>(c, kEpsilon);
     const V positive = (x[0] - x[1]) + eps, negative = (x[0] - x[2]) + eps;
     const V swapped = (x[1] - x[2]) + eps;
     term[0] = positive * positive;
     term[1] = negative * negative;
     term[2] = swapped * swapped;
   }
-  template <class V>
-  MBK_FN static void gradient(const Constants& c, const V* x, V, const V*, V* g) {
-    const V eps = c.get<V>(kEpsilon);
-    const V positive = ((x[0] - x[1]) + eps) * c.get<V>(kPositive);
-    const V negative = ((x[0] - x[2]) + eps) * c.get<V>(kNegative);
-    const V swapped = ((x[1] - x[2]) + eps) * c.get<V>(kSwapped);
+  template <class V, class C>
+  MBK_FN static void gradient(const C& c, const V* x, V, const V*, V* g) {
+    const V eps = constant<V>(c, kEpsilon);
+    const V positive = ((x[0] - x[1]) + eps) * constant<V>(c, kPositive);
+    const V negative = ((x[0] - x[2]) + eps) * constant<V>(c, kNegative);
+    const V swapped = ((x[1] - x[2]) + eps) * constant<V>(c, kSwapped);
     g[0] = positive - negative;
     g[1] = -positive - swapped;
     g[2] = negative + swapped;

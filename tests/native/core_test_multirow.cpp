@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 
 #include "check.h"
@@ -64,13 +65,17 @@ Problem make_problem(Random& r, int loss, DType type, int64_t columns) {
     p.type[k] = k > 0 && r.one_in(3) ? (DType)r.below(3) : type;
     p.wanted[k] = k < t.gradients && (k == 0 || r.one_in(2));
   }
-  const bool unit = loss == kDice;
+  const bool unit = loss == kDice, odd = r.one_in(4);
   const double spread = unit ? 1 : loss == kMultilabelMargin ? 2 : r.one_in(3) ? 20 : 3;
   for (int k = 0; k < t.inputs; ++k) {
     Buffer cell(p.type[k], 1);
     for (int64_t n = 0; n < p.items() * columns; ++n) {
       const bool probability = unit || (loss == kMultilabelSoftMargin && k == 1);
       cell.set(0, probability ? r.uniform() : spread * r.symmetric());
+      if (odd && r.one_in(3 * columns)) {
+        constexpr double kSpecial[] = {NAN, INFINITY, -INFINITY, -0.0, 60000, -60000, 0x1p-24};
+        cell.set(0, kSpecial[r.below(sizeof kSpecial / sizeof *kSpecial)]);
+      }
       p.x[k].push_back(cell.get(0));
     }
   }
@@ -422,10 +427,14 @@ void check_values(Random& r, const Problem& p, const Outcome& o, const std::stri
     Row x[kRows];
     for (int k = 0; k < t.inputs; ++k)
       x[k].assign(p.x[k].begin() + i * p.columns, p.x[k].begin() + (i + 1) * p.columns);
+    bool plain = true;
+    for (int k = 0; k < t.inputs; ++k)
+      for (const Real v : x[k]) plain = plain && fabsl(v) <= 100;
     const Real item = plain_loss(p, i, x), loss = item * sample;
     weights += sample * (t.weighs_divisor && !p.class_weight.empty()
                              ? p.class_weight[(size_t)p.target[(size_t)i]]
                              : 1);
+    if (!plain) continue;  // the same bits everywhere is all that is asked for
     // Subtractions of logits, in fp32, are scaled by as much as 20.
     Real size = fabsl(loss) + (p.loss == kMultiMargin || p.loss == kMultilabelMargin ? 4 : 0);
     if (p.loss == kFocal || p.loss == kTv) size *= 8;
@@ -520,11 +529,58 @@ int64_t check_problem(Random& r, const Problem& p) {
   return elements;
 }
 
+// A class out of range throws, with the values in the message, before anything is written.
+int64_t multirow_refusals() {
+  constexpr int64_t kItems = 33, kColumns = 10;
+  int64_t count = 0;
+  for (const mbk::Backend* tier : mbk::available_backends())
+    for (const int loss :
+         {(int)kNll, (int)kMultiMargin, (int)kMultilabelMargin, (int)kKl, (int)kFocal})
+      for (const int64_t bad : {3, 10, -1, -2})
+        for (const int64_t at : {int64_t{0}, int64_t{20}, kItems - 1}) {
+          const bool list = traits(loss).target == ItemTarget::list;
+          std::vector<int64_t> target((size_t)(list ? kItems * kColumns : kItems), 1);
+          target[(size_t)(list ? at * kColumns + 2 : at)] = bad;
+          Buffer x(DType::f32, kItems * kColumns), grad(DType::f32, x.size());
+          Buffer losses(DType::f32, kItems), result(DType::f32, 1);
+          for (int64_t k = 0; k < x.size(); ++k) x.set(k, (double)(k % 7));
+          mbk::MultirowArgs a{};
+          a.items = kItems, a.inner_size = 1, a.columns = kColumns, a.threads = 1;
+          for (int k = 0; k < traits(loss).inputs; ++k)
+            a.inputs[k] = {x.data(), DType::f32, {kColumns, 0, 1}};
+          a.grads[0] = {grad.data(), DType::f32, {kColumns, 0, 1}};
+          a.target = target.data();
+          a.target_strides = {list ? kColumns : 1, 0, 1}, a.ignore_index = -100;
+          a.parameters[0] = a.parameters[1] = 1;
+          a.scale = {1, nullptr, DType::f64}, a.losses = losses.data();
+          mbk::Result r{};
+          r.reduction = mbk::Reduction::mean, r.loss = result.data();
+          std::string message;
+          try {
+            mbk::run_multirow_loss(*tier, loss, DType::f32, a, r);
+          } catch (const std::out_of_range& e) {
+            message = e.what();
+          }
+          const bool good = bad == 3 || (list && bad == -1);
+          const std::string value = " " + std::to_string(bad) + " ", flat = std::to_string(at);
+          CHECK(good == message.empty(), "%s: loss %d, target%sthrew '%s'", tier->name, loss,
+                value.c_str(), message.c_str());
+          CHECK(good || (message.find(value) != std::string::npos &&
+                         message.find("index " + flat + " ") != std::string::npos),
+                "neither%sat %s in '%s'", value.c_str(), flat.c_str(), message.c_str());
+          for (const Buffer* b : {&grad, &losses, &result})
+            for (int64_t k = 0; k < b->size(); ++k, ++count)
+              CHECK(good == (b->bits(k) != b->poison()), "%s: loss %d, element %lld %s written",
+                    tier->name, loss, (long long)k, good ? "was not" : "was");
+        }
+  return count;
+}
+
 }  // namespace
 
 int64_t multirow_losses(const Options& options) {
   Random r{6};
-  int64_t elements = 0, seed = 0;
+  int64_t elements = multirow_refusals(), seed = 0;
   const auto check = [&](int64_t columns, int rounds) {
     for (int loss = 0; loss < kLosses; ++loss)
       for (int type = 0; type < mbk::kDTypes; ++type)
