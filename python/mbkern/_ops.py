@@ -337,7 +337,7 @@ def _each(operator: Callable[..., Any], *forms: int) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         def element(value: Any, dim: int | None, i: int) -> Any:
-            if dim is None:
+            if dim is None or not isinstance(value, Tensor):  # of a list of numbers it is a list
                 return value
             if info.batch_size == 0:  # only the shapes are used
                 return value.new_zeros(value.shape[:dim] + value.shape[dim + 1 :])

@@ -29,7 +29,8 @@ class Entry:
 
     Attributes:
         name: of both functions.
-        is_row: whether an item is a row of classes.
+        loss: our loss.
+        is_row: whether its target is a class an item, among the columns of the input.
         names: torch's parameters in order, first the tensors.
         tensors: how many of them are tensors that the loss is of: two or three.
         defaults: of torch's options.
@@ -38,6 +39,7 @@ class Entry:
     """
 
     name: str
+    loss: Loss
     is_row: bool
     names: tuple[str, ...]
     tensors: int
@@ -47,7 +49,7 @@ class Entry:
 
 
 def _entry(loss: Loss) -> Entry | None:
-    name, is_row = loss.name, loss.kind == "row"
+    name, is_row = loss.name, loss.target == "index"
     original = getattr(torch_functional, name, None)
     function = getattr(functional, name, None)
     if original is None or function is None:
@@ -56,7 +58,7 @@ def _entry(loss: Loss) -> Entry | None:
     names = tuple(parameters)
     required = [p for p in parameters.values() if p.default is p.empty]
     defaults = {key: parameters[key].default for key in names[len(required) :]}
-    return Entry(name, is_row, names, len(required), defaults, original, function)
+    return Entry(name, loss, is_row, names, len(required), defaults, original, function)
 
 
 def entries() -> list[Entry]:
@@ -110,7 +112,13 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
         return f"input is {_short(input.dtype)}"
     if entry.name == "gaussian_nll_loss" and input.dtype in _HALF and _is_autocast(input.device):
         return "autocast, which leaves this loss in 16 bits on some devices"
+    if entry.loss.kind == "multirow":
+        reason = _rows_refusal(entry, input, target, options)
+        if reason is not None:
+            return reason
     items = _row_refusal if entry.is_row else _pointwise_refusal
+    if entry.loss.target == "list":
+        items = _list_refusal
     return items(input, target, options) or (
         _options_refusal(entry, input, options) if options else None
     )
@@ -140,9 +148,11 @@ def _third_refusal(entry: Entry, input: Any, third: Any) -> str | None:
     reason = _tensor_refusal(input, entry.names[0]) or _tensor_refusal(third, name)
     if reason is not None:
         return reason
-    if third.shape != input.shape:
+    wanted = input.shape[:-1] if entry.loss.target == "label" else input.shape
+    if third.shape != wanted:
         return f"{name} differs in shape"
-    if third.dtype is not input.dtype:
+    whole = entry.loss.target == "label" and third.dtype is _INDEX
+    if third.dtype is not input.dtype and not whole:
         return f"{name} is {_short(third.dtype)}, input {_short(input.dtype)}"
     return None if _on_one_device(input, third) else f"{name} is on {third.device}"
 
@@ -200,6 +210,26 @@ def _row_refusal(input: Tensor, target: Tensor, options: dict[str, Any]) -> str 
     if wanted != (shape[:1] + shape[2:] if len(shape) > 1 else ()):
         return "target's shape"
     return None
+
+
+def _list_refusal(input: Tensor, target: Tensor, options: dict[str, Any]) -> str | None:
+    return None if input.shape == target.shape else "input and target differ in shape"
+
+
+def _rows_refusal(
+    entry: Entry, input: Tensor, target: Tensor, options: dict[str, Any]
+) -> str | None:
+    """What torch has and losses of rows here have not, or otherwise."""
+    name, shape = entry.name, input.shape
+    if name != "nll_loss" and len(shape) > 2:
+        return "more than two dimensions"
+    if len(shape) == 0 or 0 in shape:
+        return "an empty input"
+    if name == "multilabel_margin_loss":
+        return None if target.dtype is _INDEX else f"target is {_short(target.dtype)}"
+    if entry.is_row:
+        return "class probabilities" if target.is_floating_point() else None
+    return "p" if options.get("p", 2) != 2 else None
 
 
 def _pointwise_refusal(input: Tensor, target: Tensor, options: dict[str, Any]) -> str | None:
@@ -285,14 +315,15 @@ def _weight_refusal(entry: Entry, input: Tensor, name: str, weight: Tensor) -> s
         return f"{name} under a transform"
     shape = input.shape
     classes = shape[1 if len(shape) > 1 else 0 : 2]
-    if entry.is_row:
+    by_class = entry.loss.weight == "classes"
+    if by_class:
         fits = weight.shape == classes
     else:
         fits = weight.shape == shape or (entry.name in _BROADCASTS and _fits(weight.shape, shape))
     if not fits:
         return f"{name}'s shape"
-    if weight.dtype is not input.dtype and not (entry.is_row and _dtypes_agree(input, weight)):
+    if weight.dtype is not input.dtype and not (by_class and _dtypes_agree(input, weight)):
         return f"{name} is {_short(weight.dtype)}, input {_short(input.dtype)}"
-    if not entry.is_row and input.dtype in _HALF and _is_autocast(input.device):
+    if not by_class and input.dtype in _HALF and _is_autocast(input.device):
         return f"{name} under autocast"  # torch forms the product without autocast's float32
     return None
