@@ -16,7 +16,8 @@ from harness.settings import Settings, progress
 from harness.timing import Way, interleave
 
 import mbkern
-from mbkern._launch_pointwise import PointwiseCall, PointwiseOptions
+from mbkern._launch_pointwise import PointwiseCall
+from mbkern._launch_tensors import TensorOptions
 from mbkern._losses import find
 
 STATES = (RECYCLED,)
@@ -31,12 +32,14 @@ def _kernel(size: int, threads: int, settings: Settings) -> Group:
     x, t = (torch.randn(size, generator=random) for _ in range(2))
     grad = torch.empty_like(x)
     total = mbkern.LossSum()
-    call = PointwiseCall(find(NAME).number, x, t, PointwiseOptions(reduction="sum"))
+    call = PointwiseCall(find(NAME), (x, t, None), TensorOptions(reduction="sum"))
     repeat = max(1, (1 << 20) // size)
 
     def run(loss_sum: torch.Tensor | None) -> None:
         for _ in range(repeat):
-            call.run(want_loss=False, grads=(grad, None), loss_dtype=x.dtype, loss_sum=loss_sum)
+            call.run(
+                want_loss=False, grads=(grad, None, None), loss_dtype=x.dtype, loss_sum=loss_sum
+            )
 
     total.reset()
     run(total.state)

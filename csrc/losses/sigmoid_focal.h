@@ -40,9 +40,11 @@ struct SigmoidFocal {
     const V a = call.weighted ? multiply_add(y, splat<V>(call.alpha), no * call.rest) : one;
     const V da = splat<V>(call.weighted ? call.alpha - call.rest : 0);
     const V dq = l.sigmoid * l.sigmoid_of_minus * (no - y), dq_dy = l.sigmoid_of_minus - l.sigmoid;
+    // Without a power also where the cross-entropy is infinite.
+    const V steeper = call.gamma == 0 ? zero : slope * ce;
     loss = a * (power * ce);
-    d[0] = a * multiply_add(power, dce, slope * dq * ce);
-    d[1] = multiply_add(da, power * ce, a * multiply_add(slope * dq_dy, ce, -(power * x[0])));
+    d[0] = a * multiply_add(power, dce, steeper * dq);
+    d[1] = multiply_add(da, power * ce, a * multiply_add(steeper, dq_dy, -(power * x[0])));
   }
 };
 

@@ -85,15 +85,17 @@ def product(weight: Tensor | None, sample_weight: Tensor | None) -> Tensor | Non
 
 def check_values(loss: Loss, inputs: tuple[Tensor | None, ...]) -> None:
     """Refuse values outside a loss's domain, as torch does on the CPU; on CUDA nobody looks."""
-    x, *_, third = inputs
+    x, y, third = inputs
     if x is None or x.numel() == 0 or on_cuda(x):
         return
-    if loss.name == "binary_cross_entropy" and not bool(((x >= 0) & (x <= 1)).all()):
-        low, high = (v.item() for v in x.aminmax())
-        raise ValueError(
-            f"mbkern: binary_cross_entropy takes probabilities, in [0, 1]; the input holds numbers "
-            f"from {low} to {high}"
-        )
+    if loss.name == "binary_cross_entropy":
+        for t, name in ((x, "input"), (y, "target")):
+            if t is not None and not bool(((t >= 0) & (t <= 1)).all()):
+                low, high = (v.item() for v in t.aminmax())
+                raise ValueError(
+                    f"mbkern: binary_cross_entropy takes probabilities, in [0, 1]; {name} holds "
+                    f"numbers from {low} to {high}"
+                )
     if loss.name == "gaussian_nll_loss" and third is not None and bool((third < 0).any()):
         raise ValueError(
             f"mbkern: gaussian_nll_loss takes variances; var holds {third.min().item()}"

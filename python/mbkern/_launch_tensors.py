@@ -70,8 +70,10 @@ class TensorCall:
     @property
     def compute(self) -> torch.dtype:
         """The type that the loss is computed in."""
-        double = any(t is not None and t.dtype is torch.float64 for t in self.inputs)
-        return torch.float64 if double else torch.float32
+        for t in self.inputs:
+            if t is not None and t.dtype is torch.float64:
+                return torch.float64
+        return torch.float32
 
     @property
     def shape(self) -> torch.Size:

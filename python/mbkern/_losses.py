@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +77,12 @@ class Loss:
     constants: tuple[float, ...] = ()
     number: int = -1
 
+    @cached_property
+    def differentiates_all(self) -> bool:
+        """Whether all its tensors may be differentiated."""
+        return self.differentiable == self.arguments
+
+    @lru_cache(maxsize=64)  # noqa: B019  losses live as long as the module
     def numbers(self, **values: Any) -> tuple[float, ...]:
         """The parameters as the kernels take them, checked; absent ones have their default."""
         return (

@@ -29,7 +29,7 @@ from mbkern._launch import (
     scalar_argument,
     scale_dense,
 )
-from mbkern._launch_tensors import Grads, Inputs, TensorOptions
+from mbkern._launch_tensors import Grads, Inputs, TensorCall, TensorOptions
 from mbkern._losses import Loss
 from mbkern._tensors import on_cuda
 
@@ -284,14 +284,7 @@ class TensorLoss(torch.autograd.Function):
             _check_inplace(
                 first, (second, third, options.target, options.weight, options.sample_weight)
             )
-        full = call.compute
-        if options.reduction != "none" and (
-            hint is not None
-            or all(
-                t is None or not need or t.dtype is full
-                for t, need in zip(inputs, needs, strict=True)
-            )
-        ):
+        if options.reduction != "none" and (hint is not None or _are_full(call, needs)):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(inputs, needs, inplace)
@@ -344,6 +337,15 @@ class TensorLoss(torch.autograd.Function):
         if overwrite and needs[0]:
             _bump_version(first)
         return (*grads, None)
+
+
+def _are_full(call: TensorCall, needs: tuple[bool, ...]) -> bool:
+    """Whether all the gradients have the type that the loss is computed in."""
+    full = call.compute
+    for tensor, need in zip(call.inputs, needs, strict=True):
+        if need and tensor is not None and tensor.dtype is not full:
+            return False
+    return True
 
 
 def _tensor_formula(loss: Loss, *rest: Any) -> Tensor:

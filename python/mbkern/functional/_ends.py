@@ -91,7 +91,7 @@ def tensor_loss(
         reduction = _legacy.legacy_get_string(size_average, reduce)
     inputs = _one_shape(loss, tensors, extras.get("inplace", False))
     sample_weight = extras.get("sample_weight")
-    if loss.weight == "mean":
+    if loss.weight == "mean" and weight is not None:
         weight, sample_weight = None, product(weight, sample_weight)
     options = TensorOptions(
         None, weight, sample_weight, reduction, extras.get("denominator"), -100, parameters
@@ -132,7 +132,7 @@ def rows_loss(
 
 
 def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> Tensor:
-    if not _EXTRAS.issuperset(extras):
+    if extras and not _EXTRAS.issuperset(extras):
         unknown = ", ".join(repr(name) for name in extras if name not in _EXTRAS)
         raise TypeError(f"mbkern: {loss.name} has no argument {unknown}")
     o = options
@@ -142,12 +142,19 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
     if o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target):
         raise NotImplementedError(f"mbkern: {loss.name} computes no gradient for target; detach it")
     first, second, third = inputs
-    loss_dtype = result_dtype(extras.get("loss_dtype"), promoted_dtype(*inputs), first)
+    promoted = first.dtype
+    if third is not None or (second is not None and second.dtype is not promoted):
+        promoted = promoted_dtype(*inputs)
+    loss_dtype = result_dtype(extras.get("loss_dtype"), promoted, first)
     grad_scale = extras.get("grad_scale")
     traced = _traced.is_needed(first, second, third)
     if traced or (o.target is not None and _traced.is_needed(o.target, None)):
         return _traced.tensor_loss(loss, inputs, o, grad_scale, loss_dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and (
+        first.requires_grad
+        or (second is not None and second.requires_grad)
+        or (third is not None and third.requires_grad)
+    ):
         request = Request(loss, o, grad_scale, extras.get("inplace", False), loss_dtype)
         result: Tensor = apply_tensors(*inputs, request)  # type: ignore[no-untyped-call]
         return result
@@ -158,9 +165,13 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
 
 def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) -> Inputs:
     """The inputs broadcast to one shape, those of integers in the first one's dtype; three."""
-    first = tensors[0]
+    first, second, *rest = tensors
     assert first is not None
     shape, dtype = first.shape, first.dtype
+    if not rest and second is not None and second.dtype is dtype and second.shape == shape and (
+        loss.differentiates_all or not second.requires_grad
+    ):  # fmt: skip
+        return first, second, None
     differs = False
     for t, name in zip(tensors, loss.arguments, strict=True):
         if t is None:
