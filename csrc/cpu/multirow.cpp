@@ -49,13 +49,13 @@ constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::f64 : DType::f32;
 // buffer.
 template <class T>
 struct RowOf {
-  char* data;  // null: absent
-  DType dtype;
-  int64_t stride;
-  bool direct;
-  int64_t loaded;  // the block that the buffer holds; -1: none
-  bool has_tail;   // the partial group has been copied
-  const T* ahead;  // a row that comes later, to be fetched
+  char* data = nullptr;  // null: absent
+  DType dtype = DType::f32;
+  int64_t stride = 0;
+  bool direct = false;
+  int64_t loaded = -1;       // the block that the buffer holds; -1: none
+  bool has_tail = false;     // the partial group has been copied
+  const T* ahead = nullptr;  // a row that comes later, to be fetched
 
   MBK_FN void open(const RowTensor& t, const ItemPosition& at, bool may_be_direct) {
     data = nullptr, loaded = -1, has_tail = false, ahead = nullptr;
@@ -409,7 +409,7 @@ struct Rows {
     item.scale = item_scale(a, at);
     item.target_weight = 1;
     if (Loss::kTarget == ItemTarget::number) {
-      RowOf<T> label{};
+      RowOf<T> label;
       label.open(a.label, at, false);
       item.label = (double)label.value(0);
     }
@@ -433,7 +433,7 @@ struct Rows {
     const bool fused = Loss::kFusedLevel > 0 && wanted && Loss::can_fuse(a);
     if constexpr (kList) {
       list_sums(at, c, item);
-    } else if constexpr (Loss::kLevels > 0) {
+    } else {
       if (Loss::kFusedLevel == 1 && fused) {
         Loss::factors(a, item, c);
         if constexpr (Loss::kFusedLevel == 1) sums_and_gradient<1>(first_only, c, apart, item);
@@ -452,12 +452,10 @@ struct Rows {
         sums<2, 0, false>(c, apart, item);
       }
     }
-    if (Loss::kLevels > 0) Loss::finish(a, item);
+    Loss::finish(a, item);
     if (wanted) {
       at_target = Loss::factors(a, item, c);
-      if constexpr (Loss::kLevels == 0) {
-        fill(0, 0);
-      } else if (!fused) {
+      if (!fused) {
         if (Loss::kGradients == 1 || first_only) {
           pass<0, 1, false>(c, apart, unused);
         } else {
@@ -471,13 +469,57 @@ struct Rows {
   }
 };
 
+// Losses of the target's column alone: the rest of a row is not read, and its gradient is 0.
 template <class Loss, class T>
-void multirow(const MultirowArgs& args) {
-  const int64_t grain = kElementsPerTask / (args.columns * Loss::kInputs + 1) + 1;
-  if constexpr (ShortItems<Loss, T>::kSuited) {
-    if (items_are_short<T>(args, Loss::kInputs, Loss::kGradients))
-      return short_items<Loss, T>(args, grain);
-  }
+MBK_HOST_FN void target_losses(const MultirowArgs& args, int64_t grain) {
+  auto body = [&args](int64_t begin, int64_t end, int thread) {
+    const MultirowArgs& a = args;
+    const ItemScale<T> item_scale(a);
+    const RowTensor& grad = a.grads[0];
+    int64_t size = 0;
+    with_storage(grad.dtype, [&](auto* type) { size = sizeof *type; });
+    const bool dense = grad.strides.column == 1, clears = grad.data && !a.accumulate;
+    const bool adjacent = dense && a.inner_size == 1 && grad.strides.outer == a.columns &&
+                          grad.data != a.inputs[0].data;
+    if (clears && adjacent)
+      memset((char*)grad.data + begin * a.columns * size, 0,
+             (size_t)((end - begin) * a.columns * size));
+    Constants c{};
+    for (int64_t i = begin; i < end; ++i) {
+      const ItemPosition at(a, i);
+      RowOf<T> x, g;
+      x.open(a.inputs[0], at, false);
+      g.open(grad, at, false);
+      const int64_t target = item_target(a, at);
+      const T logit = target >= 0 ? x.value(target) : (T)0;
+      if (clears && !adjacent) {  // after x is read: they may be one
+        if (dense) memset(g.data, 0, (size_t)(a.columns * size));
+        for (int64_t j = 0; !dense && j < a.columns; ++j) g.put(j, 0, false, 0);
+      }
+      T loss = 0;
+      if (target >= 0) {
+        MultirowItem item;
+        item.target_logit = (double)logit;
+        item.target_weight = a.class_weight ? (double)((const T*)a.class_weight)[target] : 1;
+        item.scale = item_scale(a, at);
+        if (g.data) {
+          const T old = a.accumulate ? g.value(target) : (T)0;
+          g.put(target, (T)Loss::factors(a, item, c), a.accumulate, old);
+        }
+        const double weight = (double)item_value<T>(a.sample_weight, a.sample_weight_strides, at);
+        loss = canonical((T)(Loss::loss(a, item) * weight));
+      }
+      if (a.losses) ((T*)a.losses)[i] = loss;
+      if constexpr (sizeof(T) == 4)
+        if (a.totals) add(a.totals[thread], loss);
+    }
+    if (a.totals) normalise(a.totals[thread]);
+  };
+  parallel_for(args.items, grain, args.threads, body);
+}
+
+template <class Loss, class T>
+MBK_HOST_FN void long_items(const MultirowArgs& args, int64_t grain) {
   auto body = [&args](int64_t begin, int64_t end, int thread) {
     const int64_t padded = (args.columns + kGroup - 1) / kGroup * kGroup;
     Rows<Loss, T> rows(
@@ -492,6 +534,21 @@ void multirow(const MultirowArgs& args) {
     if (args.totals) normalise(args.totals[thread]);
   };
   parallel_for(args.items, grain, args.threads, body);
+}
+
+template <class Loss, class T>
+void multirow(const MultirowArgs& args) {
+  const int64_t grain = kElementsPerTask / (args.columns * Loss::kInputs + 1) + 1;
+  if constexpr (Loss::kLevels == 0) {
+    target_losses<Loss, T>(args, grain);
+  } else if constexpr (ShortItems<Loss, T>::kSuited) {
+    if (items_are_short<T>(args, Loss::kInputs, Loss::kGradients))
+      short_items<Loss, T>(args, grain);
+    else
+      long_items<Loss, T>(args, grain);
+  } else {
+    long_items<Loss, T>(args, grain);
+  }
 }
 
 template <class... L>

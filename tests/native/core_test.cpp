@@ -30,7 +30,7 @@ int omp_get_num_threads() { return thread_count; }
 }
 
 // Of all results, and of those of --quick. They change with NUMERICS_VERSION and with these tests.
-constexpr uint64_t kDigest = 0x3d80f93bca940d26, kQuickDigest = 0xb551f4b4721aeb35;
+constexpr uint64_t kDigest = 0x7d49143c15453612, kQuickDigest = 0xa104d2ded1b13a1c;
 
 namespace test {
 

@@ -99,9 +99,9 @@ def gaussian_nll_loss(
 
     Args:
         input, target: means and observations.
-        var: variances, v = max(var, eps); of the input's shape, of that shape with a last dimension
-            of 1 or without it, or a number. Negative ones raise ValueError (on CUDA nobody looks).
-            As in torch the gradient is that by v.
+        var: variances, v = max(var, eps); a number, or of a shape that broadcasts to the input's,
+            or of that without its last dimension. Negative ones raise ValueError (on CUDA nobody
+            looks). As in torch the gradient is that by v.
         full: add log(2 pi) / 2.
         extras: the keywords of the module; an item is an element.
 
@@ -115,10 +115,12 @@ def gaussian_nll_loss(
     if var.dim() and var.shape != shape:
         if var.shape == shape[:-1]:
             var = var.unsqueeze(-1)
-        elif var.shape[:-1] != shape[:-1] or var.shape[-1] != 1:
+        elif var.dim() > len(shape) or any(
+            a not in (1, b) for a, b in zip(reversed(var.shape), reversed(shape), strict=False)
+        ):
             raise ValueError(
-                f"mbkern: var has shape {tuple(var.shape)}, which is not that of the input, "
-                f"{tuple(shape)}, nor that with a last dimension of 1 or without it"
+                f"mbkern: var has shape {tuple(var.shape)}, which does not broadcast to the "
+                f"input's, {tuple(shape)}, nor is it that without its last dimension"
             )
     parameters = _GAUSSIAN_NLL_LOSS.numbers(full=full, eps=eps)
     return tensor_loss(_GAUSSIAN_NLL_LOSS, (input, target, var), reduction, parameters, **extras)

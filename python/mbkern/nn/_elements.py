@@ -118,11 +118,11 @@ class PoissonNLLLoss(Extras, torch.nn.PoissonNLLLoss):
     """The counterpart of :class:`torch.nn.PoissonNLLLoss`."""
 
     def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+        self, log_input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
+        """Return the loss of (logarithms of) rates against counts; torch calls them so."""
         return F.poisson_nll_loss(
-            input,
+            log_input,
             target,
             reduction=self.reduction,
             log_input=self.log_input,
