@@ -14,7 +14,8 @@
 //                      NaN
 //   kScaleParameter    the parameter that multiplies such rows, and so must be positive
 //   kKept              values a column that the passes share, the exponentials
-//   kWide              elements are widened to fp64: sums that cancel, of few operations
+//   kWide              elements are widened to fp64 for the sums, which cancel and are of few
+//                      operations; kWideGradient: for the gradient as well
 //   kLevels            passes that add up; the second may use the sums of the first
 //   kSums              sums of each level, at most kMaxSums
 //   kConstants         numbers that its columns share
@@ -73,7 +74,7 @@ struct MultirowLoss {
   static constexpr int kInputs = 1, kGradients = 1, kMaxima = 0, kKept = 0, kLevels = 1, kSums = 1,
                        kFusedLevel = 0, kScaleParameter = -1, kConstants = kMaxConstants;
   static constexpr bool kWeighsDivisor = false, kApart = false, kColumnWeights = false,
-                        kWide = false;
+                        kWide = false, kWideGradient = false;
   static constexpr ItemTarget kTarget = ItemTarget::none;
   MBK_FN static void prepare(MultirowArgs&) {}
   MBK_FN static bool can_fuse(const MultirowArgs&) { return true; }

@@ -208,8 +208,8 @@ struct Rows {
         for (int n = 0; n < Loss::kKept; ++n) store(b.kept[n] + column, stored[n]);
     }
     V g[kMaxRows];
+    f64v parts[kMaxRows][kParts<V>];
     if constexpr (Loss::kWide) {
-      f64v parts[kMaxRows][kWideParts];
       for (int part = 0; part < kWideParts; ++part) {
         W x_wide[Loss::kInputs], g_wide[kMaxRows], term[kMaxSums];
         for (int i = 0; i < Loss::kInputs; ++i) x_wide[i] = to_double(v[i], part);
@@ -217,20 +217,24 @@ struct Rows {
           Loss::sums1(c, x_wide, W{}, (const W*)nullptr, term);
           add<kMasked>(b, in_tail, group, k + part * lanes<W>, term, part, sum);
         }
-        if constexpr (kGrads > 0) {
+        if constexpr (kGrads > 0 && Loss::kWideGradient) {
           Loss::gradient(c, x_wide, W{}, (const W*)nullptr, g_wide);
           for (int i = 0; i < Loss::kGradients; ++i) parts[i][part] = g_wide[i];
         }
       }
-      if constexpr (kGrads > 0)
-        for (int i = 0; i < Loss::kGradients; ++i) g[i] = from_double<V>(parts[i]);
-    } else {
+    } else if constexpr (kLevel > 0) {
       V term[kMaxSums];
       if constexpr (kLevel == 1) Loss::sums1(c, v, w, stored, term);
       if constexpr (kLevel == 2) Loss::sums2(c, v, w, stored, term);
-      if constexpr (kLevel > 0) add<kMasked>(b, in_tail, group, k, term, 0, sum);
-      if constexpr (kList && kLevel == 1) store(b.kept[1] + column, stored[1] + term[1]);
-      if constexpr (kGrads > 0) Loss::gradient(c, v, w, stored, g);
+      add<kMasked>(b, in_tail, group, k, term, 0, sum);
+      if constexpr (kList) store(b.kept[1] + column, stored[1] + term[1]);
+    }
+    if constexpr (kGrads > 0) {
+      if constexpr (Loss::kWideGradient) {
+        for (int i = 0; i < Loss::kGradients; ++i) g[i] = from_double<V>(parts[i]);
+      } else {
+        Loss::gradient(c, v, w, stored, g);
+      }
     }
     if constexpr (kGrads > 0) {
       for (int i = 0; i < (kGrads == 1 ? 1 : Loss::kGradients); ++i) {

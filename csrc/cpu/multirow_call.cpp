@@ -27,9 +27,11 @@ void check_lists(const MultirowArgs& a) {
                                        at.offset(a.target_strides) + j * a.target_strides.column);
       if (value == -1) break;
       if (value < 0 || value >= a.columns)
-        throw std::out_of_range("mbkern: target " + std::to_string(value) + " at flat index " +
-                                std::to_string(i) + " is out of bounds: it is neither in [0, " +
-                                std::to_string(a.columns) + ") nor -1, the end of a list");
+        throw std::out_of_range(
+            "mbkern: target " + std::to_string(value) + " at flat index " +
+            std::to_string((at.outer * a.columns + j) * a.inner_size + at.inner) +
+            " is out of bounds: it is neither in [0, " + std::to_string(a.columns) +
+            ") nor -1, the end of a list");
     }
   }
 }

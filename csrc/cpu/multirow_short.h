@@ -42,15 +42,18 @@ struct ShortItems {
     Constants c[kLanes];
   };
 
-  struct Shared {  // Constants of the lanes
-    LaneConstants<W> of[kWideParts];
+  // The constants of the lanes, in vectors of W or V.
+  template <class D>
+  struct Shared {
+    static constexpr int kCount = kLanes / lanes<D>;
+    LaneConstants<D> of[kCount];
     MBK_FN explicit Shared(const Lanes& lane) {
       for (int k = 0; k < Loss::kConstants; ++k)
-        for (int part = 0; part < kWideParts; ++part) {
-          Element<W> value[lanes<W>];
-          for (int l = 0; l < lanes<W>; ++l)
-            value[l] = (Element<W>)lane.c[part * lanes<W> + l].value[k];
-          of[part].value[k] = load<W>(value);
+        for (int part = 0; part < kCount; ++part) {
+          Element<D> value[lanes<D>];
+          for (int l = 0; l < lanes<D>; ++l)
+            value[l] = (Element<D>)lane.c[part * lanes<D> + l].value[k];
+          of[part].value[k] = load<D>(value);
         }
     }
   };
@@ -68,7 +71,7 @@ struct ShortItems {
   // One level of sums, into the items.
   template <int kLevel>
   MBK_PASS void sums(Lanes& lane) const {
-    const Shared c(lane);
+    const Shared<W> c(lane);
     const V apart = load<V>(lane.apart);
     const int used = a.columns < kGroup ? (int)a.columns : kGroup;
     W sum[kCount][kWideParts][kGroup];
@@ -118,7 +121,8 @@ struct ShortItems {
   }
 
   MBK_PASS void gradient(const Lanes& lane, const T* at_target, int wanted) const {
-    const Shared c(lane);
+    typedef typename Pick<Loss::kWideGradient, W, V>::type G;
+    const Shared<G> c(lane);
     const V apart = load<V>(lane.apart), target = load<V>(at_target), zero = V{};
     const V bad = load<V>(lane.bad), ignored = load<V>(lane.ignored);
     const V nan = canonical(splat<V>((T)__builtin_nanf("")));
@@ -126,7 +130,7 @@ struct ShortItems {
       V v[Loss::kInputs], stored[kMaxKept] = {}, g[kMaxRows];
       for (int i = 0; i < Loss::kInputs; ++i) v[i] = x[i][j];
       for (int n = 0; n < Loss::kKept; ++n) stored[n] = kept[n][j];
-      if constexpr (Loss::kWide) {
+      if constexpr (Loss::kWideGradient) {
         f64v parts[kMaxRows][kWideParts];
         for (int part = 0; part < kWideParts; ++part) {
           W wide[Loss::kInputs], g_wide[kMaxRows];

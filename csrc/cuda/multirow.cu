@@ -155,7 +155,7 @@ struct Block {
     for (int64_t j = threadIdx.x; j < a.columns; j += blockDim.x) {
       T g[kMaxRows] = {};
       const Column v = column(c, at, j);
-      if constexpr (Loss::kWide) {
+      if constexpr (Loss::kWideGradient) {
         W x[kMaxRows], wide[kMaxRows];
         for (int i = 0; i < kMaxRows; ++i) x[i] = (double)v.x[i];
         Loss::gradient(c, x, (W)0, (const W*)nullptr, wide);

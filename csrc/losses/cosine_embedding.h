@@ -11,7 +11,7 @@ struct CosineEmbeddingLoss : MultirowLoss {
   static constexpr const char* name = "cosine_embedding_loss";
   static constexpr ItemTarget kTarget = ItemTarget::number;
   static constexpr int kInputs = 2, kGradients = 2, kSums = 3, kConstants = 3;
-  static constexpr bool kWide = true;
+  static constexpr bool kWide = true, kWideGradient = true;
   static constexpr double kEpsilon = 1e-12;
   enum { kOther, kOwnX, kOwnY };
   enum { kA, kB, kNorm, kDifference, kCosine };

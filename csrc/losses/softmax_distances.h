@@ -165,8 +165,14 @@ struct JsDivWithLogits : SoftmaxDistance {
   MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
     const Mixture<V> r = mixture(c, kept);
     const V zero = V{}, x = constant<V>(c, kFactorX) * r.p, y = constant<V>(c, kFactorY) * r.t;
-    g[0] = select(r.p == zero, zero, x * (log1p(r.x) - constant<V>(c, kOwnX)));
-    g[1] = select(r.t == zero, zero, y * (log1p(r.y) - constant<V>(c, kOwnY)));
+    g[0] = select(r.p == zero, zero, x * (log_ratio(r.x, r.p, r.m) - constant<V>(c, kOwnX)));
+    g[1] = select(r.t == zero, zero, y * (log_ratio(r.y, r.t, r.m) - constant<V>(c, kOwnY)));
+  }
+  // log(p / m) = log(1 + r): of the quotient where r is far from 0, as there 1 + r may round to 0.
+  template <class V>
+  MBK_FN static V log_ratio(V r, V p, V m) {
+    const auto near = abs(r) < splat<V>((Element<V>)0.5);
+    return select(near, log1p(r), log(p / m));
   }
 };
 

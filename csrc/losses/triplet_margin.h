@@ -5,7 +5,7 @@ namespace mbk::MBK_ISA {
 
 // loss = max(0, margin + d(a, p) - n), n = d(a, n) or, with swap, the smaller of it and d(p, n);
 // d(x, y) = |x - y + eps|_2, whose gradient at 0 is 0. Where both are as small, each has half of
-// the gradient. In fp64, where adding eps = 1e-6 to a difference rounds to less than its share.
+// the gradient. Squares are added in fp64: the loss is a difference of distances.
 struct TripletMarginLoss : MultirowLoss {
   static constexpr const char* name = "triplet_margin_loss";
   static constexpr int kInputs = 3, kGradients = 3, kSums = 3, kConstants = 4;

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mbkern import _C
 from mbkern._arguments import class_weight, refuse_indices
-from mbkern._launch_tensors import Grads, TensorCall
+from mbkern._launch_tensors import Grads, Inputs, TensorCall, TensorOptions
+from mbkern._losses import Loss
 from mbkern._tensors import INDEX_TYPES, require_dtype, require_plain
 
 
@@ -18,6 +19,13 @@ class MultirowCall(TensorCall):
     """One call of a loss of rows of its tensors: (C), (N, C) or (N, C, d1, ...)."""
 
     __slots__ = ()
+
+    def __init__(self, loss: Loss, inputs: Inputs, options: TensorOptions) -> None:
+        if loss.is_flat and inputs[0].dim() > 2:
+            raise ValueError(
+                f"mbkern: {loss.name} takes (C) or (N, C), not {tuple(inputs[0].shape)}"
+            )
+        super().__init__(loss, inputs, options)
 
     @property
     def shape(self) -> torch.Size:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -60,6 +59,8 @@ class Loss:
         weight: what torch's ``weight`` is here: "classes"; "mean" (of an element, and ``mean``
             divides by the sum of the weights); "rescale" (of an element, not counted in the mean);
             or None, without one.
+        differentiates_all: whether gradients are computed for all its tensors.
+        is_flat: whether it takes no more than (N, C), as torch's does, or its rows would be others.
         constants: what the kernels take after the parameters.
         number: its position in the compiled list of its kind.
     """
@@ -74,24 +75,18 @@ class Loss:
     differentiable: tuple[str, ...] = _TWO
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     weight: str | None = None
+    differentiates_all: bool = True
+    is_flat: bool = False
     constants: tuple[float, ...] = ()
     number: int = -1
 
-    @cached_property
-    def differentiates_all(self) -> bool:
-        """Whether all its tensors may be differentiated."""
-        return self.differentiable == self.arguments
-
-    @lru_cache(maxsize=64)  # noqa: B019  losses live as long as the module
     def numbers(self, **values: Any) -> tuple[float, ...]:
         """The parameters as the kernels take them, checked; absent ones have their default."""
-        return (
-            *(
-                parameter.check(name, values.get(name, parameter.default))
-                for name, parameter in self.parameters.items()
-            ),
-            *self.constants,
-        )
+        numbers = [
+            parameter.check(name, values.get(name, parameter.default))
+            for name, parameter in self.parameters.items()
+        ]
+        return (*numbers, *self.constants)
 
     def named(self, numbers: tuple[float, ...]) -> dict[str, float]:
         """What :meth:`numbers` was given."""
@@ -107,8 +102,16 @@ def _loss(name: str, kind: str = "pointwise", **properties: Any) -> Loss:
         "pointwise": _C.pointwise_losses,
         "multirow": _C.multirow_losses,
     }
-    properties.setdefault("inputs", len(properties.get("arguments", _TWO)))
+    arguments = properties.get("arguments", _TWO)
+    properties.setdefault("inputs", len(arguments))
+    properties["differentiates_all"] = properties.get("differentiable", _TWO) == arguments
     return Loss(name, kind, number=lists[kind]().index(name), **properties)
+
+
+_FLAT = (
+    "multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss",
+    "cosine_embedding_loss", "triplet_margin_loss",
+)  # fmt: skip
 
 
 def _rows(name: str, inputs: tuple[str, ...], target: str | None = None, **rest: Any) -> Loss:
@@ -116,7 +119,7 @@ def _rows(name: str, inputs: tuple[str, ...], target: str | None = None, **rest:
     arguments = inputs if target is None else (*inputs, "target")
     return _loss(
         name, "multirow", arguments=arguments, inputs=len(inputs), differentiable=inputs,
-        target=target, **rest,
+        target=target, is_flat=name in _FLAT, **rest,
     )  # fmt: skip
 
 

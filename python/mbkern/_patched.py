@@ -188,8 +188,13 @@ def _table() -> tuple[tuple[Entry, Callable[..., Tensor]], ...]:
 def _entries_by_function() -> dict[Any, Entry]:
     """The entries by torch's functions, and by the wrappers that another thread may install."""
     with _lock:
-        functions = {entry.original: entry for entry, _ in _table()}
-        return functions | {wrapper: entry for entry, wrapper in _table()}
+        table = [(entry, wrapper) for entry, wrapper in _table() if entry.name not in _INCOMPLETE]
+        functions = {entry.original: entry for entry, _ in table}
+        return functions | {wrapper: entry for entry, wrapper in table}
+
+
+#: torch's function does not hand all its arguments (here the weight) to a function mode.
+_INCOMPLETE = ("l1_loss",)
 
 
 def _replace(functions: Iterable[tuple[str, Callable[..., Tensor], Callable[..., Tensor]]]) -> None:

@@ -563,7 +563,8 @@ int64_t multirow_refusals() {
             message = e.what();
           }
           const bool good = bad == 3 || (list && bad == -1);
-          const std::string value = " " + std::to_string(bad) + " ", flat = std::to_string(at);
+          const std::string value = " " + std::to_string(bad) + " ",
+                            flat = std::to_string(list ? at * kColumns + 2 : at);
           CHECK(good == message.empty(), "%s: loss %d, target%sthrew '%s'", tier->name, loss,
                 value.c_str(), message.c_str());
           CHECK(good || (message.find(value) != std::string::npos &&

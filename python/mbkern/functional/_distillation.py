@@ -39,8 +39,8 @@ def kl_div_with_logits(
             gradients keep their size; that is left to the caller.
         direction: "forward", KL(teacher || student), or "reverse", KL(student || teacher).
         reduction: "none", "mean" (over items: torch's "batchmean") or "sum".
-        target: class indices an item, of which only those equal to ``ignore_index`` matter: such
-            items count nothing, and their gradient is 0.
+        target: class indices an item, as of the loss beside this one. Items whose index is
+            ``ignore_index`` count nothing, and their gradient is 0; that is all they are used for.
         extras: the keywords of the module.
 
     Differentiable in both, each gradient computed only where it is asked for. Every term is formed

@@ -127,7 +127,7 @@ def multilabel_soft_margin_loss(
     :func:`torch.nn.functional.multilabel_soft_margin_loss`.
 
     Args:
-        input: logits, (C) or (N, C) or (N, C, d1, ...).
+        input: logits, (C) or (N, C).
         target: of the same shape, in [0, 1].
         weight: one weight a class.
         reduction: "none", "mean" or "sum".
@@ -234,7 +234,7 @@ def dice_loss(
 
     Differentiable in both. Source: Milletari, Navab & Ahmadi, V-Net (2016), with sums for squares.
     """
-    if input.dim() > 2:
+    if input.dim() > 2 and target.shape == input.shape:
         input, target = input.flatten(1), target.flatten(1)
     return rows_loss(
         _DICE_LOSS, (input, target), None, reduction, _DICE_LOSS.numbers(smooth=smooth), **extras
