@@ -542,7 +542,9 @@ MBK_HOST_FN void long_items(const MultirowArgs& args, int64_t grain) {
 
 template <class Loss, class T>
 void multirow(const MultirowArgs& args) {
-  const int64_t grain = kElementsPerTask / (args.columns * Loss::kInputs + 1) + 1;
+  constexpr int64_t kMostItems = 512;  // the end of a row costs more than a few columns
+  const int64_t rows = kElementsPerTask / (args.columns * Loss::kInputs + 1) + 1;
+  const int64_t grain = rows < kMostItems ? rows : kMostItems;
   if constexpr (Loss::kLevels == 0) {
     target_losses<Loss, T>(args, grain);
   } else if constexpr (ShortItems<Loss, T>::kSuited) {
