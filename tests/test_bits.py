@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import CASES, Case, Sample
 from torch import Tensor
 
 import mbkern
@@ -52,9 +53,11 @@ def pieces(
     sample_weight = options.get("sample_weight")
     total = mbkern.LossSum() if x.dtype is not torch.float64 else None
     losses, grads, begin = [], [], 0
+    per_item = {k: v for k, v in options.items() if k in ("var", "target", "pos_weight")}
     for size in sizes:
         part = slice(begin, begin + size)
         begin += size
+        options = {**options, **{k: v[part] for k, v in per_item.items()}}
         if sample_weight is not None:
             options = {**options, "sample_weight": sample_weight[part]}
         loss, _ = mbkern.loss_and_grad(name, x[part], target[part], reduction="none", **options)
@@ -130,6 +133,47 @@ def test_elementwise(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(50, 1201, generator=generator).to(dtype) for _ in range(2))
     check(name, x, y, 1)
+
+
+NEW = [case for case in CASES if not case.has_rows and "squared_error" not in case.name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", NEW, ids=lambda case: case.name)
+def test_every_elementwise_loss(case: Case, dtype: torch.dtype) -> None:
+    """The cuts of small tensors; fp32 and fp64 are all that their mathematics is compiled for."""
+    shape = (13, 301) if dtype.itemsize > 2 else (5, 70)
+    for variation in case.variations:
+        if variation.name == "sample weight":  # of items, not of rows of items
+            continue
+        sample = case.sample(shape, dtype, variation)
+        check_sample(case, sample)
+
+
+def check_sample(case: Case, sample: Sample) -> None:
+    """Losses and all gradients, whole and in two, by every instruction set and two threads."""
+    options = {"argnums": case.differentiable, "denominator": 57.0}
+    first: list[Tensor] | None = None
+    for isa, threads, begin in itertools.product(_C.isas(), (1, 2), (0, 1, 4)):
+        _C.set_isa(isa)
+        torch.set_num_threads(threads)
+        total = mbkern.LossSum() if sample.input.dtype is not torch.float64 else None
+        parts = []
+        for piece in (slice(0, begin), slice(begin, None)):
+            tensors = [t[piece] for t in case.tensors(sample).values()]
+            names = [n for n in sample.options if n not in case.arguments]
+            rest = {n: v for n in names if not isinstance(v := sample.options[n], Tensor)}
+            if "weight" in names and case.name not in ("mse_loss", "l1_loss"):
+                rest["weight"] = sample.options["weight"][piece]
+            loss, _ = mbkern.loss_and_grad(case.name, *tensors, reduction="none", **rest)
+            _, grads = mbkern.loss_and_grad(case.name, *tensors, **options, **rest, loss_sum=total)
+            parts.append([loss, *grads])
+        results = [torch.cat(pair) for pair in zip(*parts, strict=True)]
+        if total is not None:
+            results.append(total.state)
+        first = first or results
+        for k, (got, want) in enumerate(zip(results, first, strict=True)):
+            assert same_bits(got, want), f"{isa}, {threads} threads, cut at {begin}: result {k}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

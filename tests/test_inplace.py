@@ -56,7 +56,7 @@ def test_what_was_saved_earlier_is_missed(case: Case) -> None:
     """A node that saved the logits finds them changed, instead of computing with the gradient."""
     for dtype, reduction in itertools.product(DTYPES, REDUCTIONS):
         x, target = case.leaf(dtype)
-        logits = x.exp()  # saves its result
+        logits = x.sigmoid()  # saves its result
         loss = case.function(logits, target, reduction=reduction, inplace=True).sum()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
@@ -91,6 +91,8 @@ def test_a_gradient_that_was_overwritten_is_missed(case: Case) -> None:
             logits.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(loss, logits)
+        if case.name == "binary_cross_entropy":  # which refuses the gradient as a probability
+            continue
         logits = x + 0
         twice = case.function(logits, target, **options) + case.function(logits, target, **options)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

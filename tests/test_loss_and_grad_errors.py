@@ -16,6 +16,7 @@ from mbkern import LossSum, loss_and_grad
 X = torch.arange(12.0).reshape(3, 4)
 T = torch.tensor([0, 3, 1])
 P = torch.full((3, 4), 0.25)
+Q = torch.full((3, 4), 0.5)
 MEMORY = torch.arange(40.0)
 
 # What changes of loss_and_grad("cross_entropy", X, T, grad_out=..., loss_sum=...), and the error.
@@ -141,6 +142,27 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "swapped outputs": (
         {"name": "mse_loss", "target": P, "argnums": (0, 1), "grad_out": (P, X)},
         ValueError, "grad_out overlaps another argument",
+    ),
+    "third tensor missing": (
+        {"name": "gaussian_nll_loss", "target": P}, TypeError, "takes input, target, var; var is m",
+    ),
+    "third tensor's shape": (
+        {"name": "gaussian_nll_loss", "target": P, "var": P[0]}, ValueError,
+        r"one shape, not \(3, 4\) and \(4,\)",
+    ),
+    "output over the third tensor": (
+        {"name": "gaussian_nll_loss", "target": P, "var": Q, "grad_out": Q}, ValueError,
+        "grad_out overlaps another argument",
+    ),
+    "argument without a gradient": (
+        {"name": "soft_margin_loss", "target": P, "argnums": "target"}, ValueError,
+        "argnums 'target' is not a differentiable argument of soft_margin_loss: input",
+    ),
+    "parameter out of range": (
+        {"name": "huber_loss", "target": P, "delta": 0.0}, ValueError, "delta must be in",
+    ),
+    "parameter of another loss": (
+        {"name": "huber_loss", "target": P, "beta": 1.0}, TypeError, "has no option 'beta'",
     ),
     "fp64 target with loss_sum": (
         {"name": "mse_loss", "target": P.double()}, TypeError, "float64 losses are refused",

@@ -22,27 +22,31 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 ROWS = [case for case in CASES if case.has_rows]
 
-Result = tuple[Tensor | None, Tensor | None, Tensor | None]  # loss, gradients
-Expected = tuple[Result, Result]
+Result = tuple[Tensor | None, ...]  # loss, and a gradient for each argument that has one
+Expected = tuple[Result, Result, tuple[float, ...]]  # exact, torch's, magnitudes
 
 
 def differentiate(
-    function: Callable[..., Tensor], case: Case, sample: Sample, seed: int = 0, **options: Any
+    function: Callable[..., Tensor],
+    case: Case,
+    sample: Sample,
+    *,
+    reduction: str = "mean",
+    **options: Any,
 ) -> Result:
-    """Loss and gradients, from a random incoming gradient where the loss is not a scalar.
+    """Loss and gradients, from a random incoming gradient where the loss is not a scalar."""
+    sample, leaves = case.leaves(sample)
+    loss = function(sample.input, sample.target, **sample.options, **options, reduction=reduction)
+    loss.backward(incoming_gradient(loss, reduction))
+    return loss.detach(), *(leaf.grad for leaf in leaves.values())
 
-    Strides are kept. The incoming gradient has few bits, so that it is the same in every dtype.
-    """
-    input = sample.input.detach().requires_grad_()
-    both = "target" in case.differentiable or sample.target.is_floating_point()
-    target = sample.target.detach().requires_grad_(both)
-    loss = function(input, target, **sample.options, **options)
-    incoming = torch.ones_like(loss)
-    if options.get("reduction") == "none":
-        random = torch.Generator().manual_seed(seed)
-        incoming = torch.randint(-8, 9, loss.shape, generator=random).to(loss.dtype) / 4
-    loss.backward(incoming)
-    return loss.detach(), input.grad, target.grad
+
+def incoming_gradient(loss: Tensor, reduction: str) -> Tensor:
+    """Of few bits, so that it is the same in every dtype."""
+    if reduction != "none":
+        return torch.ones_like(loss)
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(-8, 9, loss.shape, generator=random).to(loss.dtype) / 4
 
 
 def expect(case: Case, sample: Sample, variation: Variation, wide: Sample) -> list[Expected]:
@@ -50,14 +54,15 @@ def expect(case: Case, sample: Sample, variation: Variation, wide: Sample) -> li
     expected = []
     for reduction in REDUCTIONS:
         want = differentiate(case.reference, case, wide, reduction=reduction)
-        stock: Result = None, None, None
+        stock: Result = (None,) * len(want)
         if case.torch is not None and variation.torch:
             index = not sample.target.is_floating_point()
             sample = replace(sample, target=sample.target.long()) if index else sample
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that shapes differ
                 stock = differentiate(case.torch, case, sample, reduction=reduction)
-        expected.append((want, stock))
+        incoming = incoming_gradient(want[0], reduction)
+        expected.append((want, stock, case.sizes(wide, incoming, reduction)))
     return expected
 
 
@@ -78,23 +83,27 @@ def compare(
 ) -> None:
     """Check loss and gradients for every reduction."""
     expected = expected or expect(case, sample, variation, sample.to(torch.float64))
-    for reduction, (want, stock) in zip(REDUCTIONS, expected, strict=True):
+    for reduction, (want, stock, sizes) in zip(REDUCTIONS, expected, strict=True):
         got = differentiate(case.function, case, sample, reduction=reduction)
         where = f"{case.name} {variation.name} {reduction} {sample.input.dtype} {label}"
-        check_all(got, want, stock, where)
+        check_all(got, want, stock, sizes, where)
 
 
-def check_all(got: Result, want: Result, stock: Result, where: str) -> None:
-    names = ("loss", "grad", "target.grad")
-    for name, mine, exact, theirs in zip(names, got, want, stock, strict=True):
-        assert (mine is None) == (exact is None), f"{where}: {name} is {mine}"
-        if mine is not None and exact is not None:
-            check(mine, exact, theirs, f"{where}: {name}")
+def check_all(
+    got: Result, want: Result, stock: Result, sizes: tuple[float, ...], where: str
+) -> None:
+    names = ("loss", "first grad", "second grad", "third grad")[: len(want)]
+    for name, mine, exact, theirs, size in zip(names, got, want, stock, sizes, strict=False):
+        assert mine is not None, f"{where}: no {name}"
+        assert exact is not None
+        check(mine, exact, theirs, f"{where}: {name}", size)
+    assert len(got) == len(want), where
 
 
 def test_the_case_list_is_complete() -> None:
-    assert {case.name for case in CASES} == {loss.name for loss in mbkern.losses()}
-    for loss in mbkern.losses():
+    every = [loss for loss in mbkern.losses() if loss.kind != "multirow"]  # those: test_rows.py
+    assert {case.name for case in CASES} == {loss.name for loss in every}
+    for loss in every:
         (case,) = (case for case in CASES if case.name == loss.name)
         assert case.differentiable == loss.differentiable
 
@@ -192,16 +201,22 @@ def test_arguments_are_left_alone(case: Case) -> None:
 def test_broadcasting(case: Case) -> None:
     """Gradients have their argument's shape; their sum is torch's, so not that of 16-bit ones."""
     shapes = (((4, 1, 5), (3, 5)), ((), (7,)), ((6,), ()), ((0, 3), (1, 3)))
+    if case.one_shape:
+        for shape, other in shapes:
+            with pytest.raises(ValueError, match="of one shape"):
+                case.function(torch.rand(shape), torch.rand(other))
+        return
     for (shape, other), dtype in itertools.product(shapes, DTYPES):
         a, b = case.sample(shape, dtype, seed=1), case.sample(other, dtype, seed=2)
-        sample, plain = Sample(a.input, b.target, {}), case.variations[0]
+        plain = Variation("broadcast", torch=case.torch_broadcasts)
+        sample = Sample(a.input, b.target, a.options)
         expected = expect(case, sample, plain, sample.to(torch.float64))
         if dtype in (torch.float32, torch.float64):
             compare(case, sample, plain, f"{shape} {other}", expected)
-        for reduction, (want, stock) in zip(REDUCTIONS, expected, strict=True):
-            loss = case.function(sample.input, sample.target, reduction=reduction)
-            assert want[0] is not None
-            check(loss, want[0], stock[0], f"{case.name} {shape} {other} {dtype} {reduction}")
+        for reduction, (want, stock, sizes) in zip(REDUCTIONS, expected, strict=True):
+            loss = case.function(sample.input, sample.target, reduction=reduction, **sample.options)
+            label = f"{case.name} {shape} {other} {dtype} {reduction}"
+            check(loss, want[0], stock[0], label, sizes[0])
 
 
 def test_many_dimensions() -> None:
@@ -259,7 +274,7 @@ def test_empty(case: Case, dtype: torch.dtype, isa: str) -> None:
 def test_every_item_ignored(case: Case) -> None:
     for dtype, reduction in itertools.product(DTYPES, REDUCTIONS):
         sample = replace(case.sample((4, 9), dtype), target=torch.full((4,), -100))
-        loss, grad, _ = differentiate(case.function, case, sample, reduction=reduction)
+        loss, grad = differentiate(case.function, case, sample, reduction=reduction)
         value = float("nan") if reduction == "mean" else 0.0
         assert torch.equal(loss.isnan(), torch.full_like(loss, value).isnan()), loss
         assert torch.equal(loss.nan_to_num(), torch.zeros_like(loss)), loss
@@ -294,14 +309,15 @@ def test_denominator(case: Case) -> None:
     """A number or 0-dim tensor of any dtype divides instead of the mean's own divisor."""
     for dtype in case.dtypes:
         sample = case.sample((6, 70), dtype)
-        total = differentiate(case.reference, case, sample.to(torch.float64), reduction="sum")
+        wide = sample.to(torch.float64)
+        total = differentiate(case.reference, case, wide, reduction="sum")
+        sizes = case.sizes(wide, torch.ones(()), "sum")
         for value in (7, 2.5, torch.tensor(7), torch.tensor(2.5), torch.tensor(2.5).bfloat16()):
-            got = differentiate(
-                case.function, case, replace(sample, options={"denominator": value})
-            )
-            loss, grad, target_grad = (None if t is None else t / float(value) for t in total)
+            options = sample.options | {"denominator": value}
+            got = differentiate(case.function, case, replace(sample, options=options))
+            want = tuple(t / float(value) for t in total)
             label = f"{case.name} {dtype} / {value!r}"
-            check_all(got, (loss, grad, target_grad), (None, None, None), label)
+            check_all(got, want, (None,) * 4, tuple(s / float(value) for s in sizes), label)
 
 
 @every_case
@@ -311,14 +327,15 @@ def test_loss_dtype(case: Case) -> None:
         sample = case.sample((6, 70), dtype)
         options = {"reduction": reduction}
         want = differentiate(case.reference, case, sample.to(torch.float64), **options)
-        _, usual, _ = differentiate(case.function, case, sample, **options)
-        loss, grad, _ = differentiate(case.function, case, sample, **options, loss_dtype=result)
+        _, *usual = differentiate(case.function, case, sample, **options)
+        loss, *grads = differentiate(case.function, case, sample, **options, loss_dtype=result)
         label = f"{case.name} {dtype} {reduction} -> {result}"
         assert loss.dtype is result, label
         if result is torch.float64 and dtype is not torch.float64:
             loss = loss.float()  # its terms have no more digits than fp32
-        check(loss, want[0], None, label)
-        assert torch.equal(grad, usual), label
+        size = case.sizes(sample.to(torch.float64), torch.ones(()), reduction)[0]
+        check(loss, want[0], None, label, size)
+        assert all(map(torch.equal, grads, usual)), label
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)

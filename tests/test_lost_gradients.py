@@ -28,11 +28,11 @@ def _row_backward(x: Tensor, incoming: Tensor, *state: Tensor, form: bool) -> Te
     return OPS.row_loss_backward(incoming, x, Y, weight, None, None, *state, *ROW, form)
 
 
-def _pointwise_backward(divisor: Tensor, incoming: Tensor, form: bool) -> tuple[Tensor, Tensor]:
-    options = ("mse_loss", "mean", 0.0)
-    return OPS.pointwise_loss_backward(
-        incoming, X, Z, None, None, divisor, *options, form, True, True
-    )
+def _tensors_backward(divisor: Tensor, incoming: Tensor, form: bool) -> tuple[Tensor, Tensor]:
+    options = ("mse_loss", "mean", -100, ())
+    return OPS.tensor_loss_backward(
+        incoming, X, Z, *[None] * 5, divisor, *options, form, True, True, False
+    )[:2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -59,11 +59,11 @@ def test_a_lost_gradient_is_formed_again(dtype: torch.dtype, incoming: Tensor) -
 
 
 def test_a_lost_pair_of_gradients_is_formed_again() -> None:
-    _, divisor = OPS.pointwise_loss(
-        X, Z, None, None, None, "mse_loss", "mean", 0.0, True, True, torch.float32
+    _, divisor = OPS.tensor_loss(
+        X, Z, *[None] * 6, "mse_loss", "mean", -100, (), True, True, False, X.dtype
     )
-    copied = _pointwise_backward(divisor.clone(), THREE, True)
-    first, second = (_pointwise_backward(divisor, THREE, True) for _ in range(2))
+    copied = _tensors_backward(divisor.clone(), THREE, True)
+    first, second = (_tensors_backward(divisor, THREE, True) for _ in range(2))
     assert first[0].data_ptr() != second[0].data_ptr()
     for got in (first, second):
         assert all(map(torch.equal, got, copied))

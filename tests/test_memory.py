@@ -122,7 +122,20 @@ def pointwise_buffer(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return mbkern.loss_and_grad("mse_loss", x, y, grad_out=t["buffer"], accumulate=True)
 
 
+def every_elementwise_loss(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """One of them each time, of numbers in [0, 1], with the gradients of all of its arguments."""
+    columns = len(t["weight"])
+    elementwise = [loss for loss in mbkern.losses() if loss.kind == "pointwise"]
+    loss = elementwise[columns // 5 % len(elementwise)]
+    tensors = [t["probabilities"], t["probabilities"].sqrt(), t["probabilities"] + 1]
+    tensors = tensors[: len(loss.arguments)]
+    parts = {"argnums": loss.differentiable, "sample_weight": t["sample_weight"][:, None]}
+    value, grads = mbkern.loss_and_grad(loss.name, *tensors, **parts, reduction="none")
+    return value, *grads
+
+
 CALLS = [
+    every_elementwise_loss,
     fresh,
     in_place,
     accumulate,

@@ -11,6 +11,7 @@ from cases import CASES, Case
 from torch.library import opcheck
 from torch.utils import _pytree as pytree
 
+import mbkern
 from mbkern import _ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +35,8 @@ def check(operator: Any, arguments: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(("reduction", "form"), REDUCTION_AND_FORM)
 def test_operators(case: Case, reduction: str, form: bool) -> None:
     for dtype, grad in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        sample = case.sample((5, 7), dtype)
+        variation = {v.name: v for v in case.variations}.get("positive", case.variations[0])
+        sample = case.sample((5, 7), dtype, None if case.has_rows else variation)
         x, target = sample.input.requires_grad_(grad), sample.target
         if case.has_rows:
             weights: tuple[Any, ...] = (torch.rand(7), torch.rand(5))
@@ -42,17 +44,21 @@ def test_operators(case: Case, reduction: str, form: bool) -> None:
             forward, backward = _ops.row_loss, _ops.row_loss_backward
             ask: tuple[bool, ...] = (form,)
         else:
-            weights, options = (torch.rand(5, 7),), (case.name, reduction, 0.0)
-            forward, backward = _ops.pointwise_loss, _ops.pointwise_loss_backward
-            ask = (form, False)
+            loss = next(loss for loss in mbkern.losses() if loss.name == case.name)
+            third = (*case.tensors(sample).values(), None)[2]
+            weight = torch.rand(5, 7) if loss.weight == "rescale" else None
+            weights = (third, None, weight, torch.rand(5, 7))
+            options = (case.name, reduction, -100, loss.numbers())
+            forward, backward = _ops.tensor_loss, _ops.tensor_loss_backward
+            ask = (form, form and "target" in loss.differentiable, False)
         hint = torch.tensor(2.0) if form else None
         tensors = (x, target, *weights)
         check(forward, (*tensors, None, hint, *options, *ask, dtype))
         with torch.no_grad():
-            loss, *saved = forward(*tensors, None, hint, *options, *ask, dtype)
-        need = () if case.has_rows else (True, False)
+            value, *saved = forward(*tensors, None, hint, *options, *ask, dtype)
+        need = () if case.has_rows else (True, *ask[1:])
         arguments = (
-            torch.full_like(loss, 0.5), *tensors, hint, *saved, *options, form, *need
+            torch.full_like(value, 0.5), *tensors, hint, *saved, *options, form, *need
         )  # fmt: skip
         if grad:
             with pytest.raises(NotImplementedError, match="cannot be differentiated again"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CASES, REDUCTIONS, Case
 from patched_inputs import (
     OPS,
     ORIGINALS,
@@ -31,6 +34,7 @@ from torch.nn.functional import mse_loss as imported_mse_loss
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.common_modules import module_db
 
+import mbkern
 from mbkern import _patched, _patched_calls
 from mbkern._patched import patched
 
@@ -168,6 +172,42 @@ def test_taken(mode: bool) -> None:
         want = ORIGINALS[name](*args, **kwargs)
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want)
+
+
+NEW = [case for case in CASES if case.torch is not None and case.name not in ORIGINALS]
+
+
+@every_way
+@pytest.mark.filterwarnings("ignore:reduction. .mean. divides")  # of kl_div
+@pytest.mark.parametrize("case", NEW, ids=lambda case: case.name)
+def test_every_loss_is_taken(case: Case, mode: bool) -> None:
+    """With all its options and reductions; a target of another shape or dtype is torch's."""
+    original = getattr(F, case.name)
+    ours = getattr(mbkern.functional, case.name)
+    for variation, reduction in itertools.product(case.variations, REDUCTIONS):
+        if not variation.torch:
+            continue
+        if mode and (case.name, variation.name) == ("l1_loss", "weight"):
+            continue  # torch's l1_loss does not hand its weight to a mode
+        sample = case.sample((6, 7), torch.float32, variation)
+        names = [n for n in case.arguments if n in inspect.signature(original).parameters][:3]
+        tensors = case.tensors(sample)
+        args = tuple(tensors.pop(n) for n in names if n != "pos_weight")
+        kwargs = {n: v for n, v in sample.options.items() if n not in names or n == "pos_weight"}
+        kwargs["reduction"] = reduction
+        with patched(mode=mode, report=True) as report:
+            got = getattr(F, case.name)(*args, **kwargs)
+        label = f"{variation.name} {reduction}"
+        assert report.taken == {case.name: 1}, f"{label}: {report.passed_on}"
+        assert torch.equal(got, ours(*args, **kwargs)), label
+        torch.testing.assert_close(got, original(*args, **kwargs))
+    other = (args[0], args[1].double(), *args[2:])
+    with patched(mode=mode, report=True) as report:
+        got = outcome(getattr(F, case.name), *other, **kwargs)
+    assert not report.taken
+    reasons = [reason for name, reason in report.passed_on if name == case.name]
+    assert mode or (len(reasons) == 1 and "is float64, input float32" in reasons[0])
+    assert same(got, outcome(original, *other, **kwargs))
 
 
 def test_autocast() -> None:

@@ -6,10 +6,11 @@ Every row of one to four columns over the lattice, for every loss, dtype and ISA
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cases import CASES, Case, Sample, Variation
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -230,3 +231,172 @@ def test_every_nan_is_canonical(dtype: torch.dtype) -> None:
             loss, (grad,) = on_every_isa("mse_loss", x, torch.zeros_like(x), argnums=(0,))
             assert loss[1, 1].view(integer).item() == canonical
             assert grad[1, 1].view(integer).item() == canonical
+
+
+# ---- every element-wise loss ---------------------------------------------------------------------
+
+POINTWISE = [case for case in CASES if not case.has_rows]
+
+
+def numbers(dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    tiny, signed = info.smallest_normal, (1.0, 88.0, float("inf"))
+    values = [0.0, -0.0, tiny, tiny / 2, *signed, *(-v for v in signed), info.max, float("nan")]
+    return torch.tensor(values, dtype=torch.float64).to(dtype)
+
+
+SHARES = ("binary_cross_entropy_with_logits", "sigmoid_focal_loss")  # targets in [0, 1]
+COUNTS = ("kl_div", "poisson_nll_loss", "tweedie_nll_loss")  # targets from 0
+
+
+def pairs_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All pairs in the loss's domain, and NaN; torch refuses it for binary_cross_entropy."""
+    x = y = numbers(dtype)
+    if case.name == "binary_cross_entropy":
+        x = y = x[(x >= 0) & (x <= 1)]
+    elif case.name in SHARES:
+        y = y[~((y < 0) | (y > 1))]
+    elif case.name in COUNTS:
+        y = y[~(y < 0)]
+    x, y = torch.meshgrid(x, y, indexing="ij")
+    return x.flatten(), y.flatten()
+
+
+def by_formula(case: Case, sample: Sample, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Losses and gradients of torch operations in ``dtype``, as float64."""
+    wide, leaves = case.leaves(sample.to(dtype))
+    loss = case.reference(wide.input, wide.target, reduction="none", **wide.options)
+    grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
+    return loss.detach().double(), [g.double() for g in grads]
+
+
+def agrees(got: Tensor, want: Tensor, size: Tensor) -> Tensor:
+    """Where a result is that number: NaN and infinities after rounding, 4 ulp elsewhere."""
+    rounded = want.to(got.dtype)
+    eps = torch.finfo(got.dtype).eps
+    allowed = (
+        4 * eps * torch.maximum(want.abs(), size.nan_to_num(0, 0, 0)) + torch.finfo(got.dtype).tiny
+    )
+    close = (got.double() - want).abs() <= allowed
+    same = (got == rounded) | (got.isnan() & rounded.isnan())
+    huge = torch.finfo(got.dtype).max / 64  # what overflows on the way
+    same |= (got * rounded.sign() >= huge) & (rounded.abs() >= huge)
+    return torch.where(rounded.isfinite(), close, same)
+
+
+#: Documented differences: loss, variation, number of the result (the loss, gradients), dtype, and
+#: how many pairs of what kind there are.
+#:   limit    the formula has 0 * inf or inf - inf on its way; here is what it tends to
+#:   NaN      a derivative of a NaN or of inf - inf, that the formula's mask makes 0, or a limit
+#:   clamped  the logarithms in the gradient of the target are at least -100, as in the loss
+#:   cancels  torch subtracts numbers whose difference is left here
+#:   overflow a term is too large for the type, and their sum is not
+#:   epsilon  torch divides by at least 1e-12 rounded to float32, in float64, too
+KINDS: dict[str, Callable[..., Tensor]] = {
+    "limit": lambda x, y, got, want: want.isnan() & ~got.isnan() & ~x.isnan(),
+    "NaN": lambda x, y, got, want: got.isnan() & ~want.isnan(),
+    "clamped": lambda x, y, got, want: (got.abs() == 100) | (want.isinf() & got.isfinite()),
+    "overflow": lambda x, y, got, want: got.isinf() & want.isfinite() & (y > 1e38),
+    "cancels": lambda x, y, got, want: (got - want).abs() < 4e-36,
+    "epsilon": lambda x, y, got, want: (got - want).abs() <= 1e-7 * want.abs(),
+}
+DIFFERENT: dict[tuple[str, str, int, str], dict[str, int]] = {
+    ("binary_cross_entropy", "plain", 2, "float32"): {"clamped": 15},
+    ("binary_cross_entropy", "plain", 1, "float64"): {"cancels": 10, "epsilon": 8},
+    ("binary_cross_entropy", "plain", 2, "float64"): {"clamped": 25},
+    ("binary_cross_entropy_with_logits", "plain", 0, "float32"): {"cancels": 2, "limit": 3},
+    ("binary_cross_entropy_with_logits", "plain", 0, "float64"): {"cancels": 4, "limit": 3},
+    ("binary_cross_entropy_with_logits", "plain", 1, "float64"): {"cancels": 1},
+    ("binary_cross_entropy_with_logits", "positive", 0, "float32"): {"cancels": 2, "limit": 3},
+    ("binary_cross_entropy_with_logits", "positive", 1, "float32"): {"cancels": 1},
+    ("binary_cross_entropy_with_logits", "positive", 0, "float64"): {"cancels": 4, "limit": 3},
+    ("binary_cross_entropy_with_logits", "positive", 1, "float64"): {"cancels": 1},
+    ("sigmoid_focal_loss", "plain", 2, "float32"): {"limit": 4},
+    ("sigmoid_focal_loss", "plain", 1, "float64"): {"limit": 4},
+    ("sigmoid_focal_loss", "plain", 2, "float64"): {"limit": 8},
+    ("sigmoid_focal_loss", "soft", 1, "float32"): {"limit": 1},
+    ("sigmoid_focal_loss", "soft", 2, "float32"): {"limit": 5},
+    ("sigmoid_focal_loss", "soft", 1, "float64"): {"limit": 1},
+    ("sigmoid_focal_loss", "soft", 2, "float64"): {"limit": 5},
+    ("sigmoid_focal_loss", "linear", 2, "float32"): {"limit": 4},
+    ("sigmoid_focal_loss", "linear", 2, "float64"): {"limit": 4},
+    ("sigmoid_focal_loss", "steep", 2, "float32"): {"limit": 4},
+    ("sigmoid_focal_loss", "steep", 1, "float64"): {"limit": 4},
+    ("sigmoid_focal_loss", "steep", 2, "float64"): {"limit": 8},
+    ("squared_hinge_loss", "plain", 1, "float32"): {"NaN": 13},
+    ("squared_hinge_loss", "plain", 2, "float32"): {"NaN": 13},
+    ("squared_hinge_loss", "plain", 1, "float64"): {"NaN": 13},
+    ("squared_hinge_loss", "plain", 2, "float64"): {"NaN": 13},
+    ("squared_hinge_loss", "wide", 1, "float32"): {"NaN": 13},
+    ("squared_hinge_loss", "wide", 2, "float32"): {"NaN": 13},
+    ("squared_hinge_loss", "wide", 1, "float64"): {"NaN": 13},
+    ("squared_hinge_loss", "wide", 2, "float64"): {"NaN": 13},
+    ("kl_div", "plain", 0, "float32"): {"overflow": 2},
+    ("kl_div", "plain", 2, "float32"): {"limit": 30},
+    ("kl_div", "plain", 2, "float64"): {"limit": 30},
+    ("poisson_nll_loss", "full", 2, "float32"): {"limit": 43},
+    ("poisson_nll_loss", "full", 2, "float64"): {"limit": 43},
+    ("tweedie_nll_loss", "plain", 1, "float32"): {"limit": 20},
+    ("tweedie_nll_loss", "plain", 1, "float64"): {"clamped": 1, "limit": 20},
+    ("tweedie_nll_loss", "gamma", 1, "float32"): {"limit": 20},
+    ("tweedie_nll_loss", "gamma", 1, "float64"): {"limit": 20},
+    ("tweedie_nll_loss", "gaussian", 0, "float32"): {"overflow": 1},
+    ("tweedie_nll_loss", "gaussian", 1, "float32"): {"NaN": 15, "overflow": 1},
+    ("tweedie_nll_loss", "gaussian", 1, "float64"): {"NaN": 14},
+}
+LATTICE = [
+    pytest.param(case, variation, dtype, id=f"{case.name}-{variation.name}-{str(dtype)[6:]}")
+    for case in POINTWISE
+    for variation in case.variations
+    if "weight" not in variation.name
+    for dtype in (torch.float32, torch.float64)
+]
+
+
+def differences(
+    case: Case, variation: Variation, dtype: torch.dtype
+) -> dict[int, tuple[Tensor, ...]]:
+    """For each result: arguments, result and reference where these are not the same number."""
+    x, y = pairs_of(case, dtype)
+    options = {k: v for k, v in variation.options.items() if not callable(v)}
+    names = case.arguments
+    if "pos_weight" in variation.options:
+        options["pos_weight"] = torch.full_like(x, 2.0)
+    elif case.third is not None:
+        options[names[2]] = case.third(x)
+    sample = Sample(x, y, options)
+    rest = {k: v for k, v in options.items() if k not in names}
+    loss, grads = on_every_isa(
+        case.name, *case.tensors(sample).values(), argnums=case.differentiable, **rest
+    )
+    exact, narrow = (by_formula(case, sample, d) for d in (torch.float64, dtype))
+    zeros = (torch.zeros(x.shape, dtype=torch.float64),) * 4
+    wide = sample.to(torch.float64)
+    sizes = zeros if case.size is None else case.size(wide.input, wide.target, **wide.options)
+    found = {}
+    for i, (got, want, near) in enumerate(
+        zip((loss, *grads), (exact[0], *exact[1]), (narrow[0], *narrow[1]), strict=True)
+    ):
+        size = sizes[i].expand(x.shape)
+        bad = ~(agrees(got, want, size) | agrees(got, near, size))
+        if bad.any():
+            found[i] = (x[bad], y[bad], got[bad].double(), want[bad])
+    return found
+
+
+@pytest.mark.parametrize(("case", "variation", "dtype"), LATTICE)
+def test_lattice(case: Case, variation: Variation, dtype: torch.dtype) -> None:
+    """torch's results, in float64 or in the computed type, but for those that are listed."""
+    seen: dict[int, dict[str, int]] = {}
+    for i, (x, y, got, want) in differences(case, variation, dtype).items():
+        counts = seen.setdefault(i, {})
+        for a, b, g, w in zip(x, y, got, want, strict=True):
+            kind = next((name for name, is_it in KINDS.items() if is_it(a, b, g, w)), None)
+            assert kind, f"result {i} of {a.item()}, {b.item()}: {g.item()}, not {w.item()}"
+            counts[kind] = counts.get(kind, 0) + 1
+    listed = {
+        i: counts
+        for (name, which, i, type), counts in DIFFERENT.items()
+        if (name, which, type) == (case.name, variation.name, str(dtype)[6:])
+    }
+    assert seen == listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -17,7 +18,12 @@ from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+import mbkern
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:reduction. .mean. divides"),  # of kl_div
+]
 
 OPS = {
     op.name: op for op in op_db if op.name.startswith("nn.functional.") and not op.variant_test_name
@@ -50,7 +56,9 @@ def samples(case: Case, dtype: torch.dtype) -> list[tuple[str, Call, Call]]:
         calls.append(
             (text, (case.function, args, sample.kwargs), (case.torch, args, sample.kwargs))
         )
-    info = MODULES[case.torch_module]
+    info = MODULES.get(case.torch_module)
+    if info is None:  # torch has no samples of it
+        return calls
     # Made in fp32, as some of torch's generators know no other dtype, and rounded.
     inputs = info.module_inputs_func(info, "cpu", torch.float32, False, training=True)
     for entry in inputs:
@@ -63,65 +71,97 @@ def samples(case: Case, dtype: torch.dtype) -> list[tuple[str, Call, Call]]:
     return calls
 
 
-def differentiate(call: Call, dtype: torch.dtype) -> list[Tensor | None]:
-    """Loss, and gradients of the floating arguments from an incoming gradient of small integers."""
+def require_grad(case: Case, args: list[Any]) -> list[Any]:
+    """Of the arguments that are differentiable here; class indices are not, in cross_entropy."""
+    names = case.arguments if case.has_rows else case.differentiable
+    for name, value in zip(case.arguments, args, strict=False):
+        if name in names and isinstance(value, Tensor):
+            value.requires_grad_(value.is_floating_point())
+    return args
+
+
+def differentiate(case: Case, call: Call, dtype: torch.dtype) -> list[Tensor | None]:
+    """Loss, and gradients of the arguments from an incoming gradient of small integers."""
     function, args, kwargs = call
     if isinstance(function, torch.nn.Module):
         function = copy.deepcopy(function).to(dtype)
     kwargs = {k: with_dtype(v, dtype) for k, v in kwargs.items()}
-    leaves = [with_dtype(a, dtype) for a in args]
-    leaves = [a.requires_grad_(a.is_floating_point()) for a in leaves]
+    leaves = require_grad(case, [with_dtype(a, dtype) for a in args])
     loss = function(*leaves, **kwargs)
     incoming = torch.arange(loss.numel()).reshape(loss.shape) % 5 - 1
     loss.backward(incoming.to(loss.dtype) + (loss.dim() == 0) * 2)
-    return [loss.detach(), *(leaf.grad for leaf in leaves)]
+    return [loss.detach(), *(a.grad if isinstance(a, Tensor) else None for a in leaves)]
+
+
+def largest(case: Case, args: tuple[Any, ...]) -> float:
+    """Of the numbers that a loss adds and subtracts."""
+    tops = [a.detach().nan_to_num(0, 0, 0).abs().max().item() for a in args if is_numbers(a)]
+    if case.name == "gaussian_nll_loss" and len(tops) > 2:  # squares over squared variances
+        return float(((tops[0] + tops[1]) / args[2].min() + 1) ** 2)
+    return max(tops, default=0.0)
+
+
+def is_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
 
 
 @every_dtype
 @every_stock_case
 def test_samples(case: Case, dtype: torch.dtype) -> None:
     calls = samples(case, dtype)
-    assert len(calls) >= {"cross_entropy": 100, "mse_loss": 10}[case.name]
+    assert len(calls) >= {"cross_entropy": 100}.get(case.name, 7)
     for text, mine, stock in calls:
-        got, theirs = (differentiate(call, dtype) for call in (mine, stock))
-        want = differentiate(stock, torch.float64)
-        magnitude = max((a.abs().max().item() for a in mine[1] if a.is_floating_point()), default=0)
+        got, theirs = (differentiate(case, call, dtype) for call in (mine, stock))
+        want = differentiate(case, stock, torch.float64)
+        magnitude = largest(case, mine[1])
         for i, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
             assert (g is None) == (t is None), f"{text}: gradient {i} is {g}"
             if g is not None and w is not None:
                 label = f"{text} {dtype}: {'loss' if i == 0 else f'gradient {i}'}"
-                magnitude = magnitude if dtype is torch.float64 else 0.0
-                check(g, w, t, label, magnitude)
+                counts = dtype is torch.float64 or case.size is not None
+                if i > 0 and g.shape != mine[1][0].shape and dtype.itemsize == 2:
+                    continue  # summed by torch, after the rounding
+                if case.name in ("poisson_nll_loss", "kl_div") and i == 2:
+                    # NaN times 0, or 0 * inf: see the lattice of test_special_values.py
+                    odd = w.isnan() | g.isnan()
+                    g, w, t = (v.masked_fill(odd, 0) for v in (g, w, t))
+                check(g, w, t, label, magnitude if counts else 0.0)
 
 
 @every_stock_case
 def test_gradcheck(case: Case) -> None:
     """Numerical derivatives, for each sample and its every differentiable argument."""
-    for text, (function, args, kwargs), _ in samples(case, torch.float64):
-        leaves = [with_dtype(a, torch.float64) for a in args]
-        leaves = [a.requires_grad_(a.is_floating_point()) for a in leaves]
+    for text, (function, args, kwargs), (stock, _, _) in samples(case, torch.float64):
+        leaves = require_grad(case, [with_dtype(a, torch.float64) for a in args])
         small = args[0].numel() <= 50
-        assert torch.autograd.gradcheck(
-            lambda *a, f=function, k=kwargs: f(*a, **k), leaves, fast_mode=not small
-        ), text
+        options = {"fast_mode": not small, "raise_exception": False}
+        passes = (
+            torch.autograd.gradcheck(functools.partial(f, **kwargs), leaves, **options)
+            for f in (function, stock)
+        )  # torch's own may be at a kink, or not be a number
+        assert next(passes) or not next(passes), text
 
 
 @every_dtype
 @every_stock_case
 def test_error_inputs(case: Case, dtype: torch.dtype) -> None:
     """What torch's module refuses, ours refuses, in its own words."""
-    info = MODULES[case.torch_module]
-    if info.module_error_inputs_func is None:
-        assert case.name == "mse_loss"
+    info = MODULES.get(case.torch_module)
+    if info is None or info.module_error_inputs_func is None:
+        assert case.name != "cross_entropy"
         return
     errors = list(info.module_error_inputs_func(info, "cpu", torch.float32, False, training=True))
-    assert len(errors) >= 7
+    assert len(errors) >= (7 if case.name == "cross_entropy" else 1)
     for error in errors:
         make, call = (
             error.module_error_input.constructor_input,
             error.module_error_input.forward_input,
         )
         options = {k: with_dtype(v, dtype) for k, v in make.kwargs.items()}
+        if call is None:  # the constructor, which is torch's, refuses it
+            with pytest.raises(error.error_type, match=error.error_regex):
+                case.module(*make.args, **options)
+            continue
         args = [with_dtype(a, dtype) for a in call.args]
         with pytest.raises((ValueError, TypeError, RuntimeError), match=r"^mbkern: "):
             case.module(*make.args, **options)(*args, **call.kwargs)
@@ -136,16 +176,22 @@ def _positional(function: Any) -> list[tuple[str, Any]]:
 @every_stock_case
 def test_signatures(case: Case) -> None:
     """torch's arguments in torch's order with torch's defaults; ours are keywords with defaults."""
-    pairs = [
+    for mine, stock in (
         (case.function, case.torch),
-        (case.module.__init__, case.torch_module.__init__),
         (case.module.forward, case.torch_module.forward),
-    ]
-    for mine, stock in pairs:
+    ):
         assert _positional(mine) == _positional(stock)
         for p in inspect.signature(mine).parameters.values():
-            assert p.kind is not p.VAR_KEYWORD, f"{mine} swallows misspelt options"
             assert p.kind is not p.KEYWORD_ONLY or p.default is not p.empty
+    defaults = [default for name, default in _positional(case.torch_module.__init__)[1:]]
+    for module in (case.module(*defaults), case.module()):
+        for name, value in vars(case.torch_module()).items():
+            assert name[0] == "_" or vars(module)[name] == value
+    sample = case.sample((4, 3), torch.float32)
+    with pytest.raises(TypeError, match="misspelt"):
+        case.function(sample.input, sample.target, misspelt=1)
+    with pytest.raises(TypeError, match="misspelt"):
+        case.module(misspelt=1)
 
 
 MODULE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -156,14 +202,31 @@ MODULE_OPTIONS: dict[str, dict[str, Any]] = {
         "z_loss": 0.01,
         "softcap": 3.0,
     },
+    "smooth_l1_loss": {"beta": 0.5},
+    "huber_loss": {"delta": 0.5},
+    "quantile_loss": {"quantile": 0.9},
+    "binary_cross_entropy": {"weight": torch.tensor([1.0, 2.0, 0.5])},
+    "binary_cross_entropy_with_logits": {
+        "weight": torch.tensor([1.0, 2.0, 0.5]),
+        "pos_weight": torch.tensor([2.0, 1.0, 0.5]),
+    },
+    "sigmoid_focal_loss": {"alpha": 0.5, "gamma": 1.5},
+    "hinge_embedding_loss": {"margin": 0.5},
+    "hinge_loss": {"margin": 0.5},
+    "squared_hinge_loss": {"margin": 0.5},
+    "margin_ranking_loss": {"margin": 0.5},
+    "kl_div": {"log_target": True},
+    "poisson_nll_loss": {"log_input": True, "full": True, "eps": 1e-3},
+    "gaussian_nll_loss": {"full": True, "eps": 0.75},
+    "tweedie_nll_loss": {"power": 1.25, "log_input": False, "eps": 1e-3},
 }
 EXTRAS = {"reduction": "sum", "grad_scale": 2.0, "loss_dtype": torch.float64, "inplace": False}
 
 
-def module_and_call(case: Case) -> tuple[torch.nn.Module, tuple[Tensor, Tensor]]:
+def module_and_call(case: Case) -> tuple[torch.nn.Module, tuple[Tensor, ...]]:
     module = case.module(**MODULE_OPTIONS.get(case.name, {}), **EXTRAS)
     sample = case.sample((4, 3), torch.float32)
-    return module, (sample.input, sample.target)
+    return module, tuple(case.tensors(sample).values())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -171,18 +234,24 @@ def test_modules_are_the_functions(case: Case) -> None:
     """Every option of a constructor reaches the function; the sample weight comes with the call."""
     module, arguments = module_and_call(case)
     options = {**MODULE_OPTIONS.get(case.name, {}), **EXTRAS}
-    assert torch.equal(module(*arguments), case.function(*arguments, **options))
+    function = getattr(mbkern.functional, case.name)
+    assert torch.equal(module(*arguments), function(*arguments, **options))
     for name in options:
         changed = {k: v for k, v in options.items() if k != name}
         result = case.module(**changed)(*arguments)
-        assert torch.equal(result, case.function(*arguments, **changed)), name
+        assert torch.equal(result, function(*arguments, **changed)), name
     weight = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     weight = weight.flatten() if case.has_rows else weight
     weighted = module(*arguments, sample_weight=weight)
     assert torch.equal(weighted, case.function(*arguments, **options, sample_weight=weight))
     assert not torch.equal(weighted, module(*arguments))
-    mean = case.module(denominator=64)
+    mean = case.module(denominator=64, reduction="mean")
     assert torch.equal(mean(*arguments), case.function(*arguments, denominator=64))
+
+
+def stock_names(case: Case) -> set[str]:
+    """Tensors that torch's module keeps in its state, too."""
+    return {"weight", "pos_weight"} & set(inspect.signature(case.torch_module.__init__).parameters)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -203,7 +272,9 @@ def test_modules_travel(case: Case) -> None:
         assert plain[0] == plain[1]
         assert torch.equal(other(*arguments), want)
     if case.torch_module is not None:
-        torchs = {k: v for k, v in MODULE_OPTIONS.get(case.name, {}).items() if k == "weight"}
+        torchs = {
+            k: v for k, v in MODULE_OPTIONS.get(case.name, {}).items() if k in stock_names(case)
+        }
         stock = case.torch_module(**torchs)
         assert list(module.state_dict()) == list(stock.state_dict())
         fresh = case.module(**{k: torch.ones_like(v) for k, v in torchs.items()})
@@ -220,7 +291,9 @@ def test_legacy_arguments() -> None:
     """size_average and reduce mean what they mean in torch, and warn as there."""
     for case in STOCK:
         sample = case.sample((4, 3), torch.float32)
-        arguments = (sample.input, sample.target)
+        if "size_average" not in inspect.signature(case.torch).parameters:
+            continue
+        arguments = tuple(case.tensors(sample).values())
         for average, reduce in ((True, True), (False, True), (None, False), (False, None)):
             options = {"size_average": average, "reduce": reduce}
             with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
@@ -237,6 +310,8 @@ def test_reduction_names() -> None:
     for case in CASES:
         sample = case.sample((4, 3), torch.float32)
         for reduction in ("average", "", "Mean", "batchmean"):
+            if (reduction, case.name) == ("batchmean", "kl_div"):
+                continue
             with pytest.raises(ValueError, match="is not a valid reduction"):
                 case.function(sample.input, sample.target, reduction=reduction)
         for reduction in ("none", "sum"):
@@ -249,7 +324,7 @@ def test_weights_that_require_grad_are_refused() -> None:
     for case in CASES:
         sample = case.sample((4, 3), torch.float32)
         shape = (4,) if case.has_rows else (4, 3)
-        names = inspect.signature(case.function).parameters
+        names = {"sample_weight", *inspect.signature(case.function).parameters}
         shapes = {"weight": (3,) if case.has_rows else (4, 3), "sample_weight": shape}
         for name in shapes.keys() & names:
             weight = torch.ones(shapes[name], requires_grad=True)

@@ -22,7 +22,7 @@ MBK_DEVICE int64_t warp_sum(int64_t x) {
   return x;
 }
 
-// Out of line, as they are rare and long: what does not fit the bins, and full bins.
+// Out of line: rare and long. A call costs registers, though.
 static __device__ __noinline__ void add_odd(ExactSumState& state, float x) {
   add(state, x, AtomicAdd{});
 }
@@ -32,16 +32,20 @@ static __device__ __noinline__ void add_full_bins(ExactSumState& state, double c
   add_integer(state, (int64_t)(fine * 0x1p60), 149 - kFine, AtomicAdd{});
 }
 
-// What one thread adds up. `state` is the warp's own, or shared by several: it takes what the bins
-// do not hold.
-struct ThreadSum {
+// What one thread adds up; kCompact: with what is rare out of line. `state` is the warp's own, or
+// shared by several: it takes what the bins do not hold.
+template <bool kCompact>
+struct ThreadSums {
   double coarse = 0, fine = 0;
   int additions = 0;
   bool overflowed = false;
 
   MBK_DEVICE void add(float x, ExactSumState& state) {
     if (!fits_bins(abs(x))) {
-      add_odd(state, x);
+      if constexpr (kCompact)
+        add_odd(state, x);
+      else
+        mbk::MBK_ISA::add(state, x, AtomicAdd{});
       overflowed = true;
       return;
     }
@@ -51,7 +55,12 @@ struct ThreadSum {
     if (++additions == kFlush) flush(state);
   }
   MBK_DEVICE void flush(ExactSumState& state) {
-    add_full_bins(state, coarse, fine);
+    if constexpr (kCompact) {
+      add_full_bins(state, coarse, fine);
+    } else {
+      add_integer(state, (int64_t)(coarse * 0x1p16), 149 - kCoarse, AtomicAdd{});
+      add_integer(state, (int64_t)(fine * 0x1p60), 149 - kFine, AtomicAdd{});
+    }
     coarse = fine = 0;
     additions = 0;
     overflowed = true;
@@ -85,5 +94,7 @@ struct ThreadSum {
     return __shfl_sync(kWholeWarp, total, 0);
   }
 };
+using ThreadSum = ThreadSums<false>;
+using CompactThreadSum = ThreadSums<true>;
 
 }  // namespace mbk::MBK_ISA

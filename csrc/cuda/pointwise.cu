@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, Loss::kInputs == 2 ? 4 : 3)
   const int64_t first = (int64_t)blockIdx.x * kPointwiseThreads + threadIdx.x,
                 threads = (int64_t)gridDim.x * kPointwiseThreads, size = p.args.size;
   const int64_t dense = sizeof(T) == 4 && p.vectors ? size / kVector : 0;
-  ThreadSum sum;
+  CompactThreadSum sum;
   if constexpr (sizeof(T) == 4) {
     for (int64_t i = first; i < dense; i += threads) {
       T loss[kVector];

@@ -312,6 +312,8 @@ def cases(kernel: str, dtype: torch.dtype) -> list[Case]:
         found = [case for case in found if case.name in FORMULA]
     if kernel == "binary_cross_entropy":  # which refuses what is no probability
         found = [case for case in found if not {"lattice", "wide"} & set(case.with_.split())]
+    if find(kernel).is_flat:
+        found = [case for case in found if len(case.shape) == 2]
     return [case for case in found if dtype is not torch.float64 or case.mode != "reduced"]
 
 
