@@ -26,7 +26,7 @@ def test_regression() -> None:
 
 
 def test_detection() -> None:
-    found = detection.run(epochs=1)
+    found = detection.run(epochs=6)
     ours, theirs = found["focal loss, mbkern"], found["focal loss, torch"]
     assert ours == pytest.approx(theirs, abs=2e-3)
-    assert ours > 0.1  # 0.02 is chance
+    assert ours > 0.5  # 0.02 is chance
