@@ -133,6 +133,8 @@ def test_gradcheck(case: Case) -> None:
     """Numerical derivatives, for each sample and its every differentiable argument."""
     for text, (function, args, kwargs), (stock, _, _) in samples(case, torch.float64):
         leaves = require_grad(case, [with_dtype(a, torch.float64) for a in args])
+        if case.name == "binary_cross_entropy":  # a step away from 0 or 1 is no probability
+            leaves = [t.detach().mul(0.9).add(0.05).requires_grad_() for t in leaves]
         small = args[0].numel() <= 50
         options = {"fast_mode": not small, "raise_exception": False}
         passes = (

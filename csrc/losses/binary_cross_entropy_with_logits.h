@@ -17,7 +17,8 @@ struct BinaryCrossEntropyWithLogits {
     const V yes = x[2] * x[1], no = splat<V>(1) - x[1];
     loss = multiply_add(yes, l.softplus_of_minus, no * l.softplus);
     d[0] = multiply_add(no, l.sigmoid, -(yes * l.sigmoid_of_minus));
-    d[1] = multiply_add(x[2] - splat<V>(1), l.softplus_of_minus, -x[0]);
+    const V more = x[2] - splat<V>(1), zero = V{};  // most often 0, and then so is the product
+    d[1] = select(more == zero, zero, more * l.softplus_of_minus) - x[0];
     d[2] = V{};
   }
 };

@@ -30,7 +30,7 @@ int omp_get_num_threads() { return thread_count; }
 }
 
 // Of all results, and of those of --quick. They change with NUMERICS_VERSION and with these tests.
-constexpr uint64_t kDigest = 0xea8997f406188dea, kQuickDigest = 0xa374bcb70146e96e;
+constexpr uint64_t kDigest = 0x0baf7f89745ef4b3, kQuickDigest = 0xa374bcb70146e96e;
 
 namespace test {
 
