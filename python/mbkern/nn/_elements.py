@@ -1,4 +1,4 @@
-"""Modules of losses that torch has."""
+"""Modules of losses that torch has, of which an item is an element."""
 
 from __future__ import annotations
 
@@ -6,112 +6,67 @@ import torch
 from torch import Tensor
 
 from mbkern import functional as F
-from mbkern.nn._module import Extras
+from mbkern.nn._module import Extras, TorchLoss
 
 
-class MSELoss(Extras, torch.nn.MSELoss):
+class MSELoss(TorchLoss, torch.nn.MSELoss):
     """The counterpart of :class:`torch.nn.MSELoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.mse_loss(input, target, reduction=self.reduction, **self._extras(sample_weight))
+    _function = staticmethod(F.mse_loss)
 
 
-class L1Loss(Extras, torch.nn.L1Loss):
+class L1Loss(TorchLoss, torch.nn.L1Loss):
     """The counterpart of :class:`torch.nn.L1Loss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.l1_loss(input, target, reduction=self.reduction, **self._extras(sample_weight))
+    _function = staticmethod(F.l1_loss)
 
 
-class SmoothL1Loss(Extras, torch.nn.SmoothL1Loss):
+class SmoothL1Loss(TorchLoss, torch.nn.SmoothL1Loss):
     """The counterpart of :class:`torch.nn.SmoothL1Loss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.smooth_l1_loss(
-            input, target, reduction=self.reduction, beta=self.beta, **self._extras(sample_weight)
-        )
+    _function = staticmethod(F.smooth_l1_loss)
+    _options = ("beta",)
 
 
-class HuberLoss(Extras, torch.nn.HuberLoss):
+class HuberLoss(TorchLoss, torch.nn.HuberLoss):
     """The counterpart of :class:`torch.nn.HuberLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.huber_loss(
-            input, target, reduction=self.reduction, delta=self.delta, **self._extras(sample_weight)
-        )
+    _function = staticmethod(F.huber_loss)
+    _options = ("delta",)
 
 
-class BCELoss(Extras, torch.nn.BCELoss):
+class BCELoss(TorchLoss, torch.nn.BCELoss):
     """The counterpart of :class:`torch.nn.BCELoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.binary_cross_entropy(
-            input,
-            target,
-            reduction=self.reduction,
-            weight=self.weight,
-            **self._extras(sample_weight),
-        )
+    _function = staticmethod(F.binary_cross_entropy)
+    _options = ("weight",)
 
 
-class BCEWithLogitsLoss(Extras, torch.nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(TorchLoss, torch.nn.BCEWithLogitsLoss):
     """The counterpart of :class:`torch.nn.BCEWithLogitsLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.binary_cross_entropy_with_logits(
-            input,
-            target,
-            reduction=self.reduction,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            **self._extras(sample_weight),
-        )
+    _function = staticmethod(F.binary_cross_entropy_with_logits)
+    _options = ("weight", "pos_weight")
 
 
-class SoftMarginLoss(Extras, torch.nn.SoftMarginLoss):
+class SoftMarginLoss(TorchLoss, torch.nn.SoftMarginLoss):
     """The counterpart of :class:`torch.nn.SoftMarginLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.soft_margin_loss(
-            input, target, reduction=self.reduction, **self._extras(sample_weight)
-        )
+    _function = staticmethod(F.soft_margin_loss)
 
 
-class HingeEmbeddingLoss(Extras, torch.nn.HingeEmbeddingLoss):
+class HingeEmbeddingLoss(TorchLoss, torch.nn.HingeEmbeddingLoss):
     """The counterpart of :class:`torch.nn.HingeEmbeddingLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.hinge_embedding_loss(
-            input,
-            target,
-            reduction=self.reduction,
-            margin=self.margin,
-            **self._extras(sample_weight),
-        )
+    _function = staticmethod(F.hinge_embedding_loss)
+    _options = ("margin",)
+
+
+class KLDivLoss(TorchLoss, torch.nn.KLDivLoss):
+    """The counterpart of :class:`torch.nn.KLDivLoss`."""
+
+    _function = staticmethod(F.kl_div)
+    _options = ("log_target",)
 
 
 class PoissonNLLLoss(Extras, torch.nn.PoissonNLLLoss):
@@ -128,22 +83,6 @@ class PoissonNLLLoss(Extras, torch.nn.PoissonNLLLoss):
             log_input=self.log_input,
             full=self.full,
             eps=self.eps,
-            **self._extras(sample_weight),
-        )
-
-
-class KLDivLoss(Extras, torch.nn.KLDivLoss):
-    """The counterpart of :class:`torch.nn.KLDivLoss`."""
-
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.kl_div(
-            input,
-            target,
-            reduction=self.reduction,
-            log_target=self.log_target,
             **self._extras(sample_weight),
         )
 

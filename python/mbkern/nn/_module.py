@@ -34,6 +34,22 @@ class Extras:
         return {"sample_weight": sample_weight, **{name: getattr(self, name) for name in _EXTRAS}}
 
 
+class TorchLoss(Extras):
+    """A loss of an input against a target whose options are attributes of torch's module."""
+
+    _function: Callable[..., Tensor]
+    _options: tuple[str, ...] = ()
+    reduction: str
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        options = {name: getattr(self, name) for name in self._options}
+        extras = self._extras(sample_weight)
+        return self._function(input, target, reduction=self.reduction, **options, **extras)
+
+
 class OwnLoss(Extras, torch.nn.Module):
     """A loss that torch does not have: its function's parameters by keyword."""
 

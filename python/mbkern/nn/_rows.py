@@ -1,4 +1,4 @@
-"""Modules of torch's losses of which an item is a row."""
+"""Modules of losses that torch has, of which an item is a row."""
 
 from __future__ import annotations
 
@@ -6,70 +6,34 @@ import torch
 from torch import Tensor
 
 from mbkern import functional as F
-from mbkern.nn._module import Extras
+from mbkern.nn._module import Extras, TorchLoss
 
 
-class NLLLoss(Extras, torch.nn.NLLLoss):
+class NLLLoss(TorchLoss, torch.nn.NLLLoss):
     """The counterpart of :class:`torch.nn.NLLLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.nll_loss(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            **self._extras(sample_weight),
-        )
+    _function = staticmethod(F.nll_loss)
+    _options = ("weight", "ignore_index")
 
 
-class MultiMarginLoss(Extras, torch.nn.MultiMarginLoss):
+class MultiMarginLoss(TorchLoss, torch.nn.MultiMarginLoss):
     """The counterpart of :class:`torch.nn.MultiMarginLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.multi_margin_loss(
-            input,
-            target,
-            p=self.p,
-            margin=self.margin,
-            weight=self.weight,
-            reduction=self.reduction,
-            **self._extras(sample_weight),
-        )
+    _function = staticmethod(F.multi_margin_loss)
+    _options = ("p", "margin", "weight")
 
 
-class MultiLabelMarginLoss(Extras, torch.nn.MultiLabelMarginLoss):
+class MultiLabelMarginLoss(TorchLoss, torch.nn.MultiLabelMarginLoss):
     """The counterpart of :class:`torch.nn.MultiLabelMarginLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.multilabel_margin_loss(
-            input, target, reduction=self.reduction, **self._extras(sample_weight)
-        )
+    _function = staticmethod(F.multilabel_margin_loss)
 
 
-class MultiLabelSoftMarginLoss(Extras, torch.nn.MultiLabelSoftMarginLoss):
+class MultiLabelSoftMarginLoss(TorchLoss, torch.nn.MultiLabelSoftMarginLoss):
     """The counterpart of :class:`torch.nn.MultiLabelSoftMarginLoss`."""
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of ``input`` against ``target``."""
-        return F.multilabel_soft_margin_loss(
-            input,
-            target,
-            weight=self.weight,
-            reduction=self.reduction,
-            **self._extras(sample_weight),
-        )
+    _function = staticmethod(F.multilabel_soft_margin_loss)
+    _options = ("weight",)
 
 
 class CosineEmbeddingLoss(Extras, torch.nn.CosineEmbeddingLoss):
