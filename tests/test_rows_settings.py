@@ -1,52 +1,34 @@
-"""Losses of rows of several tensors with everything around: memory, autograd, tracing, refusals."""
+"""Losses of rows of several tensors with everything around: memory, autograd, tracing."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import DTYPES, REDUCTIONS, check
-from row_cases import KERNELS, ROW_CASES, RowCase, RowSample, Variation, direct
+from row_calls import (
+    CASE,
+    HALF,
+    every_case,
+    every_kernel,
+    shapes,
+    through_autograd,
+    usable,
+)
+from row_cases import RowCase, RowSample, direct
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import mbkern
 from mbkern import _ops, loss_and_grad
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_case = pytest.mark.parametrize("case", ROW_CASES, ids=lambda case: case.name)
-every_kernel = pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
-STOCK = [case for case in ROW_CASES if case.torch is not None]
-every_stock_case = pytest.mark.parametrize("case", STOCK, ids=lambda case: case.name)
-CASE = {case.name: case for case in ROW_CASES}
-HALF = (torch.bfloat16, torch.float16)
-
-
-def shapes(case: RowCase) -> tuple[tuple[int, ...], ...]:
-    return ((6, 70), (9, 5), (2, 90, 3)) if case.images else ((6, 70), (9, 5))
-
-
-def through_autograd(case: RowCase, sample: RowSample, **options: Any) -> list[Tensor]:
-    """Loss, and the gradients of its sum."""
-    sample, leaves = case.leaves(sample)
-    loss = case.function(**sample.tensors, **sample.options, **options)
-    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
-
-
-def usable(case: RowCase, reduction: str = "mean") -> Iterator[Variation]:
-    for variation in case.variations:
-        if reduction == "mean" or "denominator" not in variation.options:
-            yield variation
 
 
 # ---- loss_and_grad and memory --------------------------------------------------------------------
@@ -419,297 +401,3 @@ def test_operators(name: str, reduction: str, form: bool) -> None:
         backward = (torch.full_like(value, 0.5), *tensors, hint, divisor, *options, form)
         every = [t is not None for t in inputs]
         assert set(opcheck(_ops.tensor_loss_backward, (*backward, *every)).values()) == {"SUCCESS"}
-
-
-# ---- refusals ------------------------------------------------------------------------------------
-
-INDEXED = [case for case in ROW_CASES if case.name in (
-    "nll_loss", "multi_margin_loss", "softmax_focal_loss", "info_nce_loss"
-)]  # fmt: skip
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("case", INDEXED, ids=lambda case: case.name)
-def test_bad_classes(case: RowCase, isa: str) -> None:
-    """The message has the row and the value, and nothing is written."""
-    for dtype, columns, bad in itertools.product(DTYPES, (5, 70, 1100), (-1, None, 2**40)):
-        value = columns if bad is None else bad
-        sample = case.sample((9, columns), dtype)
-        target = sample.tensors["target"].clone()
-        target[6], target[8] = value, value
-        bad_sample = sample.of(target=target)
-        seen, _ = case.leaves(bad_sample)
-        with pytest.raises(IndexError, match=f"target {value} at flat index 6"):
-            case.function(**seen.tensors)
-        if case.registered:
-            out = torch.full((9, columns), 7.0, dtype=dtype)
-            tensors, _ = direct(case, bad_sample)
-            total = mbkern.LossSum()
-            more = {"loss_sum": total} if dtype is not torch.float64 else {}
-            with pytest.raises(IndexError, match=f"target {value} at flat index 6"):
-                loss_and_grad(case.name, *tensors, grad_out=out, **more)
-            assert (out == 7).all()
-            assert not total.state.any()
-
-
-@pytest.mark.cpu
-def test_bad_lists(isa: str) -> None:
-    case = CASE["multilabel_margin_loss"]
-    for columns, bad in itertools.product((5, 70, 1100), (-2, None, 2**40)):
-        value = columns if bad is None else bad
-        sample = case.sample((9, columns))
-        target = torch.full((9, columns), -1)
-        target[:, 0] = 2
-        target[6, 1] = value
-        out = torch.full((9, columns), 7.0)
-        with pytest.raises(IndexError, match=rf"{value} at (flat index {6 * columns + 1}|row 6)\b"):
-            loss_and_grad(case.name, sample.tensors["input"], target, grad_out=out)
-        assert (out == 7).all()
-        with pytest.raises((IndexError, RuntimeError)):  # torch's too
-            F.multilabel_margin_loss(sample.tensors["input"], target)
-
-
-@every_case
-def test_wrong_tensors(case: RowCase) -> None:
-    """Values and shapes are in the messages."""
-    sample = case.sample((6, 70))
-    refused = (ValueError, TypeError, RuntimeError, IndexError)
-    for name in case.inputs:
-        t = sample.tensors[name]
-        for wrong in (t[:4], t[:, :3], t[..., None], t[0, 0], t.to(torch.complex64)):
-            if case.name == "entropy_with_logits" and wrong.dim() and not wrong.is_complex():
-                continue  # alone, these are right
-            with pytest.raises(refused, match=r"^mbkern: "):
-                case.function(**sample.of(**{name: wrong}).tensors)
-    target = sample.tensors.get("target", torch.arange(6))
-    if case.inputs[-1] not in ("target", "negative"):
-        for wrong in (target[:4], target[None], target.to(torch.complex64)):
-            with pytest.raises(refused, match=r"^mbkern: "):
-                case.function(**sample.of(target=wrong).tensors)
-    for name, value in (("sample_weight", torch.ones(7)), ("denominator", torch.ones(3))):
-        with pytest.raises(refused, match=r"^mbkern: "):
-            case.function(**sample.tensors, **{name: value})
-    with pytest.raises(TypeError, match="weird"):
-        case.function(**sample.tensors, weird=1)
-    for reduction in ("average", "batchmean"):
-        with pytest.raises(ValueError, match="is not a valid reduction"):
-            case.function(**sample.tensors, reduction=reduction)
-    with pytest.raises(ValueError, match="denominator goes with reduction='mean'"):
-        case.function(**sample.tensors, reduction="sum", denominator=2)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("triplet_margin_loss", {"p": 3}, "p = 2 only, not 3"),
-        ("triplet_margin_loss", {"p": 1.0}, "p = 2 only, not 1.0"),
-        ("multi_margin_loss", {"p": 3}, "p must be in .1, 2., not 3"),
-        ("multi_margin_loss", {"p": 1.5}, "p must be 1 or 2, not 1.5"),
-        ("multi_margin_loss", {"weight": torch.ones(3)}, "weight"),
-        ("nll_loss", {"weight": torch.ones(3)}, "weight"),
-        ("dice_loss", {"smooth": -1.0}, "smooth must be"),
-        ("softmax_focal_loss", {"gamma": -1.0}, "gamma must be"),
-        ("js_div_with_logits", {"beta": 1.5}, "beta must be"),
-        ("js_div_with_logits", {"beta": -0.1}, "beta must be"),
-        ("kl_div_with_logits", {"direction": "backward"}, "direction must be 'forward' or 'rev"),
-        *(
-            (case.name, {"temperature": value}, "temperature must be")
-            for case in ROW_CASES
-            for value in (0.0, -1.0, float("nan"))
-            if any("temperature" in v.options for v in case.variations)
-        ),
-    ],
-)
-def test_wrong_options(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CASE[name].function(**CASE[name].sample((6, 70)).tensors, **options)
-
-
-def test_info_nce_without_a_target() -> None:
-    """Key i belongs to query i; more queries than keys need a target."""
-    x = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
-    got = mbkern.functional.info_nce_loss(x, temperature=0.1)
-    torch.testing.assert_close(got, F.cross_entropy(x / 0.1, torch.arange(5)))
-    with pytest.raises(ValueError, match="9 queries have only 5 keys"):
-        mbkern.functional.info_nce_loss(x.T)
-    for wrong in (x[0], x[None]):
-        with pytest.raises(ValueError, match="similarity must be"):
-            mbkern.functional.info_nce_loss(wrong)
-
-
-# ---- modules and torch's samples -----------------------------------------------------------------
-
-
-@every_case
-def test_modules(case: RowCase) -> None:
-    """A constructor's options reach the function; tensors come with the call."""
-    for variation in case.variations:
-        sample = case.sample((6, 9), torch.float32, variation)
-        options = dict(sample.options)
-        later = {n: options.pop(n) for n in ("sample_weight", "target") if n in options}
-        module = case.module(**options, loss_dtype=torch.float64)
-        got = module(*sample.tensors.values(), **later)
-        want = case.function(**sample.tensors, **sample.options, loss_dtype=torch.float64)
-        assert got.dtype is torch.float64
-        assert torch.equal(got.nan_to_num(), want.nan_to_num()), variation.name
-
-
-OPS = {
-    op.name: op for op in op_db if op.name.startswith("nn.functional.") and not op.variant_test_name
-}
-MODULES = {info.module_cls: info for info in module_db}
-Call = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
-
-
-def with_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """A detached copy, floating tensors in another dtype."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().clone()
-    return value.to(dtype) if value.is_floating_point() else value
-
-
-def samples(case: RowCase, dtype: torch.dtype) -> list[tuple[str, Call, Call]]:
-    """Every OpInfo and ModuleInfo sample as (description, our call, torch's call)."""
-    torch.manual_seed(0)
-    random.seed(0)
-    calls: list[tuple[str, Call, Call]] = []
-    op = OPS.get(f"nn.functional.{case.name}")
-    entries = op.sample_inputs("cpu", torch.float64) if op is not None else ()
-    for sample in entries:
-        args = tuple(with_dtype(a, dtype) for a in (sample.input, *sample.args))
-        kwargs = {k: with_dtype(v, dtype) for k, v in sample.kwargs.items()}
-        text = f"{case.name}{[tuple(a.shape) for a in args]} {list(kwargs)}"
-        calls.append((text, (case.function, args, kwargs), (case.torch, args, kwargs)))
-    stock_class = next(c for c in case.module.__mro__ if c.__module__.startswith("torch."))
-    info = MODULES.get(stock_class)  # there is none of TripletMarginLoss
-    modules = (
-        info.module_inputs_func(info, "cpu", torch.float32, False, training=True) if info else ()
-    )
-    for entry in modules:
-        make, call = entry.constructor_input, entry.forward_input
-        options = {k: with_dtype(v, dtype) for k, v in make.kwargs.items()}
-        args = tuple(with_dtype(a, dtype) for a in call.args)
-        text = f"{case.module.__name__} {entry.desc} {[tuple(a.shape) for a in args]}"
-        mine, stock = (cls(*make.args, **options) for cls in (case.module, stock_class))
-        calls.append((text, (mine, args, call.kwargs), (stock, args, call.kwargs)))
-    return calls
-
-
-def results(call: Call, dtype: torch.dtype) -> list[Tensor | None]:
-    """Loss, and gradients of the floating tensors from an incoming gradient of small integers."""
-    function, args, kwargs = call
-    if isinstance(function, torch.nn.Module):
-        function = function.to(dtype)
-    kwargs = {k: with_dtype(v, dtype) for k, v in kwargs.items()}
-    leaves = [with_dtype(a, dtype) for a in args]
-    count = {"cosine_embedding_loss": 2}.get(getattr(function, "__name__", ""), len(leaves))
-    count = 2 if isinstance(function, torch.nn.CosineEmbeddingLoss) else count
-    leaves = [a.requires_grad_(k < count and a.is_floating_point()) for k, a in enumerate(leaves)]
-    loss = function(*leaves, **kwargs)
-    incoming = torch.arange(loss.numel()).reshape(loss.shape) % 5 - 1
-    loss.backward(incoming.to(loss.dtype) + (loss.dim() == 0) * 2)
-    return [loss.detach(), *(leaf.grad for leaf in leaves)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@every_stock_case
-def test_torch_samples(case: RowCase, dtype: torch.dtype) -> None:
-    """In the dtypes that torch's function has; p other than 2 is refused."""
-    count = 0
-    for text, mine, stock in samples(case, dtype):
-        p = mine[2].get("p", getattr(mine[0], "p", 2))
-        if case.name == "triplet_margin_loss" and p != 2:
-            with pytest.raises(ValueError, match="p = 2 only"):
-                results(mine, dtype)
-            continue
-        weight = mine[2].get("weight")
-        by_element = "soft_margin" in case.name and weight is not None and weight.dim() != 1
-        one = case.name == "multi_margin_loss" and mine[1][0].dim() == 1 == mine[1][1].dim()
-        if mine[1][0].dim() == 0 or by_element or one:  # no row, weights of elements, (C) with (1)
-            message = r"^mbkern: .* (of rows|one entry for each|has shape \(1,\))"
-            with pytest.raises(ValueError, match=message):
-                results(mine, dtype)
-            continue
-        try:
-            theirs = results(stock, dtype)
-        except RuntimeError as error:
-            assert "not implemented for" in str(error), text  # noqa: PT017
-            continue
-        count += 1
-        got, want = results(mine, dtype), results(stock, torch.float64)
-        magnitude = 2 + max(a.abs().max().item() if a.numel() else 0 for a in mine[1])
-        for k, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
-            assert (g is None) == (t is None), f"{text}: gradient {k} is {g}"
-            if g is not None and w is not None:
-                check(g, w, t, f"{text} {dtype}: {k}", magnitude)
-    assert count >= 6 or dtype in HALF, count
-
-
-# ---- patched() -----------------------------------------------------------------------------------
-
-
-@every_stock_case
-def test_patched(case: RowCase) -> None:
-    """Torch's functions run here where the call is the same, and the report says so."""
-    function = getattr(F, case.name)
-    for variation in case.variations:
-        if not variation.torch:
-            continue
-        sample = case.sample((6, 9), torch.float32, variation)
-        want = through_autograd(case, sample)
-        leaves_of, leaves = case.leaves(sample)
-        with mbkern.patched(report=True) as report:
-            loss = getattr(F, case.name)(**leaves_of.tensors, **sample.options)
-        got = [loss.detach(), *torch.autograd.grad(loss, leaves)]
-        assert report.taken == {case.name: 1}, f"{variation.name}: {report}"
-        assert all(map(torch.equal, (t.nan_to_num() for t in got), (t.nan_to_num() for t in want)))
-    assert getattr(F, case.name) is function
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@every_stock_case
-def test_patched_samples(case: RowCase, dtype: torch.dtype) -> None:
-    """Every sample of torch's tests has torch's result, by whichever library."""
-    count = 0
-    with mbkern.patched(report=True) as report:
-        for text, _, (function, args, kwargs) in samples(case, dtype):
-            named = getattr(function, "__name__", "")
-            called = getattr(F, case.name) if named == case.name else function
-            got = results((called, args, kwargs), dtype)
-            with torch._C.DisableTorchFunction():
-                want = results((function, args, kwargs), torch.float64)
-            for g, w in zip(got, want, strict=True):
-                assert (g is None) == (w is None), text
-                if g is not None and w is not None:
-                    torch.testing.assert_close(g, w.to(dtype), equal_nan=True, msg=text)
-            count += 1
-    assert report.taken[case.name] >= count / 4, str(report)
-
-
-@every_stock_case
-def test_patched_passes_on(case: RowCase) -> None:
-    """What torch has and mbkern has not, and what torch refuses: torch's own results and errors."""
-    function = getattr(F, case.name)
-    sample = case.sample((6, 9))
-    calls: list[dict[str, Any]] = [{case.inputs[0]: sample.tensors[case.inputs[0]][:4]}]
-    if case.name == "triplet_margin_loss":
-        calls += [{"p": 1.0}, {"p": 3.0}]
-    if case.name == "multilabel_soft_margin_loss":
-        calls += [{n: torch.rand(2, 3, 4) for n in case.inputs}]
-    if "target" in sample.tensors and not sample.tensors["target"].is_floating_point():
-        calls += [{"target": sample.tensors["target"] + 90}]
-    for change in calls:
-        outcomes = []
-        for patch in (False, True):
-            with mbkern.patched(report=True) as report:
-                called = getattr(F, case.name) if patch else function
-                try:
-                    outcomes.append(called(**sample.tensors | change))
-                except Exception as error:
-                    outcomes.append((type(error), str(error)))
-        assert not report.taken, f"{list(change)}: {report}"
-        if isinstance(outcomes[0], Tensor):
-            assert torch.equal(*outcomes)
-        else:
-            assert outcomes[0] == outcomes[1]
