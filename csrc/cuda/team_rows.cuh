@@ -34,6 +34,7 @@ struct TeamRows {
   static constexpr int kRuns = kRun<T>;
   static constexpr bool kKeepTerms = kResident && !Loss::kHasSoftcap;
   typedef T Run[kRuns];
+  typedef typename Pick<kResident, int, int64_t>::type Column;  // registers are scarce
 
   const RowLaunch& p;
   const RowArgs& a;
@@ -99,7 +100,7 @@ struct TeamRows {
   MBK_DEVICE T coefficient(const In* probabilities, const Part& at, int step, int k) const {
     if constexpr (!Loss::kHasCoefficients) return 0;
     if (!at.has(step, k)) return 0;
-    const int64_t j = at.first + step * kGroup + k;
+    const Column j = (Column)at.first + step * kGroup + k;
     const T weight = a.class_weight ? ((const T*)a.class_weight)[j] : (T)1;
     T share = 0;
     if constexpr (!Loss::kHasIndex) share = (T)widen(probabilities[j * a.target_strides.column]);
@@ -109,7 +110,7 @@ struct TeamRows {
   // ---- a row ----
 
   struct Row {
-    int64_t target;
+    Column target;
     const In *logits, *probabilities;
     T max, factor, scale, at_target;  // of the gradient
     bool ignored;
@@ -151,7 +152,7 @@ struct TeamRows {
   // The sums of the team's block without the term of the column `apart`. Terms take the place of
   // the logits where they are kept.
   typedef typename Pick<Loss::kWideDistance, double, T>::type Distance;
-  MBK_DEVICE void sum_block(Values& v, const Row& r, const Part& at, int64_t apart,
+  MBK_DEVICE void sum_block(Values& v, const Row& r, const Part& at, Column apart,
                             double (&sums)[3]) const {
     const int spot = at.find(apart, kRuns);
     T rest[kRuns] = {}, coefficients[kRuns] = {};
@@ -250,9 +251,10 @@ struct TeamRows {
     Row r;
     r.logits = (const In*)a.input + at.offset(a.input_strides);
     r.probabilities = Loss::kHasIndex ? nullptr : (const In*)a.target + at.offset(a.target_strides);
-    ItemKind kind = active ? describe_item<Loss>(a, at, r.target) : ItemKind::ignored;
-    if (kind == ItemKind::bad && !a.from_state && team.speaks()) note_bad_target(p, i, r.target);
-    if (kind != ItemKind::plain) r.target = -1;
+    int64_t target = -1;
+    ItemKind kind = active ? describe_item<Loss>(a, at, target) : ItemKind::ignored;
+    if (kind == ItemKind::bad && !a.from_state && team.speaks()) note_bad_target(p, i, target);
+    r.target = kind == ItemKind::plain ? (Column)target : -1;
     r.ignored = kind == ItemKind::ignored;  // all terms will be 0
 
     Item item;
@@ -263,12 +265,12 @@ struct TeamRows {
       if (a.class_weight) item.target_weight = (double)((const T*)a.class_weight)[r.target];
     }
 
-    int64_t apart = r.target;  // the column whose term is kept out of the sums
+    Column apart = r.target;  // the column whose term is kept out of the sums
     if (a.from_state) {
       r.max = kind == ItemKind::ignored ? (T)__builtin_inff() : *row_state<T>(a, i, 0);
     } else {
       r.max = maximum(v, r);
-      if constexpr (!Loss::kHasIndex) apart = first_maximum(v, r);
+      if constexpr (!Loss::kHasIndex) apart = (Column)first_maximum(v, r);
     }
     // NaN anywhere, +inf, or no finite logit at all: torch's log_softmax is NaN throughout.
     if (kind == ItemKind::plain && !(abs(r.max) < (T)__builtin_inff())) kind = ItemKind::bad;
@@ -313,7 +315,9 @@ struct TeamRows {
     // sums several teams have joined has met barriers since.
     if (a.from_state || team.total() == 1) team.sync();
     const bool write = active && !(kind == ItemKind::ignored && a.accumulate);
-    const int64_t offset = at.offset(a.grad_strides);
+    // Where the item is, is computed again: kept through the sums, it would take registers that
+    // there are not.
+    const int64_t offset = ItemPosition(a, write ? i : 0).offset(a.grad_strides);
     for (int64_t w = 0; w < waves(); ++w) {
       Part here = part(w);
       if (!write) here.left = 0;
@@ -351,14 +355,17 @@ struct TeamRows {
 
   MBK_DEVICE void run() {
     Values v;
-    int64_t base = (int64_t)(blockIdx.x / p.cluster) * p.rows_of_block;
+    // The block's rows of this round; not kept from round to round: registers are scarce.
+    const auto base = [this] {
+      return (int64_t)(blockIdx.x / p.cluster) * p.rows_of_block + team.round * p.row_step;
+    };
     if constexpr (kResident) {
       Stage<In> stage(team.memory + team.bytes());
       stage.begin();
       begin();
-      stage_row(stage, base + team.group());
-      for (; base < a.items; base += p.row_step) {
-        const int64_t i = base + team.group();
+      stage_row(stage, base() + team.group());
+      while (base() < a.items) {
+        const int64_t i = base() + team.group();
         has_row = i < a.items;
         prefetch_buffer(i);
         stage.wait(columns_of_team(i), team.round);
@@ -375,8 +382,8 @@ struct TeamRows {
       }
     } else {
       begin();
-      for (; base < a.items; base += p.row_step) {
-        row(base + team.group(), v);
+      while (base() < a.items) {
+        row(base() + team.group(), v);
         team.template flush_if_full<Loss>(call());
       }
     }
