@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "core/args.h"
+#include "core/product_args.h"
 
 namespace mbk {
 
@@ -25,6 +26,7 @@ struct Backend {
   void (*sum)(const PointwiseArgs&);               // of the view kLosses: exactly, into totals
   const Elementary* elementary;                    // ends with a null name
   MultirowFn (*multirow)(int loss, DType type);    // type: computed in, f32 or f64
+  bool (*product)(const ProductArgs&);             // false where there is none of these types
 };
 
 namespace scalar {

@@ -12,10 +12,12 @@ RowFn row_function(int loss, DType input);
 PointwiseFn pointwise_function(int loss, DType type);
 MultirowFn multirow_function(int loss, DType type);
 void pointwise_sum(const PointwiseArgs&);
+bool run_product(const ProductArgs&);
 extern const ElementaryTable elementary_table;
 
 extern const Backend backend;
 constexpr Backend backend{MBK_STRING(MBK_ISA), &row_function,         &pointwise_function,
-                          &pointwise_sum,      elementary_table.rows, &multirow_function};
+                          &pointwise_sum,      elementary_table.rows, &multirow_function,
+                          &run_product};
 
 }  // namespace mbk::MBK_ISA

@@ -104,4 +104,14 @@ void set_current_backend(const std::string& name) {
   chosen.store(&find_backend(name), std::memory_order_release);
 }
 
+bool has_bf16_pairs() {
+#if defined(__x86_64__)
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  static const bool has = supports_avx512() && has_all(Cpuid(7, 1).eax, kAvx512Bf16);
+  return has && &current_backend() == &avx512::backend;
+#else
+  return false;
+#endif
+}
+
 }  // namespace mbk

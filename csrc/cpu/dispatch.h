@@ -18,4 +18,7 @@ const Backend& find_backend(const std::string& name);
 const Backend& current_backend();
 void set_current_backend(const std::string& name);
 
+// Whether the processor multiplies pairs of bf16, and the backend in use would.
+bool has_bf16_pairs();
+
 }  // namespace mbk

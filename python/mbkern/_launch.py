@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,11 +142,22 @@ def zeros_like(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Allocate a gradient, in ``like``'s layout if that is dense; huge pages where they pay."""
-    grad = torch.empty_like(like) if dtype is None else torch.empty_like(like, dtype=dtype)
-    size = grad.nbytes
-    if size >= _HUGE_PAGE_BYTES and grad.is_cpu:
-        _C.advise_huge_pages(grad.data_ptr(), size)
-    return grad
+    return in_huge_pages(
+        torch.empty_like(like) if dtype is None else torch.empty_like(like, dtype=dtype)
+    )
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """Ask for huge pages under memory that has not been touched yet, where they pay."""
+    size = fresh.nbytes
+    if size >= _HUGE_PAGE_BYTES and fresh.is_cpu:
+        _C.advise_huge_pages(fresh.data_ptr(), size)
+    return fresh
+
+
+def new_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate zeros that the system fills in at the first touch, if it can."""
+    return in_huge_pages(torch.zeros(shape, dtype=dtype, device=device))
 
 
 # ---- row losses ----------------------------------------------------------------------------------

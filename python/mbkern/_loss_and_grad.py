@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbkern import _linear_imperative
 from mbkern._arguments import (
     NO_CLASS,
     Number,
@@ -45,7 +46,10 @@ def loss_and_grad(
     """Compute a loss and its gradient in one pass, without autograd.
 
     Args:
-        name: the loss, as in ``mbkern.functional``.
+        name: the loss, as in ``mbkern.functional``. For ``"linear_cross_entropy"``, the fused head,
+            ``argnums`` are of input, linear_weight, target, linear_bias and logit_scale; the
+            weight's and the bias's gradients are added into ``grad_out`` in place, and fresh
+            gradients have their argument's dtype, also with ``accumulate``.
         tensors: the loss's tensors (``mbkern.losses()`` names them; by name, too), all of the
             loss's shape, or NumPy arrays (used in place; results are arrays then).
         argnums: which arguments to differentiate: an index or a name, or a tuple of them.
@@ -65,6 +69,8 @@ def loss_and_grad(
     Returns:
         The loss (0-dim, or one an item), and the gradient or the tuple of gradients.
     """
+    if name == _linear_imperative.NAME:
+        return _linear(tensors, argnums, reduction, grad_out, accumulate, scale, loss_sum, options)
     loss = find(name)
     positions = _positions(loss, argnums)
     given = _arguments(loss, tensors, options)
@@ -76,13 +82,7 @@ def loss_and_grad(
     outs = _structure(grad_out, argnums, positions)
     check_reduction(reduction, options.get("denominator"))
     options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-    refuse_tracing("loss_and_grad")
-    for value in (*inputs, *outs.values(), *options.values(), scale):
-        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; "
-                "call it under torch.no_grad() or with detached tensors"
-            )
+    _refuse_autograd(*inputs, *outs.values(), *options.values(), scale)
     run = _row if loss.kind == "row" else _tensors
     value, grads = run(
         loss, inputs, positions, outs, reduction, accumulate, scale, loss_sum, options
@@ -90,6 +90,43 @@ def loss_and_grad(
     result: Any = tuple(grads[p] for p in positions)
     if numpy:
         value, result = _array(value), tuple(_array(g) for g in result)
+    return value, (result if isinstance(argnums, tuple) else result[0])
+
+
+def _refuse_autograd(*values: Any) -> None:
+    refuse_tracing("loss_and_grad")
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; "
+                "call it under torch.no_grad() or with detached tensors"
+            )
+
+
+def _linear(
+    tensors: tuple[Array, ...],
+    argnums: ArgNums,
+    reduction: str,
+    grad_out: Any,
+    accumulate: bool,
+    scale: Number | None,
+    loss_sum: LossSum | None,
+    options: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The fused head, whose arguments have shapes of their own."""
+    given = _linear_imperative.arguments(tensors, options)
+    numpy = isinstance(given["input"], np.ndarray)
+    given = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in given.items()}
+    options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    names = _linear_imperative.names_of(argnums, given)
+    outs = _structure(grad_out, argnums, list(range(len(names))))
+    named = {name: outs[k] for k, name in enumerate(names)}
+    _refuse_autograd(*given.values(), *outs.values(), *options.values(), scale)
+    loss, grads = _linear_imperative.run(
+        given, names, named, reduction, accumulate, scale, loss_sum, options
+    )
+    result: Any = tuple(_array(g) for g in grads) if numpy else tuple(grads)
+    value = _array(loss) if numpy else loss
     return value, (result if isinstance(argnums, tuple) else result[0])
 
 

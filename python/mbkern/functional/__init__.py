@@ -45,6 +45,7 @@ from mbkern.functional._likelihood import (
     poisson_nll_loss,
     tweedie_nll_loss,
 )
+from mbkern.functional._linear import linear_cross_entropy
 from mbkern.functional._regression import (
     half_squared_error,
     huber_loss,
@@ -84,6 +85,7 @@ __all__ = [
     "kl_div",
     "kl_div_with_logits",
     "l1_loss",
+    "linear_cross_entropy",
     "log_cosh_loss",
     "margin_ranking_loss",
     "mse_loss",

@@ -20,6 +20,7 @@ from mbkern.nn._elements import (
     SmoothL1Loss,
     SoftMarginLoss,
 )
+from mbkern.nn._linear import LinearCrossEntropyLoss
 from mbkern.nn._own import (
     DiceLoss,
     EntropyWithLogits,
@@ -63,6 +64,7 @@ __all__ = [
     "KLDivLoss",
     "KLDivWithLogits",
     "L1Loss",
+    "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
     "MarginRankingLoss",

@@ -1,0 +1,41 @@
+"""Products whose sums are taken in a fixed order: ``c += a^T b`` into a buffer of full precision.
+
+The one product that torch does not have on the CPU (16-bit operands added in place to float32), and
+the one whose result does not depend on how the sum is cut: each element is a chain of fused
+multiply-adds that starts from the buffer. See csrc/cpu/product.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mbkern import _C
+from mbkern._tensors import describe
+
+CHAIN, BLOCKS, PAIRS = 0, 1, 2
+BLOCK = _C.PRODUCT_BLOCK
+has_pairs = _C.has_bf16_pairs
+
+
+def product(
+    c: Tensor, a: Tensor, b: Tensor, order: int = CHAIN, *, start: Tensor | None = None,
+    fresh: bool = False,
+) -> Tensor:  # fmt: skip
+    """``c += a^T b``, or with ``fresh`` ``c = start + a^T b``, on the host; returns c.
+
+    Args:
+        c: (rows, columns), columns contiguous; float32, or float64 for float64 operands.
+        a, b: (depth, rows) and (depth, columns), of any strides.
+        order: CHAIN: ``c = fma(a_k, b_k, c)`` with k ascending, so that the depth may be cut
+            anywhere; BLOCKS: chains from 0 over blocks of 256, added to c in order; PAIRS: of
+            bfloat16, two terms at a time, fast, where ``has_pairs()``.
+        start: (columns), of c's dtype.
+    """
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads * _C.PRODUCT_SCRATCH, dtype=torch.uint8)
+    if _C.product((a, b, c, start, fresh, order, threads, scratch)) is None:
+        raise NotImplementedError(
+            f"mbkern: no product of {describe(a)} and {describe(b)} into {describe(c)}"
+        )
+    return c

@@ -1,0 +1,415 @@
+"""The fused head: rows of logits, chunk by chunk, their losses, and their gradients in place.
+
+A chunk of logits is all that is ever held of them. The gradient is formed over it, and goes on
+into ``dX = G W``, ``dW += G^T X`` and ``db += sum G`` before the next chunk takes its place. ``dW``
+and ``db`` are added into float32 (float64) memory, whatever the operands are: torch's own chunked
+head adds in the weight's dtype, and loses a bfloat16 gradient's last bits with every chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern import _launch_product as products
+from mbkern._arguments import compute_dtype, weights_as
+from mbkern._launch import (
+    RowCall,
+    RowOptions,
+    converted,
+    exact_add,
+    exact_result,
+    in_huge_pages,
+    new_gradient,
+    scalar_argument,
+)
+from mbkern._losses import find
+from mbkern._tensors import on_cuda
+
+_NUMBER = find("cross_entropy").number
+_CHUNK_BYTES = 64 << 20  # more than the caches hold: torch's products take longer with fewer rows
+_CHUNK_BYTES_CUDA = 512 << 20  # never measured
+_LIMBS = 12
+
+
+@dataclass(slots=True)
+class LinearOptions:
+    """What the head is asked for, besides its tensors."""
+
+    row: RowOptions
+    logit_scale: float | None = None  # a number; a tensor is an argument of its own
+    shift: int = 0
+    chunk_bytes: int | None = None
+    split_invariant: bool = False
+    num_valid: int | None = None
+
+
+@dataclass(slots=True)
+class Gradients:
+    """Where gradients go, each None if not wanted.
+
+    Attributes:
+        input: (rows, in_features), in the dtype that the products are computed in.
+        weight, bias: (classes, in_features) and (classes), float32 (float64), added into.
+        scale: 0-dim float64, added into.
+    """
+
+    input: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    def any(self) -> bool:
+        """Whether one is wanted."""
+        return not (self.input is self.weight is self.bias is self.scale is None)
+
+
+class LinearCall:
+    """One call of the head: flat tensors, the rows that count, and how they are cut.
+
+    Args:
+        input: (*, in_features). weight: (classes, *inner, in_features). bias: (classes, *inner).
+        target: class indices (*, *inner), or probabilities (*, classes, *inner).
+        dtype: what the products are computed in: autocast's, or the operands' own.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        scale: Tensor | None,
+        options: LinearOptions,
+        dtype: torch.dtype,
+    ) -> None:
+        self.options, self.dtype = options, dtype
+        self.target: Tensor
+        self.sample_weight: Tensor | None
+        self.classes, self.inner = weight.shape[0], weight.shape[1:-1]
+        batch = input.shape[:-1]
+        self.has_index = target.shape != (*batch, self.classes, *self.inner)
+        self.x = input.detach().reshape(-1, input.shape[-1]).to(dtype)
+        self.w = weight.detach().reshape(-1, input.shape[-1]).to(dtype)
+        self.compute = compute_dtype(dtype)
+        self.bias = None if bias is None else bias.detach().reshape(-1)
+        self.scale = None if scale is None else scale.detach()
+        last = (batch[-1] - options.shift,) if options.shift else batch[-1:]
+        self.shape = torch.Size((*batch[:-1], *last, *self.inner))
+        self._select_rows(target.detach(), batch)
+        # Own products where torch has none: a fixed order, or operands of two dtypes.
+        mixed = not self.has_index and self.target.dtype is not dtype
+        self.own = (options.split_invariant or mixed) and not on_cuda(self.x)
+        self.logits_dtype = self.compute if self.own or mixed else dtype
+        if not self.has_index:
+            self.target = self.target.to(self.logits_dtype)
+        self.step = self._rows_of_chunk()
+
+    # ---- which rows ----
+
+    def _select_rows(self, target: Tensor, batch: torch.Size) -> None:
+        """Set the rows' numbers in ``x`` (None: all) and in the loss, their targets and weights."""
+        options, depth = self.options, math.prod(self.inner)
+        columns = () if self.has_index else (self.classes,)
+        flat = target.reshape(-1, *columns, *((depth,) if self.inner else ()))
+        self.rows: Tensor | None = None
+        if options.shift:
+            length = batch[-1]
+            starts = torch.arange(0, self.x.shape[0], length, device=self.x.device)
+            within = torch.arange(length - options.shift, device=self.x.device)
+            self.rows = (starts[:, None] + within).reshape(-1)
+            flat = flat.index_select(0, self.rows + options.shift)
+        self.kept: Tensor | None = None
+        if self.has_index and (not on_cuda(self.x) or options.num_valid is not None):
+            counts = flat != options.row.ignore_index
+            if self.inner:
+                counts = counts.any(1)
+            self.kept = self._kept(counts)
+        weights = options.row.sample_weight
+        if weights is not None:
+            weights = weights_as(weights, "sample_weight", self.compute).expand(self.shape)
+            weights = weights.reshape(-1, *((depth,) if self.inner else ()))
+        if self.kept is not None:
+            flat = flat.index_select(0, self.kept)
+            weights = None if weights is None else weights.index_select(0, self.kept)
+            self.rows = self.kept if self.rows is None else self.rows.index_select(0, self.kept)
+        self.target, self.sample_weight = flat, weights
+        if self.has_index:
+            self._check_classes()
+
+    def _kept(self, counts: Tensor) -> Tensor | None:
+        known = self.options.num_valid
+        if on_cuda(counts):
+            assert known is not None
+            return torch.nonzero_static(counts, size=known).squeeze(1)
+        number = int(torch.count_nonzero(counts))
+        if known is not None and known != number:
+            raise ValueError(f"mbkern: num_valid is {known}, and {number} targets are not ignored")
+        return None if number == counts.numel() else torch.nonzero(counts).squeeze(1)
+
+    def _check_classes(self) -> None:
+        """Raise before anything is written, where the host can see the targets."""
+        if on_cuda(self.target) or self.target.numel() == 0:
+            return
+        t = self.target.reshape(-1)
+        bad = ((t < 0) | (t >= self.classes)) & (t != self.options.row.ignore_index)
+        if bool(bad.any()):
+            at = int(torch.nonzero(bad)[0])
+            raise IndexError(
+                f"mbkern: target {int(t[at])} of item {at} is not a class in [0, {self.classes}) "
+                f"and not ignore_index={self.options.row.ignore_index}"
+            )
+
+    @property
+    def count(self) -> int:
+        """How many rows there are to compute."""
+        return int(self.target.shape[0])
+
+    @property
+    def items(self) -> int:
+        """How many losses a row has."""
+        return math.prod(self.inner)
+
+    def _rows_of_chunk(self) -> int:
+        asked = self.options.chunk_bytes
+        if asked is None:
+            asked = _CHUNK_BYTES_CUDA if on_cuda(self.x) else _CHUNK_BYTES
+        of_row = self.w.shape[0] * self.logits_dtype.itemsize
+        most = max(1, asked // max(1, of_row))
+        chunks = max(1, -(-self.count // most))
+        return max(1, -(-self.count // chunks))
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Yield the first row of each chunk, and the one behind its last."""
+        for first in range(0, self.count, self.step):
+            yield first, min(first + self.step, self.count)
+
+    # ---- the mean's divisor ----
+
+    def divisor(self) -> float | Tensor:
+        """What a mean divides by: given, or the sum of the weights of the items that count."""
+        options = self.options.row
+        if options.reduction != "mean":
+            return 1.0
+        if options.denominator is not None:
+            return scalar_argument(options.denominator, "denominator")
+        weights = self.sample_weight
+        if self.has_index:
+            t = self.target
+            ignored = t == options.ignore_index
+            if options.weight is not None:
+                of_class = options.weight.detach().to(self.compute)
+                of_item = of_class[t.masked_fill(ignored, 0).long()]
+                weights = of_item if weights is None else of_item * weights
+            if weights is not None:
+                weights = weights.masked_fill(ignored, 0)
+            elif on_cuda(t):
+                counted: Tensor = t.numel() - torch.count_nonzero(ignored).to(torch.float64)
+                return counted
+            else:
+                return float(t.numel() - int(torch.count_nonzero(ignored)))
+        if weights is None:
+            return float(self.count * self.items)
+        if self.compute is torch.float64:
+            return weights.sum()
+        total = torch.zeros(_LIMBS, dtype=torch.int64, device=weights.device)
+        exact_add(total, weights)  # in any order the same
+        return exact_result(total, None, torch.float64)
+
+    # ---- one chunk ----
+
+    def _inputs(self, first: int, end: int) -> Tensor:
+        if self.rows is None:
+            return self.x[first:end]
+        return self.x.index_select(0, self.rows[first:end])
+
+    def _logits(self, x: Tensor, memory: Tensor) -> Tensor:
+        z = memory[: x.shape[0]]
+        number = self.options.logit_scale
+        if self.own:
+            start = None if self.bias is None else self.bias.to(self.compute)
+            products.product(z, x.t(), self.w.t(), start=start, fresh=True)
+        else:
+            alpha = 1.0 if number is None else number
+            if self.bias is not None:
+                bias = self.bias.to(self.dtype)
+                torch.addmm(bias, x, self.w.t(), beta=alpha, alpha=alpha, out=z)
+            elif number is None:
+                torch.mm(x, self.w.t(), out=z)
+            else:
+                torch.addmm(z, x, self.w.t(), beta=0.0, alpha=alpha, out=z)
+            if self.logits_dtype is not self.dtype:
+                z = z.to(self.logits_dtype)
+        if self.own and number is not None:
+            z.mul_(number)
+        return z if self.scale is None else z.mul_(self.scale)
+
+    def _spread(self, x: Tensor, g: Tensor, first: int, end: int, into: Gradients) -> None:
+        """From the gradient of a chunk's logits to the others'; ``g`` may be changed."""
+        if into.input is not None or into.scale is not None:
+            dx = self._input_gradient(g, first, end, into.input)
+            if into.scale is not None:
+                into.scale += torch.linalg.vecdot(dx.double(), x.double()).sum()
+                if self.bias is not None:
+                    into.scale += torch.dot(g.double().sum(0), self.bias.double())
+            if self.scale is not None:
+                dx = dx * self.scale.to(dx.dtype)
+            if into.input is not None:
+                self._keep(dx, first, end, into.input)
+        if self.scale is not None:
+            g.mul_(self.scale)
+        if into.weight is not None:
+            self._add_weight_gradient(x, g, into.weight)
+        if into.bias is not None:
+            if on_cuda(g):
+                into.bias += g.sum(0, dtype=self.compute)
+            else:
+                ones = torch.ones(1, dtype=self.compute).expand(g.shape[0], 1)
+                products.product(into.bias.unsqueeze(0), ones, g)
+
+    def _input_gradient(self, g: Tensor, first: int, end: int, out: Tensor | None) -> Tensor:
+        if self.own:
+            dx = torch.empty(g.shape[0], self.w.shape[1], dtype=self.compute)
+            products.product(dx, g.t(), self.w, products.BLOCKS, fresh=True)
+            return converted(dx, self.dtype)
+        direct = out is not None and self.rows is None and self.scale is None
+        return torch.mm(g.to(self.dtype), self.w, out=out[first:end] if direct else None)  # type: ignore[index]
+
+    def _keep(self, dx: Tensor, first: int, end: int, out: Tensor) -> None:
+        if self.rows is not None:
+            out.index_copy_(0, self.rows[first:end], dx)
+        elif dx.data_ptr() != out[first:end].data_ptr():
+            out[first:end] = dx
+
+    def _add_weight_gradient(self, x: Tensor, g: Tensor, into: Tensor) -> None:
+        if not on_cuda(g):
+            if self.compute is torch.float64 and not self.own:
+                into.addmm_(g.t(), x)
+                return
+            pairs = not self.own and x.dtype is torch.bfloat16 and products.has_pairs()
+            products.product(into, g, x, products.PAIRS if pairs else products.CHAIN)
+        elif g.dtype is into.dtype:
+            into.addmm_(g.t(), x)
+        elif _has_out_dtype():
+            into += torch.mm(g.t(), x, out_dtype=into.dtype)
+        else:
+            into.addmm_(g.t().to(into.dtype), x.to(into.dtype))
+
+    # ---- all chunks ----
+
+    def new_state(self) -> Tensor:
+        """Memory for what is saved of every item, chunk behind chunk; see RowCall.new_state."""
+        per_item = 2 if self.has_index else 3
+        size = per_item * self.count * self.items
+        return torch.empty(size, dtype=self.compute, device=self.x.device)
+
+    def new_input_gradient(self) -> Tensor:
+        """Memory for the input's gradient; 0 where no row is computed."""
+        out = new_gradient(self.x)
+        return out if self.rows is None else out.zero_()
+
+    def run(
+        self,
+        into: Gradients,
+        *,
+        divisor: float | Tensor,
+        scale: float | Tensor = 1.0,
+        item_scale: Tensor | None = None,
+        state: Tensor | None = None,
+        from_state: bool = False,
+        loss_dtype: torch.dtype | None = None,
+        loss_sum: Tensor | None = None,
+    ) -> Tensor | None:
+        """Compute all chunks; return the loss, unless ``from_state``.
+
+        Args:
+            into: the gradients that are wanted.
+            divisor: of a mean.
+            scale, item_scale: multiply the gradient.
+            state: written, or with ``from_state`` read.
+            loss_sum: of an exact sum; receives every item's term.
+        """
+        rows = self.options.row
+        device = self.x.device
+        if self.options.logit_scale is not None:  # from the logits' gradient to the product's
+            wide = scale.double() if isinstance(scale, Tensor) else scale
+            scale = wide * self.options.logit_scale
+        shape = (self.step, self.w.shape[0])
+        memory = in_huge_pages(torch.empty(shape, dtype=self._memory_dtype, device=device))
+        total: Tensor | None = None
+        sums: list[Tensor] = []
+        exact = self.compute is torch.float32
+        if exact and not from_state:
+            total = torch.zeros(_LIMBS, dtype=torch.int64, device=device)
+        per_item = 2 if self.has_index else 3
+        mean = rows.reduction == "mean"
+        for first, end in self.chunks():
+            x = self._inputs(first, end)
+            z = self._logits(x, memory)
+            logits = z.view(end - first, self.classes, self.items) if self.inner else z
+            weights = None if self.sample_weight is None else self.sample_weight[first:end]
+            options = RowOptions(
+                rows.weight, weights, rows.ignore_index, rows.label_smoothing, rows.z_loss,
+                rows.softcap, rows.reduction, divisor if mean and not from_state else None,
+            )  # fmt: skip
+            call = RowCall(_NUMBER, logits, self.target[first:end], options)
+            arguments: dict[str, Any] = {"scale": scale, "loss_dtype": self.compute}
+            if into.any():
+                arguments["grad"] = logits
+            if item_scale is not None:
+                arguments["item_scale"] = item_scale[first:end]
+            if state is not None:
+                begin, stop = (k * self.items * per_item for k in (first, end))
+                arguments["state"] = state[begin:stop].view(per_item, -1)
+            if from_state:
+                arguments |= {"from_state": True, "divisor": divisor}
+            elif exact and rows.reduction != "none":
+                arguments["loss_sum"] = total
+            value, _ = call.run(**arguments)
+            if value is not None:
+                sums.append(value)
+            if into.any():
+                self._spread(x, z, first, end, into)
+        if from_state:
+            return None
+        return self._loss(sums, total, divisor, loss_dtype or self.dtype, loss_sum)
+
+    @property
+    def _memory_dtype(self) -> torch.dtype:
+        return self.logits_dtype if self.own else self.dtype
+
+    def _loss(
+        self, values: list[Tensor], total: Tensor | None, divisor: float | Tensor,
+        dtype: torch.dtype, loss_sum: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The reduced loss, of exact sums where there are; or one loss an item, 0 where ignored."""
+        if self.options.row.reduction == "none":
+            losses = torch.cat([v.reshape(v.shape[0], -1) for v in values]) if values else None
+            if losses is None:
+                losses = torch.empty(0, self.items, dtype=self.compute, device=self.x.device)
+            if total is not None and loss_sum is not None:
+                exact_add(loss_sum, losses)
+            if self.kept is not None:
+                whole = losses.new_zeros(math.prod(self.shape) // max(1, self.items), self.items)
+                losses = whole.index_copy_(0, self.kept, losses)
+            return converted(losses.reshape(self.shape), dtype)
+        if total is None:
+            zero = torch.zeros((), dtype=self.compute, device=self.x.device)
+            value = sum(values, zero)
+            if not values and self.options.row.reduction == "mean":
+                value = value / divisor
+            return value.to(dtype)
+        if loss_sum is not None:
+            loss_sum += total
+        mean = self.options.row.reduction == "mean"
+        return exact_result(total, divisor if mean else None, dtype)
+
+
+def _has_out_dtype() -> bool:
+    """Whether torch multiplies 16-bit matrices into float32 on CUDA (since 2.8)."""
+    return hasattr(torch.ops.aten.mm, "dtype")

@@ -1,0 +1,237 @@
+"""The fused head as an autograd Function: linear, then cross-entropy, without the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern import _C, _composite
+from mbkern._arguments import Number, compute_dtype
+from mbkern._launch import hint_argument, new_zeros, scalar_argument
+from mbkern._linear_buffers import Accumulation, Destination
+from mbkern._linear_call import Gradients, LinearCall, LinearOptions
+from mbkern._losses import find
+from mbkern.autograd import _SECOND_BACKWARD, _graph_is_kept, _is_legacy_batched
+
+__all__ = ["LinearLoss", "LinearRequest", "unfused"]
+
+
+@dataclass(slots=True)
+class LinearRequest:
+    """What the Function is asked for, besides its tensors.
+
+    Attributes:
+        options: the head's options.
+        dtype: what the products are computed in.
+        loss_dtype: the dtype of the result.
+        grad_scale: a hint of the incoming gradient: a number, a 0-dim tensor or None.
+        accumulate_into: where the weight's gradient is added; None: into what backward returns.
+    """
+
+    options: LinearOptions
+    dtype: torch.dtype
+    loss_dtype: torch.dtype
+    grad_scale: Number | None = None
+    accumulate_into: Destination | None = None
+
+
+def unfused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    target: Tensor,
+    options: LinearOptions,
+    loss_of_logits: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The same by torch's operations, all logits at once: for what takes derivatives of it."""
+    batch, inner = input.shape[:-1], weight.shape[1:-1]
+    if options.shift:
+        along = len(batch) - 1
+        length = batch[-1] - options.shift
+        if target.shape[: len(batch)] == batch:
+            target = target.narrow(along, options.shift, length)
+        input = input.narrow(along, 0, length)
+        batch = input.shape[:-1]
+    flat_bias = None if bias is None else bias.reshape(-1)
+    z = torch.nn.functional.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
+    z = z.reshape(-1, weight.shape[0], *inner)
+    if options.logit_scale is not None:
+        z = z * options.logit_scale
+    if scale is not None:
+        z = z * scale
+    has_index = target.shape == (*batch, *inner)
+    columns = () if has_index else (weight.shape[0],)
+    loss = loss_of_logits(z, target.reshape(-1, *columns, *inner))
+    return loss.reshape((*batch, *inner)) if loss.dim() else loss
+
+
+def _formula(
+    request: LinearRequest, divisor: float | Tensor, tensors: tuple[Any, Any, Any, Any, Any]
+) -> Tensor:
+    rows = request.options.row
+    if rows.reduction == "mean":  # as it was in forward
+        rows = replace(rows, denominator=divisor)
+    loss = find("cross_entropy")
+
+    def of_logits(z: Tensor, target: Tensor) -> Tensor:
+        flat = rows
+        if rows.sample_weight is not None:
+            shape = (*tensors[0].shape[:-1], *tensors[1].shape[1:-1])
+            if request.options.shift:
+                cut = len(tensors[0].shape) - 2
+                shape = (*shape[:cut], shape[cut] - request.options.shift, *shape[cut + 1 :])
+            weights = rows.sample_weight.expand(shape).reshape(-1, *tensors[1].shape[1:-1])
+            flat = replace(rows, sample_weight=weights)
+        return _composite.row_loss(loss, z, target, flat, request.loss_dtype)
+
+    return unfused(*tensors, request.options, of_logits)
+
+
+def _by_formula(
+    request: LinearRequest, divisor: float | Tensor, incoming: Tensor,
+    tensors: tuple[Any, Any, Any, Any, Any], create_graph: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of the formula: for create_graph, or many incoming gradients at once."""
+    with torch.enable_grad():
+        value = _formula(request, divisor, tensors)
+        needed = [t for t in tensors if t is not None and t.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                value, needed, incoming, create_graph=create_graph, allow_unused=True
+            )
+        )
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
+
+
+class LinearLoss(torch.autograd.Function):
+    """``LinearLoss.apply(input, weight, bias, scale, target, request)``; see LinearRequest.
+
+    Three ways. Where results have full precision, or ``grad_scale`` says by what they will be
+    multiplied, the gradients are formed in forward, chunk by chunk: three products. Otherwise, and
+    where the weight's gradient goes into a buffer, nothing but two numbers an item is kept in
+    forward, and backward computes the logits again: four products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        target: Tensor,
+        request: LinearRequest,
+    ) -> Tensor:
+        options = request.options
+        call = LinearCall(input, weight, bias, target, scale, options, request.dtype)
+        divisor = ctx.divisor = call.divisor()
+        needs = ctx.needs_input_grad[:4]
+        ctx.request = request
+        hint = request.grad_scale
+        full = hint is not None or compute_dtype(request.dtype) is request.dtype
+        if options.row.reduction != "none" and request.accumulate_into is None and full:
+            # Read now: GradScaler changes its scale in place.
+            factor = ctx.hint = 1.0 if hint is None else hint_argument(hint)
+            ctx.save_for_backward(input, weight, bias, scale, target, None)
+            into = _memory(call, needs)
+            loss = call.run(into, divisor=divisor, scale=factor, loss_dtype=request.loss_dtype)
+            ctx.formed = (into.input, into.weight, into.bias, into.scale)
+        else:
+            ctx.formed = None
+            state = call.new_state()
+            loss = call.run(
+                Gradients(), divisor=divisor, state=state, loss_dtype=request.loss_dtype
+            )
+            ctx.save_for_backward(input, weight, bias, scale, target, state)
+        assert loss is not None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, state = ctx.saved_tensors  # once: a checkpoint computes them again each time
+        tensors = tuple(saved)
+        request: LinearRequest = ctx.request
+        batched = _is_legacy_batched(incoming)
+        if torch.is_grad_enabled() or batched:
+            if request.accumulate_into is not None:
+                raise RuntimeError(
+                    "mbkern: linear_cross_entropy with accumulate_into gives no gradient that can "
+                    "itself be differentiated (create_graph=True), or taken for many incoming "
+                    "gradients at once"
+                )
+            create = torch.is_grad_enabled()
+            return (*_by_formula(request, ctx.divisor, incoming, tensors, create), None)
+        if ctx.formed is not None:
+            return _hand_out(ctx, incoming, tensors)
+        return _form(ctx, incoming, tensors, state)
+
+
+def _memory(call: LinearCall, needs: tuple[bool, ...]) -> Gradients:
+    device, wide = call.x.device, call.compute
+    return Gradients(
+        call.new_input_gradient() if needs[0] else None,
+        new_zeros(call.w.shape, wide, device) if needs[1] else None,
+        torch.zeros(call.w.shape[0], dtype=wide, device=device) if needs[2] else None,
+        torch.zeros((), dtype=torch.float64, device=device) if needs[3] else None,
+    )
+
+
+def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if gradient is None or like is None:
+        return None
+    shaped = gradient if gradient.shape == like.shape else gradient.view(like.shape)
+    return shaped.to(like.dtype)
+
+
+def _hand_out(ctx: Any, incoming: Tensor, tensors: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients formed in forward, times what the incoming gradient is more than the hint."""
+    grads = list(ctx.formed)
+    if not grads:
+        raise RuntimeError(_SECOND_BACKWARD)
+    value = _C.scalar_value(incoming)
+    factor = (incoming.double() if value is None else value) / ctx.hint
+    if _graph_is_kept():
+        grads = [None if g is None else g.clone() for g in grads]
+    else:
+        ctx.formed = ()
+    if isinstance(factor, Tensor) or factor != 1.0:
+        for g in grads:
+            if g is not None:
+                g.mul_(factor)
+    out = [_as(g, t) for g, t in zip(grads, tensors, strict=False)]
+    del grads
+    return (*out, None, None)
+
+
+def _form(
+    ctx: Any, incoming: Tensor, tensors: tuple[Any, ...], state: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Backward from the logits, computed again, and the saved state of each item."""
+    request: LinearRequest = ctx.request
+    input, weight, bias, scale, target = tensors
+    call = LinearCall(input, weight, bias, target, scale, request.options, request.dtype)
+    needs = ctx.needs_input_grad[:4]
+    sums: Accumulation | None = None
+    into = _memory(call, (needs[0], False, needs[2], needs[3]))
+    if needs[1]:
+        sums = Accumulation(request.accumulate_into, weight)
+        into.weight = sums.memory
+    if request.options.row.reduction == "none":
+        items = incoming.to(call.compute).reshape(-1, *((call.items,) if call.inner else ()))
+        if call.kept is not None:
+            items = items.index_select(0, call.kept)
+        call.run(into, divisor=1.0, item_scale=items, state=state, from_state=True)
+    else:
+        factor = scalar_argument(incoming, "the incoming gradient")
+        call.run(into, divisor=ctx.divisor, scale=factor, state=state, from_state=True)
+    into.weight = None
+    grad_weight = sums.finish() if sums is not None else None
+    return (
+        _as(into.input, input), grad_weight, _as(into.bias, bias), _as(into.scale, scale),
+        None, None,
+    )  # fmt: skip

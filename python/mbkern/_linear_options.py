@@ -1,0 +1,135 @@
+"""What the fused head is asked for, checked before any address is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern._arguments import Number, check_reduction, check_row_options
+from mbkern._launch import RowOptions, scalar_argument
+from mbkern._linear_call import LinearOptions
+from mbkern._tensors import INDEX_TYPES, has_kernels, on_cuda
+
+
+def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where it would cast, else the operands' own, which must be one."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    if input.dtype is not weight.dtype:
+        raise TypeError(
+            f"mbkern: input is {input.dtype} and linear_weight is {weight.dtype}; they must have "
+            "one dtype, except under autocast"
+        )
+    return input.dtype
+
+
+def linear_options(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: Number | None = None,
+    denominator: Number | None = None,
+    shift: bool | int = False,
+    split_invariant: bool = False,
+    chunk_bytes: int | None = None,
+    sample_weight: Tensor | None = None,
+    num_valid: int | None = None,
+) -> LinearOptions:
+    """Check everything that needs no address, and gather it."""
+    check_reduction(reduction, denominator)
+    check_row_options(label_smoothing, z_loss, softcap)
+    if input.dim() < 1 or linear_weight.dim() < 2:
+        raise ValueError(
+            "mbkern: input must be (*, in_features) and linear_weight (C, in_features) or (C, d1, "
+            f"..., in_features), not {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    if not input.is_floating_point() or not linear_weight.is_floating_point():
+        raise TypeError(
+            f"mbkern: input and linear_weight must be floating, not {input.dtype} and "
+            f"{linear_weight.dtype}"
+        )
+    features, classes = input.shape[-1], linear_weight.shape[0]
+    batch, inner = input.shape[:-1], linear_weight.shape[1:-1]
+    if linear_weight.shape[-1] != features:
+        raise ValueError(
+            f"mbkern: input has {features} features and linear_weight {linear_weight.shape[-1]}"
+        )
+    if inner and not batch:
+        raise ValueError(
+            f"mbkern: linear_weight of shape {tuple(linear_weight.shape)} needs a batched input, "
+            f"not {tuple(input.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ValueError(
+            f"mbkern: linear_bias must be {tuple(linear_weight.shape[:-1])}, not "
+            f"{tuple(linear_bias.shape)}"
+        )
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(
+            f"mbkern: weight must have one entry for each of the {classes} classes, not shape "
+            f"{tuple(weight.shape)}"
+        )
+    indices, probabilities = (*batch, *inner), (*batch, classes, *inner)
+    if target.shape == probabilities:
+        if not target.is_floating_point():
+            raise TypeError(f"mbkern: class probabilities must be floating, not {target.dtype}")
+        if ignore_index is not None:
+            raise ValueError(
+                f"mbkern: ignore_index={ignore_index} has no meaning for a target of class "
+                "probabilities"
+            )
+        if shift:
+            raise ValueError("mbkern: shift goes with class indices, not with probabilities")
+    elif target.shape != indices:
+        raise ValueError(
+            f"mbkern: target has shape {tuple(target.shape)}; it must be {indices} (class "
+            f"indices) or {probabilities} (class probabilities)"
+        )
+    elif target.dtype not in INDEX_TYPES:
+        raise TypeError(
+            f"mbkern: class indices are {target.dtype}; supported are int64, int32, int16, int8 "
+            "and uint8"
+        )
+    places = int(shift)
+    if places < 0 or (places and (not batch or places > batch[-1])):
+        raise ValueError(
+            f"mbkern: shift={shift} must be in [0, {batch[-1] if batch else 0}], the length of the "
+            "last leading dimension of the input"
+        )
+    tensors = {"linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"mbkern: {name} is on {tensor.device}, and input on {input.device}")
+    number = None
+    if isinstance(logit_scale, Tensor):
+        if has_kernels(logit_scale):
+            scalar_argument(logit_scale, "logit_scale")
+    elif logit_scale is not None:
+        number = float(logit_scale)
+    if split_invariant and on_cuda(input):
+        raise NotImplementedError(
+            "mbkern: split_invariant=True has no kernel on CUDA; use the CPU, or cuts that are "
+            "multiples of the chunk"
+        )
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        raise ValueError(f"mbkern: chunk_bytes must be positive, not {chunk_bytes}")
+    rows = RowOptions(
+        weight, sample_weight, -100 if ignore_index is None else ignore_index, label_smoothing,
+        z_loss, softcap, reduction, denominator,
+    )  # fmt: skip
+    asked = getattr(options, "batch_chunk_size", None)
+    if asked is not None and chunk_bytes is None:
+        chunk_bytes = int(asked) * classes * max(1, inner.numel()) * input.dtype.itemsize
+    return LinearOptions(rows, number, places, chunk_bytes, split_invariant, num_valid)

@@ -1,0 +1,162 @@
+"""The fused head: linear, then cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern import _linear_buffers as buffers
+from mbkern import _traced
+from mbkern._arguments import Number, result_dtype
+from mbkern._linear_call import Gradients, LinearCall, LinearOptions
+from mbkern._linear_loss import LinearLoss, LinearRequest, unfused
+from mbkern._linear_options import linear_options, product_dtype
+from mbkern._tensors import is_differentiated
+from mbkern.functional._cross_entropy import cross_entropy
+from mbkern.functional._ends import _refuse_other_gradients
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: Number | None = None,
+    denominator: Number | None = None,
+    shift: bool | int = False,
+    grad_scale: Number | None = None,
+    accumulate_into: Tensor | str | None = None,
+    split_invariant: bool = False,
+    chunk_bytes: int | None = None,
+    sample_weight: Tensor | None = None,
+    num_valid: int | None = None,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Cross-entropy of ``linear(input, linear_weight, linear_bias)``, without the logits.
+
+    A superset of :func:`torch.nn.functional.linear_cross_entropy`. A chunk of logits is computed at
+    a time, its gradient formed over it and multiplied on; gradients of weight and bias are added up
+    in float32 (float64), whatever the operands are.
+
+    Args:
+        input: (*, in_features) of any number of leading dimensions.
+        linear_weight: (C, in_features), or (C, d1, ..., in_features) for a loss of each of d1, ...
+        target: class indices of any integer dtype, (*) or (*, d1, ...); or class probabilities,
+            (*, C) or (*, C, d1, ...).
+        linear_bias: (C) or (C, d1, ...).
+        weight: one weight a class, (C).
+        reduction: "none", "mean" or "sum", as in :func:`mbkern.functional.cross_entropy`.
+        ignore_index: items with this class index count nothing; their rows are not computed on the
+            CPU. None is -100; it goes with class indices only.
+        label_smoothing, z_loss, softcap, denominator, sample_weight, loss_dtype: as in
+            :func:`mbkern.functional.cross_entropy`. The cap comes after ``logit_scale``.
+        options: torch's ``LinearCrossEntropyOptions``: its ``batch_chunk_size`` is taken as the
+            rows of a chunk; the rest has no counterpart here: a second backward and sums in
+            float32 need no option.
+        logit_scale: number or 0-dim tensor that multiplies the logits, bias included; a tensor that
+            requires grad gets its gradient.
+        shift: predict the target this many places on along the last leading dimension (True: 1),
+            without a copy of it: item t is compared with ``target[..., t + shift]``. The loss has
+            that many items less.
+        grad_scale: a hint of the incoming gradient, GradScaler's scale for instance: 16-bit
+            gradients are then formed in forward, multiplied by it in float32.
+        accumulate_into: where the weight's gradient is added in backward, in place: a tensor of the
+            weight's shape (float32; others by way of a float32 temporary), "grad" for the weight's
+            own ``.grad``, or "main_grad" (Megatron-LM). Autograd returns none then.
+        split_invariant: the gradients of weight and bias are the same bits for every cut of the
+            mini-batch, thread count and instruction set (CPU), given ``accumulate_into`` or
+            ``loss_and_grad(..., accumulate=True)``; without either, that holds for one call only,
+            since torch adds up the micro-batches. Logits, too, are float32 then.
+        chunk_bytes: memory of a chunk of logits; None: 64 MiB on the CPU.
+        num_valid: how many targets are not ignored, if that is known: on CUDA, rows are left out
+            only then, since nobody may wait for the device to count them; else they are computed
+            and count nothing.
+
+    Returns:
+        The loss: 0-dim, or one an item.
+
+    Cost, in matrix products of the head's size: three where gradients are formed in forward
+    (float32, float64, or ``grad_scale`` given); four, the logits computed once more in backward,
+    with ``accumulate_into``, ``reduction="none"``, or 16-bit operands without ``grad_scale``.
+    Memory: a chunk of logits, 1.2 MB a thread, the gradients; for a 16-bit weight without
+    ``accumulate_into`` a float32 copy of its gradient besides.
+
+    Under torch.compile, torch.func and export the formula runs unfused, all logits at once.
+    """
+    head = linear_options(
+        input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
+        z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, denominator=denominator,
+        shift=shift, split_invariant=split_invariant, chunk_bytes=chunk_bytes,
+        sample_weight=sample_weight, num_valid=num_valid,
+    )  # fmt: skip
+    scale = logit_scale if isinstance(logit_scale, Tensor) else None
+    if accumulate_into is not None:
+        buffers.check(accumulate_into, linear_weight, (input, linear_bias, target))
+    _refuse_other_gradients(weight, sample_weight, denominator)
+    differentiates_target = torch.is_grad_enabled() and is_differentiated(target)
+    if (
+        _traced.is_needed(input, target, linear_weight)
+        or (linear_bias is not None and _traced.is_needed(linear_bias, None))
+        or (scale is not None and _traced.is_needed(scale, None))
+        or differentiates_target
+    ):
+        if accumulate_into is not None:
+            raise RuntimeError(
+                "mbkern: accumulate_into writes to a buffer in backward, which torch.compile, "
+                "torch.func and gradients of class probabilities have no room for"
+            )
+        return _unfused(
+            input, linear_weight, linear_bias, scale, target, head, grad_scale, loss_dtype
+        )
+    dtype = product_dtype(input, linear_weight)
+    result = result_dtype(loss_dtype, dtype, input)
+    tensors = (input, linear_weight, linear_bias, scale)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        request = LinearRequest(head, dtype, result, grad_scale, accumulate_into)
+        loss: Tensor = LinearLoss.apply(*tensors, target, request)  # type: ignore[no-untyped-call]
+        return loss
+    call = LinearCall(input, linear_weight, linear_bias, target, scale, head, dtype)
+    value = call.run(Gradients(), divisor=call.divisor(), loss_dtype=result)
+    assert value is not None
+    return value
+
+
+def _unfused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    target: Tensor,
+    options: LinearOptions,
+    grad_scale: Number | None,
+    loss_dtype: torch.dtype | None,
+) -> Tensor:
+    """All logits at once, for tracers and transforms."""
+    rows = options.row
+    sample_weight = rows.sample_weight
+    if sample_weight is not None:
+        shape = [*input.shape[:-1], *weight.shape[1:-1]]
+        if options.shift:
+            shape[input.dim() - 2] -= options.shift
+        sample_weight = sample_weight.expand(shape).reshape(-1, *weight.shape[1:-1])
+
+    def of_logits(z: Tensor, t: Tensor) -> Tensor:
+        return cross_entropy(
+            z, t, rows.weight, ignore_index=rows.ignore_index, reduction=rows.reduction,
+            label_smoothing=rows.label_smoothing, sample_weight=sample_weight,
+            grad_scale=grad_scale, z_loss=rows.z_loss, softcap=rows.softcap,
+            denominator=rows.denominator, loss_dtype=loss_dtype,
+        )  # fmt: skip
+
+    return unfused(input, weight, bias, scale, target, options, of_logits)

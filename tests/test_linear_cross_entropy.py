@@ -1,0 +1,356 @@
+"""The fused head gives the loss and the gradients of linear, then cross-entropy."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from linear_cases import Head, check, heads, leaves, limit
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import mbkern
+import mbkern.nn
+from mbkern import functional as F
+
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hint": {"grad_scale": 4.0},
+    "small chunks": {"chunk_bytes": 300},
+    "split-invariant": {"split_invariant": True, "chunk_bytes": 300},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@every_dtype
+def test_against_float64(dtype: torch.dtype, way: str) -> None:
+    for head in heads():
+        t = head.tensors(dtype)
+        want = head.expected(t)
+        incoming = (torch.arange(want.numel()).reshape(want.shape) % 5 - 1.5).to(dtype)
+        wanted = torch.autograd.grad(want, list(leaves(t).values()), incoming.double())
+        loss = F.linear_cross_entropy(**t, **head.options(), **WAYS[way])
+        assert loss.dtype is dtype
+        got = torch.autograd.grad(loss, list(leaves(t).values()), incoming)
+        check(loss, want, head, limit("loss", dtype))
+        for name, a, b in zip(leaves(t), got, wanted, strict=True):
+            assert a.dtype is dtype
+            check(a, b, (name, head), limit(name, dtype))
+        with torch.no_grad():
+            alone = F.linear_cross_entropy(**t, **head.options(), **WAYS[way])
+        assert torch.equal(alone, loss), head
+
+
+def test_each_gradient_only_where_it_is_needed() -> None:
+    head = Head(scale=True, ignored=True)
+    names = list(leaves(head.tensors(torch.float64)))
+    for chosen in range(1, 2 ** len(names)):
+        t = head.tensors(torch.float64)
+        wanted_names = [n for k, n in enumerate(names) if chosen >> k & 1]
+        for n in names:
+            t[n] = t[n].detach().requires_grad_(n in wanted_names)
+        want = torch.autograd.grad(head.expected(t), [t[n] for n in wanted_names])
+        for reduction in ("mean", "none"):
+            loss = F.linear_cross_entropy(**t, **{**head.options(), "reduction": reduction})
+            total = loss if reduction == "mean" else loss.sum() / (t["target"] != -100).sum()
+            got = torch.autograd.grad(total, [t[n] for n in wanted_names])
+            for n, a, b in zip(wanted_names, got, want, strict=True):
+                check(a, b, (n, wanted_names, reduction), 1e-12)
+
+
+def test_gradcheck() -> None:
+    """First and second derivatives, through every reduction."""
+    for head in (Head(), Head("sum", (2,), ignored=True), Head("none", scale=True, softcap=2.0),
+                 Head("mean", (), 2, shift=1, class_weight=True, smoothing=0.1)):  # fmt: skip
+        t = head.tensors(torch.float64)
+        names = list(leaves(t))
+
+        def loss(*values: Tensor, t: Any = t, names: Any = names, head: Any = head) -> Tensor:
+            return F.linear_cross_entropy(**{**t, **dict(zip(names, values, strict=True))},
+                                          **head.options(), chunk_bytes=400)  # fmt: skip
+
+        inputs = tuple(leaves(t).values())
+        assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            loss, inputs, fast_mode=True, check_batched_grad=True
+        )  # is_grads_batched
+
+
+@pytest.mark.parametrize("hint", [None, 3.0])
+def test_second_backward(hint: float | None) -> None:
+    t = Head().tensors(torch.float32)
+    loss = F.linear_cross_entropy(**t, grad_scale=hint)
+    first = torch.autograd.grad(loss, [t["input"], t["linear_weight"]], retain_graph=True)
+    again = torch.autograd.grad(2 * loss, [t["input"], t["linear_weight"]])
+    for a, b in zip(first, again, strict=True):
+        check(b, 2 * a, "twice", 1e-6)
+    with pytest.raises(RuntimeError, match=r"second time|saved tensors"):
+        torch.autograd.grad(loss, t["input"])
+
+
+def test_rows_that_do_not_count() -> None:
+    """All ignored, none at all, and what an ignored row holds has no say."""
+    t = Head(ignored=True).tensors(torch.float32)
+    with torch.no_grad():
+        t["input"][t["target"] == -100] = float("nan")
+    for reduction in ("mean", "sum", "none"):
+        loss = F.linear_cross_entropy(**t, reduction=reduction)
+        grads = torch.autograd.grad(loss.sum(), list(leaves(t).values()))
+        assert loss.isfinite().all()
+        assert all(g.isfinite().all() for g in grads)
+        assert (grads[0][t["target"] == -100] == 0).all()
+    t["target"].fill_(-100)
+    assert F.linear_cross_entropy(**t).isnan()
+    loss = F.linear_cross_entropy(**t, reduction="sum")
+    assert loss.item() == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, list(leaves(t).values())))
+    empty = F.linear_cross_entropy(
+        t["input"][:0], t["linear_weight"], t["target"][:0], reduction="sum"
+    )
+    assert empty.item() == 0
+    assert F.linear_cross_entropy(
+        t["input"][:0], t["linear_weight"], t["target"][:0], reduction="none"
+    ).shape == (0,)
+
+
+def test_unbatched_and_other_layouts() -> None:
+    t = Head().tensors(torch.float64)
+    x, w, target = t["input"], t["linear_weight"], t["target"]
+    one = F.linear_cross_entropy(x[0], w, target[0])
+    check(one, TF.cross_entropy(TF.linear(x[0], w), target[0]), "unbatched", 1e-12)
+    want = TF.cross_entropy(TF.linear(x, w), target)
+    strided = torch.empty(5, 21, dtype=torch.float64).t().copy_(x.detach())
+    check(F.linear_cross_entropy(strided, w, target), want, "transposed input", 1e-12)
+    layout = torch.empty(5, 11, dtype=torch.float64).t().copy_(w.detach())
+    check(F.linear_cross_entropy(x, layout, target), want, "transposed weight", 1e-12)
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert torch.equal(F.linear_cross_entropy(x, w, target.to(dtype)).detach(),
+                           F.linear_cross_entropy(x, w, target).detach())  # fmt: skip
+
+
+def test_loss_has_the_same_bits_as_cross_entropy() -> None:
+    """Chunks go through exact sums: the loss is that of the logits, whatever the chunk."""
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.randn(64, 16, generator=g), torch.randn(50, 16, generator=g)
+    target, weight = torch.randint(50, (64,), generator=g), torch.rand(50, generator=g)
+    want = F.cross_entropy(x @ w.t(), target, weight)
+    for rows in (64, 32, 16, 8):  # torch's product gives the same bits for these
+        got = F.linear_cross_entropy(x, w, target, weight=weight, chunk_bytes=rows * 200)
+        assert torch.allclose(got, want, rtol=1e-6)
+    losses = {
+        F.linear_cross_entropy(
+            x, w, target, weight=weight, chunk_bytes=rows * 200, split_invariant=True
+        ).item()
+        for rows in (64, 32, 7, 1)
+    }
+    assert len(losses) == 1
+
+
+def test_autocast_keeps_the_sums_in_float32() -> None:
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(512, 32, generator=g).requires_grad_()
+    w = torch.randn(64, 32, generator=g).requires_grad_()
+    target = torch.randint(64, (512,), generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.linear_cross_entropy(x, w, target)
+        stock = TF.cross_entropy(TF.linear(x, w), target)
+    assert loss.dtype is stock.dtype is torch.float32
+    ours = torch.autograd.grad(loss, [x, w])
+    theirs = torch.autograd.grad(stock, [x, w])
+    exact = torch.autograd.grad(
+        TF.cross_entropy(TF.linear(x.bfloat16().double(), w.bfloat16().double()), target), [x, w]
+    )
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype is torch.float32
+        assert (a - c).abs().max() <= (b - c).abs().max() * 1.1
+
+
+ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": torch.zeros(())}, ValueError, "input must be"),
+    ({"linear_weight": torch.zeros(11)}, ValueError, r"linear_weight \(C, in_features\)"),
+    ({"linear_weight": torch.zeros(11, 4)}, ValueError, "input has 5 features"),
+    ({"linear_weight": torch.zeros(11, 5).double()}, TypeError, "one dtype, except under autocast"),
+    ({"input": torch.zeros(21, 5).int()}, TypeError, "must be floating"),
+    ({"linear_bias": torch.zeros(3)}, ValueError, r"linear_bias must be \(11,\), not \(3,\)"),
+    ({"target": torch.zeros(4).long()}, ValueError, r"target has shape \(4,\)"),
+    ({"target": torch.zeros(21)}, TypeError, "class indices are torch.float32"),
+    ({"target": torch.zeros(21, 11).long()}, TypeError, "probabilities must be floating"),
+    ({"target": torch.zeros(21, 11), "ignore_index": 3}, ValueError, "ignore_index=3"),
+    ({"target": torch.zeros(21, 11), "shift": True}, ValueError, "shift goes with class indices"),
+    ({"target": torch.full((21,), 11)}, IndexError, r"target 11 of item 0 .* \[0, 11\)"),
+    ({"target": torch.full((21,), -1)}, IndexError, "target -1 of item 0"),
+    ({"weight": torch.zeros(3)}, ValueError, "one entry for each of the 11 classes"),
+    ({"reduction": "median"}, ValueError, "not a valid reduction"),
+    ({"reduction": "sum", "denominator": 3.0}, ValueError, "denominator goes with"),
+    ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]"),
+    ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+    ({"shift": 22}, ValueError, r"shift=22 must be in \[0, 21\]"),
+    ({"shift": -1}, ValueError, "shift=-1"),
+    ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be positive, not 0"),
+    ({"num_valid": 7}, ValueError, "num_valid is 7, and 21 targets"),
+    ({"grad_scale": 0.0}, ValueError, "grad_scale must be finite"),
+    ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale must be a number or a 0-dim"),
+    ({"accumulate_into": "grads"}, ValueError, "accumulate_into is a tensor, 'grad' or"),
+    ({"accumulate_into": torch.zeros(2, 5)}, ValueError, r"weight's shape \(11, 5\)"),
+    ({"accumulate_into": torch.zeros(1, 5).expand(11, 5)}, ValueError, "share memory"),
+    ({"accumulate_into": "main_grad"}, ValueError, "needs a weight that has the attribute"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), ERRORS, ids=lambda v: str(v)[:40])
+def test_errors(wrong: dict[str, Any], kind: type[Exception], message: str) -> None:
+    t = {**Head().tensors(torch.float32), **wrong}
+    with pytest.raises(kind, match=message):
+        F.linear_cross_entropy(**t)
+
+
+# ---- torch's samples and module ------------------------------------------------------------------
+
+HAS_TORCHS = pytest.mark.skipif(
+    not hasattr(TF, "linear_cross_entropy"), reason="torch has had linear_cross_entropy since 2.13"
+)
+OPS = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
+
+
+@HAS_TORCHS
+@every_dtype
+def test_torchs_samples(dtype: torch.dtype) -> None:
+    seen = 0
+    for op in OPS:  # plain, chunked, chunked without reduction
+        torch.manual_seed(0)
+        random.seed(0)
+        for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+            args = [sample.input, *sample.args]
+            plain = {k: v for k, v in sample.kwargs.items() if k != "options"}
+            wide = [a.detach().double().requires_grad_() if a.is_floating_point() else a
+                    for a in args]  # fmt: skip
+            exact = TF.linear_cross_entropy(
+                *wide, **{k: v.double() if isinstance(v, Tensor) else v for k, v in plain.items()}
+            )
+            got = F.linear_cross_entropy(*args, **sample.kwargs)
+            stock = TF.linear_cross_entropy(*args, **plain)
+            assert got.dtype is stock.dtype
+            assert got.shape == stock.shape
+            slack = torch.finfo(dtype).eps * (4 if dtype is not torch.float64 else 256)
+            incoming = torch.arange(got.numel()).reshape(got.shape) % 5 + 1
+            values = zip(
+                (got, *_grads(got, args, incoming)), (stock, *_grads(stock, args, incoming)),
+                (exact, *_grads(exact, wide, incoming)), strict=True,
+            )  # fmt: skip
+            for a, b, c in values:
+                if c.numel() and c.isfinite().all():
+                    top = c.abs().max()
+                    ours = (a.double() - c).abs().max()
+                    theirs = (b.double() - c).abs().max()
+                    assert ours <= theirs * 1.5 + slack * top, (op.variant_test_name, sample.kwargs)
+            seen += 1
+    assert seen > 20
+
+
+def _grads(loss: Tensor, args: list[Tensor], incoming: Tensor) -> tuple[Tensor, ...]:
+    wanted = [a for a in args[:2] if a.requires_grad]
+    return torch.autograd.grad(loss, wanted, incoming.to(loss.dtype), allow_unused=True)
+
+
+@HAS_TORCHS
+def test_torchs_error_samples() -> None:
+    for op in OPS:
+        if op.error_inputs_func is None:
+            continue
+        for error in op.error_inputs("cpu"):
+            sample = error.sample_input
+            with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)):
+                F.linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+
+
+@HAS_TORCHS
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy. ``options`` ignored")
+def test_torchs_module_samples() -> None:
+    info = next(m for m in module_db if m.module_cls is torch.nn.LinearCrossEntropyLoss)
+    seen = 0
+    for entry in info.module_inputs_func(
+        info, "cpu", torch.float32, requires_grad=True, training=True
+    ):
+        make, call = entry.constructor_input, entry.forward_input
+        if call is None:
+            continue
+        stock = torch.nn.LinearCrossEntropyLoss(*make.args, **make.kwargs)
+        ours = mbkern.nn.LinearCrossEntropyLoss(*make.args, **make.kwargs)
+        assert ours.state_dict().keys() == stock.state_dict().keys()
+        ours.load_state_dict(stock.state_dict())
+        a, b = ours(*call.args, **call.kwargs), stock(*call.args, **call.kwargs)
+        torch.testing.assert_close(a, b)
+        a.sum().backward()
+        mine = ours.linear.weight.grad
+        b.sum().backward()
+        torch.testing.assert_close(mine, stock.linear.weight.grad)
+        seen += 1
+    assert seen > 3
+
+
+def test_module() -> None:
+    """Pickle, copies, a weight tied to an embedding's, its repr."""
+    embedding = torch.nn.Embedding(11, 5)
+    head = mbkern.nn.LinearCrossEntropyLoss(5, 11, bias=True, shift=True, z_loss=1e-3)
+    head.linear.weight = embedding.weight
+    ids = torch.randint(11, (2, 6))
+    loss = head(embedding(ids), ids)
+    loss.backward()
+    assert embedding.weight.grad is not None
+    for other in (copy.deepcopy(head), torch.load(_saved(head), weights_only=False)):
+        assert torch.equal(other(embedding(ids), ids), loss)
+    assert "num_classes=11" in repr(head)
+
+
+def _saved(module: torch.nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+# ---- transforms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_transforms_and_tracers() -> None:
+    t = Head().tensors(torch.float64)
+    x, w, target = t["input"].detach(), t["linear_weight"].detach(), t["target"]
+    loss = functools.partial(F.linear_cross_entropy, target=target)
+
+    def of(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear_cross_entropy(x, w, target)
+
+    want = of(x, w)
+    leaf = w.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(x, leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(of, argnums=1)(x, w), grad)
+    many = torch.func.vmap(of, in_dims=(None, 0))(x, torch.stack([w, 2 * w]))
+    torch.testing.assert_close(many[0], want)
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w), want)
+    (grad_c,) = torch.autograd.grad(compiled(x, leaf), leaf)
+    torch.testing.assert_close(grad_c, grad)
+    assert F.linear_cross_entropy(
+        x.to("meta"), w.to("meta"), target.to("meta"), reduction="none"
+    ).shape == (21,)
+
+
+def test_gradient_of_class_probabilities() -> None:
+    head = Head(probabilities=True)
+    t = head.tensors(torch.float64)
+    t["target"] = t["target"].detach().requires_grad_()
+    (want,) = torch.autograd.grad(head.expected(t), t["target"])
+    (got,) = torch.autograd.grad(F.linear_cross_entropy(**t), t["target"])
+    check(got, want, "target", 1e-12)

@@ -1,0 +1,150 @@
+"""The product whose sums have a fixed order: right, and the same bits for every cut."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from mbkern import _C
+from mbkern import _launch_product as products
+
+pytestmark = pytest.mark.cpu
+SHAPES = [(7, 5, 3), (600, 50, 70), (300, 13, 33), (1, 1, 1), (0, 4, 5), (513, 24, 64), (3, 0, 4)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def operands(
+    depth: int, rows: int, columns: int, a: torch.dtype, b: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if torch.float64 in (a, b) else torch.float32
+    return (
+        torch.randn(depth, rows, generator=g).to(a),
+        torch.randn(columns, depth, generator=g).to(b).t(),
+        torch.randn(rows, columns, generator=g).to(wide),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(isa: str, shape: tuple[int, int, int]) -> None:
+    pairs = [(a, b) for a, b in itertools.product(DTYPES, DTYPES) if torch.float64 not in (a, b)]
+    for a_type, b_type in [*pairs, (torch.float64, torch.float64)]:
+        a, b, c = operands(*shape, a_type, b_type)
+        orders = [products.CHAIN, products.BLOCKS]
+        if a_type is b_type is torch.bfloat16 and products.has_pairs():
+            orders.append(products.PAIRS)
+        start = torch.arange(c.shape[1], dtype=c.dtype)
+        limit = 1e-13 if c.dtype is torch.float64 else 1e-5
+        size = (a.double().abs().t() @ b.double().abs() + 4).amax() if c.numel() else 1.0
+        for order in orders:
+            exact = a.double().t() @ b.double()
+            for fresh, begin, want in (
+                (False, None, c.double() + exact),
+                (True, None, exact),
+                (True, start, start.double() + exact),
+            ):
+                got = products.product(c.clone(), a, b, order, start=begin, fresh=fresh)
+                error = (got.double() - want).abs().max() / size if got.numel() else 0.0
+                assert error <= limit, (a_type, b_type, order, fresh, begin is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_chain_can_be_cut_anywhere(dtype: torch.dtype) -> None:
+    """One chain an element: any cut of the depth, any thread count, every instruction set."""
+    a, b, c = operands(700, 37, 71, dtype, dtype)
+    want = None
+    before, threads = _C.isa(), torch.get_num_threads()
+    try:
+        for isa, cuts, n in itertools.product(
+            _C.isas(), ([], [350], [1, 2, 300, 699], [256, 512]), (1, 2, 5)
+        ):
+            _C.set_isa(isa)
+            torch.set_num_threads(n)
+            got = c.clone()
+            for first, end in itertools.pairwise([0, *cuts, 700]):
+                products.product(got, a[first:end], b[first:end])
+            want = got if want is None else want
+            assert torch.equal(got.view(torch.int32), want.view(torch.int32)), (isa, cuts, n)
+    finally:
+        _C.set_isa(before)
+        torch.set_num_threads(threads)
+
+
+def test_blocks_do_not_depend_on_rows_threads_or_isa() -> None:
+    a, b, c = operands(900, 37, 71, torch.float32, torch.float32)
+    whole = products.product(c.clone(), a, b, products.BLOCKS)
+    before = _C.isa()
+    try:
+        for isa in _C.isas():
+            _C.set_isa(isa)
+            part = products.product(c[5:9].clone(), a[:, 5:9], b, products.BLOCKS)
+            assert torch.equal(part, whole[5:9]), isa
+            # Shards of whole blocks, one behind the other.
+            shards = c.clone()
+            for first in (0, 256, 768):
+                end = {0: 256, 256: 768, 768: 900}[first]
+                products.product(shards, a[first:end], b[first:end], products.BLOCKS)
+            assert torch.equal(shards, whole), isa
+    finally:
+        _C.set_isa(before)
+
+
+def test_the_chain_is_one_of_fused_operations() -> None:
+    """By hand, in exact arithmetic: fma(a, b, c) rounds once."""
+    a, b = torch.tensor([[1 + 2.0**-12], [2.0**-30]]), torch.tensor([[1 + 2.0**-12], [1.0]])
+    c = products.product(torch.tensor([[-1.0]]), a, b)
+    exact = (1 + 2.0**-12) ** 2 - 1  # 2^-11 + 2^-24: fits a float, a rounded product would not
+    assert c.item() == torch.tensor(exact + 2.0**-30, dtype=torch.float64).float().item()
+
+
+def test_special_values_and_strides(isa: str) -> None:
+    a = torch.tensor([[1.0, float("inf"), float("nan"), 1e-42]])
+    c = products.product(torch.zeros(4, 1), a, torch.ones(1, 1))
+    assert c[0, 0] == 1
+    assert c[1, 0] == float("inf")
+    assert c[2].view(torch.int32).item() == 0x7FC00000
+    assert c[3, 0] == torch.tensor(1e-42)  # not flushed
+    torch.set_flush_denormal(True)
+    try:
+        again = products.product(torch.zeros(4, 1), a, torch.ones(1, 1))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(again.view(torch.int32), c.view(torch.int32))
+    base = torch.randn(9, 40)
+    strided = products.product(torch.zeros(5, 7), base[:, 3:13:2], base[:, 30:37])
+    assert torch.equal(
+        strided,
+        products.product(torch.zeros(5, 7), base[:, 3:13:2].clone(), base[:, 30:37].clone()),
+    )
+    wide = torch.zeros(5, 20)
+    products.product(wide[:, 2:9], base[:, 3:13:2], base[:, 30:37])
+    assert torch.equal(wide[:, 2:9], strided)
+    assert wide[:, :2].abs().sum() + wide[:, 9:].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c"),
+    [
+        (torch.zeros(3, 4), torch.zeros(2, 5), torch.zeros(4, 5)),
+        (torch.zeros(3, 4), torch.zeros(3, 5), torch.zeros(5, 4)),
+        (torch.zeros(3, 4), torch.zeros(3, 5, dtype=torch.float64), torch.zeros(4, 5).double()),
+        (torch.zeros(3, 4), torch.zeros(3, 5), torch.zeros(4, 5).bfloat16()),
+        (torch.zeros(3, 4), torch.zeros(3, 5), torch.zeros(5, 4).t()),
+        (torch.zeros(3, 4).int(), torch.zeros(3, 5), torch.zeros(4, 5)),
+        (torch.zeros(3, 4, device="meta"), torch.zeros(3, 5), torch.zeros(4, 5)),
+    ],
+)
+def test_refusals(a: Tensor, b: Tensor, c: Tensor) -> None:
+    before = c.clone()
+    with pytest.raises(NotImplementedError, match="no product of"):
+        products.product(c, a, b)
+    assert torch.equal(c, before)
+
+
+def test_pairs_go_with_bfloat16_only() -> None:
+    a, b, c = operands(8, 4, 4, torch.float32, torch.float32)
+    with pytest.raises(NotImplementedError, match="no product of"):
+        products.product(c, a, b, products.PAIRS)
