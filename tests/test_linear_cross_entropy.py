@@ -200,7 +200,11 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be positive, not 0"),
     ({"num_valid": 7}, ValueError, "num_valid is 7, and 21 targets"),
     ({"grad_scale": 0.0}, ValueError, "grad_scale must be finite"),
-    ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale must be a number or a 0-dim"),
+    (
+        {"logit_scale": torch.ones(2)},
+        ValueError,
+        "logit_scale must be a number or a floating 0-dim",
+    ),
     ({"accumulate_into": "grads"}, ValueError, "accumulate_into is a tensor, 'grad' or"),
     ({"accumulate_into": torch.zeros(2, 5)}, ValueError, r"weight's shape \(11, 5\)"),
     ({"accumulate_into": torch.zeros(1, 5).expand(11, 5)}, ValueError, "share memory"),
@@ -354,3 +358,134 @@ def test_gradient_of_class_probabilities() -> None:
     (want,) = torch.autograd.grad(head.expected(t), t["target"])
     (got,) = torch.autograd.grad(F.linear_cross_entropy(**t), t["target"])
     check(got, want, "target", 1e-12)
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_statistics(dtype: torch.dtype) -> None:
+    for head in (
+        Head(), Head("none", ignored=True, leading=2, shift=1), Head("sum", (2,), ignored=True),
+        Head(probabilities=True), Head(softcap=2.0, scale=1.5), Head(scale=True, ignored=True),
+    ):  # fmt: skip
+        t = head.tensors(dtype)
+        x, w, b = t["input"].double(), t["linear_weight"].double(), t["linear_bias"].double()
+        z = TF.linear(x, w.reshape(-1, 5), b.reshape(-1))
+        if head.scale is not None:
+            z = z * t["logit_scale"] if head.scale is True else z * head.scale
+        target = t["target"]
+        if head.shift:
+            z, target = z[:, : -head.shift], target[:, head.shift :]
+        lead = z.dim() - 1
+        z = z.reshape(*z.shape[:-1], 11, *head.inner).movedim(lead, -1)
+        if head.softcap:
+            z = head.softcap * torch.tanh(z / head.softcap)
+        lse = z.logsumexp(-1)
+        entropy = torch.distributions.Categorical(logits=z).entropy()
+        if head.probabilities:
+            counted = torch.ones_like(lse, dtype=torch.bool)
+            log_prob = (target.double() * (z - lse.unsqueeze(-1))).sum(-1)
+            hit = z.argmax(-1) == target.argmax(-1)
+        else:
+            counted = target != -100
+            known = target.clamp(min=0)
+            log_prob = z.gather(-1, known.unsqueeze(-1)).squeeze(-1) - lse
+            hit = (z.argmax(-1) == target) & counted
+        for more in ({"grad_scale": 2.0}, {"chunk_bytes": 300}, {"split_invariant": True}):
+            loss, s = F.linear_cross_entropy(**t, **head.options(), **more, return_stats=True)
+            assert torch.equal(loss, F.linear_cross_entropy(**t, **head.options(), **more))
+            most = limit("", dtype) * 4
+            assert s.items == counted.sum()
+            if dtype in (torch.float32, torch.float64):
+                assert torch.equal(s.predictions, z.argmax(-1).masked_fill(~counted, -1))
+                torch.testing.assert_close(s.accuracy, hit.sum() / counted.sum())
+            check(s.log_prob, log_prob.masked_fill(~counted, 0).detach(), head, most)
+            check(s.entropy, entropy.masked_fill(~counted, 0).detach(), head, most)
+            check(s.lse, lse.masked_fill(~counted, 0).detach(), head, most)
+            # The log-sum-exp is differentiable, beside the loss and alone.
+            factor = torch.arange(lse.numel()).reshape(lse.shape) % 4 - 1.0
+            names = list(leaves(t).values())
+            wanted = torch.autograd.grad(
+                head.expected(t).sum() + (lse * counted * factor).sum(), names, retain_graph=True
+            )
+            got = torch.autograd.grad(loss.sum() + (s.lse * factor).sum(), names)
+            for a, e, name in zip(got, wanted, leaves(t), strict=True):
+                check(a, e, (name, head, more), 4 * limit(name, dtype))
+        _, bare = F.linear_cross_entropy(
+            **{k: v.detach() if isinstance(v, Tensor) else v for k, v in t.items()},
+            **head.options(), return_stats=True,
+        )  # fmt: skip
+        check(bare.lse, lse.masked_fill(~counted, 0).detach(), head, most)
+
+
+def test_statistics_of_nothing_and_under_tracers() -> None:
+    t = Head().tensors(torch.float32)
+    _, s = F.linear_cross_entropy(
+        t["input"][:0], t["linear_weight"], t["target"][:0], return_stats=True
+    )
+    assert s.items == 0
+    assert s.accuracy.isnan()
+    assert s.lse.shape == (0,)
+
+    def of(w: Tensor) -> Tensor:
+        loss, s = F.linear_cross_entropy(t["input"].detach(), w, t["target"], return_stats=True)
+        return loss + s.lse.sum()
+
+    w = t["linear_weight"]
+    (want,) = torch.autograd.grad(of(w), w)
+    torch.testing.assert_close(torch.func.grad(of)(w.detach()), want)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_equals_eager(dtype: torch.dtype) -> None:
+    for head in (
+        Head(), Head("none", ignored=True, leading=2, shift=1),
+        Head("sum", (2,), scale=True, class_weight=True, sample_weight=True),
+        Head(probabilities=True, scale=1.5, softcap=3.0),
+    ):  # fmt: skip
+        torch._dynamo.reset()
+        t = head.tensors(dtype)
+
+        def of(head: Head = head, **t: Any) -> Tensor:
+            return F.linear_cross_entropy(**t, **head.options())
+
+        want = of(**t)
+        got = torch.compile(of, fullgraph=True, backend="aot_eager")(**t)
+        assert torch.equal(got, want)
+        values = list(leaves(t).values())
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), values), torch.autograd.grad(want.sum(), values),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(a, b), head
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_compiled_for_any_number_of_rows() -> None:
+    t = Head(bias=False).tensors(torch.float32)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(F.linear_cross_entropy, fullgraph=True, backend=counter, dynamic=True)
+    frames = set()
+    for rows in (21, 5, 8, 13):
+        x, target = t["input"][:rows].detach().clone(), t["target"][:rows].clone()
+        torch.testing.assert_close(
+            compiled(x, t["linear_weight"], target),
+            F.linear_cross_entropy(x, t["linear_weight"], target),
+        )
+        frames.add(counter.frame_count)
+    assert len(frames) == 1, "compiled again"
+
+
+def test_operators() -> None:
+    t = Head().tensors(torch.float32)
+    torch.library.opcheck(
+        torch.ops.mbkern.linear_loss.default,
+        (t["input"], t["linear_weight"], t["linear_bias"], None, t["target"], None, None, None,
+         "mean", -100, 0.0, 0.0, 0.0, None, 0, None, False, None, torch.float32, torch.float32),
+    )  # fmt: skip

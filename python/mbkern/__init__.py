@@ -17,6 +17,7 @@ except ImportError as error:
 
 from mbkern import autograd, functional, nn
 from mbkern._cuda import TargetErrors, take_target_errors
+from mbkern._linear_stats import LinearStats
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
@@ -25,6 +26,7 @@ from mbkern._version import NUMERICS_VERSION, __version__
 
 __all__ = [
     "NUMERICS_VERSION",
+    "LinearStats",
     "LossSum",
     "PatchReport",
     "TargetErrors",

@@ -28,6 +28,7 @@ from mbkern._launch import (
     new_gradient,
     scalar_argument,
 )
+from mbkern._linear_stats import Collector, capped
 from mbkern._losses import find
 from mbkern._tensors import on_cuda
 
@@ -132,11 +133,10 @@ class LinearCall:
             self.kept = self._kept(counts)
         weights = options.row.sample_weight
         if weights is not None:
-            weights = weights_as(weights, "sample_weight", self.compute).expand(self.shape)
-            weights = weights.reshape(-1, *((depth,) if self.inner else ()))
+            weights = weights_as(weights, "sample_weight", self.compute)
+            weights = self.of_kept(weights.expand(self.shape))
         if self.kept is not None:
             flat = flat.index_select(0, self.kept)
-            weights = None if weights is None else weights.index_select(0, self.kept)
             self.rows = self.kept if self.rows is None else self.rows.index_select(0, self.kept)
         self.target, self.sample_weight = flat, weights
         if self.has_index:
@@ -174,6 +174,11 @@ class LinearCall:
     def items(self) -> int:
         """How many losses a row has."""
         return math.prod(self.inner)
+
+    def of_kept(self, values: Tensor) -> Tensor:
+        """One value an item of the unreduced loss, of the rows that are computed."""
+        flat = values.to(self.compute).reshape(-1, *((self.items,) if self.inner else ()))
+        return flat if self.kept is None else flat.index_select(0, self.kept)
 
     def _rows_of_chunk(self) -> int:
         asked = self.options.chunk_bytes
@@ -324,6 +329,7 @@ class LinearCall:
         from_state: bool = False,
         loss_dtype: torch.dtype | None = None,
         loss_sum: Tensor | None = None,
+        stats: Collector | None = None,
     ) -> Tensor | None:
         """Compute all chunks; return the loss, unless ``from_state``.
 
@@ -333,6 +339,7 @@ class LinearCall:
             scale, item_scale: multiply the gradient.
             state: written, or with ``from_state`` read.
             loss_sum: of an exact sum; receives every item's term.
+            stats: sees every chunk's logits.
         """
         rows = self.options.row
         device = self.x.device
@@ -352,6 +359,8 @@ class LinearCall:
             x = self._inputs(first, end)
             z = self._logits(x, memory)
             logits = z.view(end - first, self.classes, self.items) if self.inner else z
+            if stats is not None:
+                stats.see(logits, self.target[first:end], self.compute)
             weights = None if self.sample_weight is None else self.sample_weight[first:end]
             options = RowOptions(
                 rows.weight, weights, rows.ignore_index, rows.label_smoothing, rows.z_loss,
@@ -378,6 +387,38 @@ class LinearCall:
         if from_state:
             return None
         return self._loss(sums, total, divisor, loss_dtype or self.dtype, loss_sum)
+
+    def lse_of(self, stats: Collector) -> Tensor:
+        """(rows, inner) of all items, of what ``stats`` has seen."""
+        like = torch.empty(0, dtype=self.compute, device=self.x.device)
+        rows = math.prod(self.shape) // max(1, self.items)
+        return stats.log_sum_exp(self.kept, like, torch.Size((rows, self.items)))
+
+    def run_log_sum_exp(self, into: Gradients, incoming: Tensor) -> None:
+        """Compute the gradients of the log-sum-exp of every item: d lse / d z_j = p_j."""
+        shape = (self.step, self.w.shape[0])
+        memory = in_huge_pages(torch.empty(shape, dtype=self._memory_dtype, device=self.x.device))
+        softcap, number = self.options.row.softcap, self.options.logit_scale
+        factors = self.of_kept(incoming).reshape(-1, 1, self.items)
+        if number is not None:
+            factors = factors * number
+        if self.has_index:
+            ignored = self.target == self.options.row.ignore_index
+            factors = factors.masked_fill(ignored.reshape(factors.shape), 0)
+        for first, end in self.chunks():
+            x = self._inputs(first, end)
+            z = self._logits(x, memory)
+            logits = z.view(end - first, self.classes, self.items)
+            rows = max(1, (2 << 20) // max(1, 4 * self.w.shape[0]))
+            for part, factor in zip(
+                torch.split(logits, rows), torch.split(factors[first:end], rows), strict=True
+            ):
+                top = capped(part.to(self.compute), softcap)
+                p = torch.softmax(top, 1).mul_(factor)
+                if softcap is not None:
+                    p = p * (1 - (top / softcap) ** 2)
+                part.copy_(p)
+            self._spread(x, z, first, end, into)
 
     @property
     def _memory_dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from mbkern._arguments import Number, compute_dtype
 from mbkern._launch import hint_argument, new_zeros, scalar_argument
 from mbkern._linear_buffers import Accumulation, Destination
 from mbkern._linear_call import Gradients, LinearCall, LinearOptions
+from mbkern._linear_stats import Collector
 from mbkern._losses import find
 from mbkern.autograd import _SECOND_BACKWARD, _graph_is_kept, _is_legacy_batched
 
@@ -30,6 +31,7 @@ class LinearRequest:
         loss_dtype: the dtype of the result.
         grad_scale: a hint of the incoming gradient: a number, a 0-dim tensor or None.
         accumulate_into: where the weight's gradient is added; None: into what backward returns.
+        stats: sees the logits in forward.
     """
 
     options: LinearOptions
@@ -37,6 +39,9 @@ class LinearRequest:
     loss_dtype: torch.dtype
     grad_scale: Number | None = None
     accumulate_into: Destination | None = None
+    stats: Collector | None = None
+    lse: Tensor | None = None  # set in forward, with ``stats``: (rows, inner) of all items
+    kept: Tensor | None = None
 
 
 def unfused(
@@ -134,20 +139,26 @@ class LinearLoss(torch.autograd.Function):
         ctx.request = request
         hint = request.grad_scale
         full = hint is not None or compute_dtype(request.dtype) is request.dtype
+        stats = request.stats
         if options.row.reduction != "none" and request.accumulate_into is None and full:
             # Read now: GradScaler changes its scale in place.
             factor = ctx.hint = 1.0 if hint is None else hint_argument(hint)
             ctx.save_for_backward(input, weight, bias, scale, target, None)
-            into = _memory(call, needs)
-            loss = call.run(into, divisor=divisor, scale=factor, loss_dtype=request.loss_dtype)
+            into = new_gradients(call, needs)
+            loss = call.run(
+                into, divisor=divisor, scale=factor, loss_dtype=request.loss_dtype, stats=stats
+            )
             ctx.formed = (into.input, into.weight, into.bias, into.scale)
         else:
             ctx.formed = None
             state = call.new_state()
             loss = call.run(
-                Gradients(), divisor=divisor, state=state, loss_dtype=request.loss_dtype
-            )
+                Gradients(), divisor=divisor, state=state, loss_dtype=request.loss_dtype,
+                stats=stats,
+            )  # fmt: skip
             ctx.save_for_backward(input, weight, bias, scale, target, state)
+        if stats is not None:
+            request.lse, request.kept = call.lse_of(stats), call.kept
         assert loss is not None
         return loss
 
@@ -171,7 +182,8 @@ class LinearLoss(torch.autograd.Function):
         return _form(ctx, incoming, tensors, state)
 
 
-def _memory(call: LinearCall, needs: tuple[bool, ...]) -> Gradients:
+def new_gradients(call: LinearCall, needs: tuple[bool, ...]) -> Gradients:
+    """Memory for the gradients that are needed."""
     device, wide = call.x.device, call.compute
     return Gradients(
         call.new_input_gradient() if needs[0] else None,
@@ -181,7 +193,8 @@ def _memory(call: LinearCall, needs: tuple[bool, ...]) -> Gradients:
     )
 
 
-def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+def as_argument(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient as autograd takes it, in the shape and the dtype of its argument."""
     if gradient is None or like is None:
         return None
     shaped = gradient if gradient.shape == like.shape else gradient.view(like.shape)
@@ -203,7 +216,7 @@ def _hand_out(ctx: Any, incoming: Tensor, tensors: tuple[Any, ...]) -> tuple[Ten
         for g in grads:
             if g is not None:
                 g.mul_(factor)
-    out = [_as(g, t) for g, t in zip(grads, tensors, strict=False)]
+    out = [as_argument(g, t) for g, t in zip(grads, tensors, strict=False)]
     del grads
     return (*out, None, None)
 
@@ -217,14 +230,12 @@ def _form(
     call = LinearCall(input, weight, bias, target, scale, request.options, request.dtype)
     needs = ctx.needs_input_grad[:4]
     sums: Accumulation | None = None
-    into = _memory(call, (needs[0], False, needs[2], needs[3]))
+    into = new_gradients(call, (needs[0], False, needs[2], needs[3]))
     if needs[1]:
         sums = Accumulation(request.accumulate_into, weight)
         into.weight = sums.memory
     if request.options.row.reduction == "none":
-        items = incoming.to(call.compute).reshape(-1, *((call.items,) if call.inner else ()))
-        if call.kept is not None:
-            items = items.index_select(0, call.kept)
+        items = call.of_kept(incoming)
         call.run(into, divisor=1.0, item_scale=items, state=state, from_state=True)
     else:
         factor = scalar_argument(incoming, "the incoming gradient")
@@ -232,6 +243,49 @@ def _form(
     into.weight = None
     grad_weight = sums.finish() if sums is not None else None
     return (
-        _as(into.input, input), grad_weight, _as(into.bias, bias), _as(into.scale, scale),
-        None, None,
+        as_argument(into.input, input), grad_weight, as_argument(into.bias, bias),
+        as_argument(into.scale, scale), None, None,
     )  # fmt: skip
+
+
+class LogSumExp(torch.autograd.Function):
+    """``LogSumExp.apply(input, weight, bias, scale, target, lse, request)``: ``lse`` of a call that
+    has been made, (rows, inner), with its derivative: backward computes the logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        target: Tensor,
+        lse: Tensor,
+        request: LinearRequest,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, bias, scale, target)
+        ctx.request = request
+        return lse.clone()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or _is_legacy_batched(incoming):
+            raise RuntimeError(
+                "mbkern: the lse of return_stats gives no gradient that can itself be "
+                "differentiated (create_graph=True); use torch.logsumexp of the logits"
+            )
+        input, weight, bias, scale, target = ctx.saved_tensors
+        request: LinearRequest = ctx.request
+        call = LinearCall(input, weight, bias, target, scale, request.options, request.dtype)
+        needs = ctx.needs_input_grad[:4]
+        into = new_gradients(call, (needs[0], False, needs[2], needs[3]))
+        sums = Accumulation(request.accumulate_into, weight) if needs[1] else None
+        into.weight = None if sums is None else sums.memory
+        call.run_log_sum_exp(into, incoming)
+        into.weight = None
+        grad_weight = None if sums is None else sums.finish()
+        return (
+            as_argument(into.input, input), grad_weight, as_argument(into.bias, bias),
+            as_argument(into.scale, scale), None, None, None,
+        )  # fmt: skip

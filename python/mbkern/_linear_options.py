@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mbkern._arguments import Number, check_reduction, check_row_options
-from mbkern._launch import RowOptions, scalar_argument
+from mbkern._launch import RowOptions
 from mbkern._linear_call import LinearOptions
-from mbkern._tensors import INDEX_TYPES, has_kernels, on_cuda
+from mbkern._tensors import INDEX_TYPES, describe, on_cuda
 
 
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
@@ -114,8 +114,11 @@ def linear_options(
             raise ValueError(f"mbkern: {name} is on {tensor.device}, and input on {input.device}")
     number = None
     if isinstance(logit_scale, Tensor):
-        if has_kernels(logit_scale):
-            scalar_argument(logit_scale, "logit_scale")
+        if logit_scale.dim() != 0 or not logit_scale.is_floating_point():
+            raise ValueError(
+                "mbkern: logit_scale must be a number or a floating 0-dim tensor, not "
+                f"{describe(logit_scale)}"
+            )
     elif logit_scale is not None:
         number = float(logit_scale)
     if split_invariant and on_cuda(input):

@@ -103,7 +103,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _of_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def of_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, given plain tensors."""
     return lambda *args: kernel(*map(_plain, args))
 
 
@@ -367,7 +368,7 @@ for _name, (_kernel, _fake, _forms) in _KERNELS.items():
     _tags = (torch.Tag.pt2_compliant_tag,)
     LIBRARY.define(_name + _SCHEMAS[_name], tags=_tags)  # type: ignore[no-untyped-call]
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
+        LIBRARY.impl(_name, of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mbkern::{_name}", _fake, lib=LIBRARY)
     _operator = getattr(torch.ops.mbkern, _name).default
     torch.library.register_vmap(f"mbkern::{_name}", _each(_operator, *_forms), lib=LIBRARY)

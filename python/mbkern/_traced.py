@@ -67,7 +67,7 @@ def _is_full(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
-def _wants_formula() -> bool:
+def wants_formula() -> bool:
     """Where the operators would lose derivatives: forward mode, which kernels do not have;
     TorchScript's tracer and torch.export, which see no Function; a transform inside a compiled
     function, where Dynamo does not say which tensors are differentiated; functionalize, which has
@@ -126,7 +126,7 @@ def row_loss(
     o = options
     check_row_shapes(input, target, o.ignore_index)
     check_row_options(o.label_smoothing, o.z_loss, o.softcap)
-    if _wants_formula():
+    if wants_formula():
         return _composite.row_loss(loss, input, target, o, dtype)
     form = (
         o.reduction != "none"
@@ -277,7 +277,7 @@ def tensor_loss(
 ) -> Tensor:
     """A loss over several tensors, traceable, differentiable under every transform."""
     o = options
-    if _wants_formula():
+    if wants_formula():
         return _composite.tensor_loss(loss, inputs, o, dtype)
     first, second, third = inputs
     hinted = grad_scale is not None

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from mbkern import _linear_buffers as buffers
 from mbkern import _traced
-from mbkern._arguments import Number, result_dtype
+from mbkern._arguments import Number, compute_dtype, result_dtype
 from mbkern._linear_call import Gradients, LinearCall, LinearOptions
-from mbkern._linear_loss import LinearLoss, LinearRequest, unfused
+from mbkern._linear_loss import LinearLoss, LinearRequest, LogSumExp, unfused
+from mbkern._linear_ops import linear_loss
 from mbkern._linear_options import linear_options, product_dtype
+from mbkern._linear_stats import Collector, LinearStats, capped, gather, of_logits
 from mbkern._tensors import is_differentiated
 from mbkern.functional._cross_entropy import cross_entropy
 from mbkern.functional._ends import _refuse_other_gradients
@@ -40,8 +42,9 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     sample_weight: Tensor | None = None,
     num_valid: int | None = None,
+    return_stats: bool = False,
     loss_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Any:
     """Cross-entropy of ``linear(input, linear_weight, linear_bias)``, without the logits.
 
     A superset of :func:`torch.nn.functional.linear_cross_entropy`. A chunk of logits is computed at
@@ -82,8 +85,13 @@ def linear_cross_entropy(
             only then, since nobody may wait for the device to count them; else they are computed
             and count nothing.
 
+        return_stats: return ``(loss, stats)``, a :class:`mbkern.LinearStats`: number of items,
+            accuracy, predictions, and of every item the log-probability of its target, entropy and
+            log-sum-exp, which can be differentiated. Looks at the logits as they pass, at the cost
+            of about five passes over them.
+
     Returns:
-        The loss: 0-dim, or one an item.
+        The loss: 0-dim, or one an item; with ``return_stats`` a pair.
 
     Cost, in matrix products of the head's size: three where gradients are formed in forward
     (float32, float64, or ``grad_scale`` given); four, the logits computed once more in backward,
@@ -91,7 +99,8 @@ def linear_cross_entropy(
     Memory: a chunk of logits, 1.2 MB a thread, the gradients; for a 16-bit weight without
     ``accumulate_into`` a float32 copy of its gradient besides.
 
-    Under torch.compile, torch.func and export the formula runs unfused, all logits at once.
+    Under torch.compile four products, chunk by chunk. Under torch.func and export, and where class
+    probabilities require grad, the formula runs unfused, all logits at once.
     """
     head = linear_options(
         input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
@@ -116,20 +125,46 @@ def linear_cross_entropy(
                 "mbkern: accumulate_into writes to a buffer in backward, which torch.compile, "
                 "torch.func and gradients of class probabilities have no room for"
             )
-        return _unfused(
-            input, linear_weight, linear_bias, scale, target, head, grad_scale, loss_dtype
-        )
+        compiled = torch.compiler.is_compiling() and not return_stats
+        if not compiled or _traced.wants_formula() or differentiates_target:
+            return _unfused(
+                input, linear_weight, linear_bias, scale, target, head, grad_scale, loss_dtype,
+                return_stats,
+            )  # fmt: skip
+        dtype = product_dtype(input, linear_weight)
+        request = LinearRequest(head, dtype, result_dtype(loss_dtype, dtype, input))
+        return linear_loss(input, linear_weight, linear_bias, scale, target, request)
     dtype = product_dtype(input, linear_weight)
-    result = result_dtype(loss_dtype, dtype, input)
+    request = LinearRequest(
+        head, dtype, result_dtype(loss_dtype, dtype, input), grad_scale, accumulate_into,
+        Collector(head.row.ignore_index, softcap) if return_stats else None,
+    )  # fmt: skip
     tensors = (input, linear_weight, linear_bias, scale)
+    loss: Tensor | None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        request = LinearRequest(head, dtype, result, grad_scale, accumulate_into)
-        loss: Tensor = LinearLoss.apply(*tensors, target, request)  # type: ignore[no-untyped-call]
+        loss = LinearLoss.apply(*tensors, target, request)  # type: ignore[no-untyped-call]
+        lse = request.lse
+        if lse is not None:
+            lse = LogSumExp.apply(*tensors, target, lse, request)  # type: ignore[no-untyped-call]
+    else:
+        loss, lse = _without_graph(tensors, target, request)
+    if request.stats is None or lse is None:
         return loss
-    call = LinearCall(input, linear_weight, linear_bias, target, scale, head, dtype)
-    value = call.run(Gradients(), divisor=call.divisor(), loss_dtype=result)
-    assert value is not None
-    return value
+    shape = [*input.shape[:-1], *linear_weight.shape[1:-1]]
+    if head.shift:
+        shape[input.dim() - 2] -= head.shift
+    return loss, request.stats.finish(lse, request.kept, torch.Size(shape))
+
+
+def _without_graph(
+    tensors: tuple[Any, ...], target: Tensor, request: LinearRequest
+) -> tuple[Tensor | None, Tensor | None]:
+    input, weight, bias, scale = tensors
+    call = LinearCall(input, weight, bias, target, scale, request.options, request.dtype)
+    stats = request.stats
+    loss = call.run(Gradients(), divisor=call.divisor(), loss_dtype=request.loss_dtype, stats=stats)
+    request.kept = call.kept
+    return loss, None if stats is None else call.lse_of(stats)
 
 
 def _unfused(
@@ -141,9 +176,11 @@ def _unfused(
     options: LinearOptions,
     grad_scale: Number | None,
     loss_dtype: torch.dtype | None,
-) -> Tensor:
+    return_stats: bool,
+) -> Any:
     """All logits at once, for tracers and transforms."""
     rows = options.row
+    seen: list[LinearStats] = []
     sample_weight = rows.sample_weight
     if sample_weight is not None:
         shape = [*input.shape[:-1], *weight.shape[1:-1]]
@@ -151,7 +188,14 @@ def _unfused(
             shape[input.dim() - 2] -= options.shift
         sample_weight = sample_weight.expand(shape).reshape(-1, *weight.shape[1:-1])
 
-    def of_logits(z: Tensor, t: Tensor) -> Tensor:
+    def of_logits_and_target(z: Tensor, t: Tensor) -> Tensor:
+        if return_stats:
+            wide = capped(z.to(compute_dtype(z.dtype)), rows.softcap)
+            shape = [*input.shape[:-1], *weight.shape[1:-1]]
+            if options.shift:
+                shape[input.dim() - 2] -= options.shift
+            parts = of_logits(wide.detach(), t.detach(), rows.ignore_index)
+            seen.append(gather(parts, torch.logsumexp(wide, 1).reshape(shape)))
         return cross_entropy(
             z, t, rows.weight, ignore_index=rows.ignore_index, reduction=rows.reduction,
             label_smoothing=rows.label_smoothing, sample_weight=sample_weight,
@@ -159,4 +203,5 @@ def _unfused(
             denominator=rows.denominator, loss_dtype=loss_dtype,
         )  # fmt: skip
 
-    return unfused(input, weight, bias, scale, target, options, of_logits)
+    loss = unfused(input, weight, bias, scale, target, options, of_logits_and_target)
+    return (loss, seen[0]) if return_stats else loss

@@ -55,6 +55,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         accumulate_into: Tensor | str | None = None,
         split_invariant: bool = False,
         chunk_bytes: int | None = None,
+        return_stats: bool = False,
         loss_dtype: torch.dtype | None = None,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
@@ -83,6 +84,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.accumulate_into = accumulate_into
         self.split_invariant = split_invariant
         self.chunk_bytes = chunk_bytes
+        self.return_stats = return_stats
         self.loss_dtype = loss_dtype
 
     def extra_repr(self) -> str:
@@ -99,8 +101,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         *,
         sample_weight: Tensor | None = None,
         num_valid: int | None = None,
-    ) -> Tensor:
-        """Return the loss of hidden states ``input`` (*, in_features) and ``target``."""
+    ) -> Any:
+        """Return the loss of hidden states ``input`` (*, in_features) and ``target``; with
+        ``return_stats`` a pair, loss and statistics."""
         weight: Tensor = self.linear.weight
         bias: Tensor | None = self.linear.bias
         if self.out_features:
@@ -128,5 +131,6 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             chunk_bytes=self.chunk_bytes,
             sample_weight=sample_weight,
             num_valid=num_valid,
+            return_stats=self.return_stats,
             loss_dtype=self.loss_dtype,
         )
