@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _C, _cuda
+from mbkern import _selftest_head as head
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
@@ -97,6 +98,23 @@ def check(kernel: str, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Fin
         for cut, pieces in cuts(case).items():
             outputs = compute(kernel, case, moved, pieces)
             outputs = {name: tensor.cpu() for name, tensor in outputs.items()}
+            finding.runs += 1
+            if reference is None:
+                reference, finding.digest = outputs, digest(outputs)
+            elif found := difference(outputs, reference):
+                finding.problem = f"{tier.name}, {cut}: {found}"
+                return finding
+    return finding
+
+
+def check_head(case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Finding:
+    """Run a case of the fused head on the CPU's tiers, and in all cuts."""
+    data, finding = head.make(case, dtype), Finding(case.name)
+    reference: Outputs | None = None
+    for tier in tiers:
+        tier.enter()
+        for cut, pieces in cuts(case).items():
+            outputs = head.compute(case, data, pieces)
             finding.runs += 1
             if reference is None:
                 reference, finding.digest = outputs, digest(outputs)
@@ -210,6 +228,9 @@ def findings(tiers: list[Tier]) -> Iterator[tuple[str, str, list[Finding]]]:
             if loss.name == "cross_entropy" and len(on_cpu) < len(tiers):
                 found.append(check_bad_targets_on_cuda(dtype, tiers[-1]))
             yield loss.name, str(dtype).removeprefix("torch."), found
+    for dtype in FORMATS if on_cpu else ():
+        found = [check_head(case, dtype, on_cpu) for case in head.HEADS]
+        yield "linear_cross_entropy", str(dtype).removeprefix("torch."), found
     for name in _C.elementary_functions():
         for double in (False, True):
             yield name, "float64" if double else "float32", [check_elementary(name, double, tiers)]
