@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from harness.allocator import DEFAULT, RECYCLED
 from harness.results import Group, paired_ratio, summarise
 from suites import cross_entropy as ce
-from suites import exact_sum, family, host, integration, memory, tiers, twin
+from suites import exact_sum, family, head, host, integration, memory, tiers, twin
 
 SLACK_MIB = 0.5  # the kernel counts resident pages in batches
 
@@ -170,7 +170,38 @@ def _of_the_family() -> list[Goal]:
     ]  # fmt: skip
 
 
-GOALS = (*_against_torch(), *_against_the_machine(), *_through_torch(), *_of_the_family())
+def _of_the_head() -> list[Goal]:
+    def of(dtype: str) -> Callable[[Group], bool]:
+        return lambda g: g.dtype == dtype
+
+    def everywhere(_: Group) -> bool:
+        return True
+
+    h, fp32, bf16 = head, of("float32"), of("bfloat16")
+    at_most = [
+        ("head fp32, formed in forward, to three products", h.FORWARD, h.THREE, 1.05, fp32),
+        ("head fp32, imperative, to three products", h.IMPERATIVE, h.THREE, 1.05, fp32),
+        ("head fp32, into a buffer, to four products", h.BACKWARD, h.FOUR, 1.05, fp32),
+        ("head bf16, formed in forward, to three products", h.FORWARD, h.THREE, 1.3, bf16),
+        ("head bf16, imperative, to three products", h.IMPERATIVE, h.THREE, 1.3, bf16),
+        ("head fp32, split-invariant / fast, way 2", h.SPLIT_BACKWARD, h.BACKWARD, 1.2, fp32),
+        ("head fp32, split-invariant / fast, way 3", h.SPLIT_IMPERATIVE, h.IMPERATIVE, 1.2, fp32),
+        ("head fp32, split-invariant on AVX2 / fast", h.AVX2, h.IMPERATIVE, 1.8, fp32),
+    ]
+    return [
+        *(Goal(what, h.SUITE, a, b, bound, where, at_least=False)
+          for what, a, b, bound, where in at_most),
+        Goal("head against torch's chunked one", h.SUITE, h.CHUNKED, h.FORWARD, 3.0, everywhere),
+        Goal("head against torch unfused", h.SUITE, h.UNFUSED, h.FORWARD, 1.0, everywhere),
+        Goal("memory of the head, imperative, to torch's", h.MEMORY, h.IMPERATIVE, h.UNFUSED, 0.1,
+             everywhere, at_least=False),
+    ]  # fmt: skip
+
+
+GOALS = (
+    *_against_torch(), *_against_the_machine(), *_through_torch(), *_of_the_family(),
+    *_of_the_head(),
+)  # fmt: skip
 
 
 def judge(groups: Sequence[Group], goals: Sequence[Goal] = GOALS) -> list[Verdict]:

@@ -47,13 +47,43 @@ def _way(name: str, x: Tensor, t: Tensor) -> Callable[[], Any]:
     return run
 
 
+def _head(asked: dict[str, Any]) -> tuple[Callable[[], Any], Tensor]:
+    """A way through a head; the buffer of the imperative one is an input."""
+    rows, features, classes = asked["head"]
+    x = torch.empty(rows, features).normal_().requires_grad_()
+    w = torch.empty(classes, features).normal_(std=0.05).requires_grad_()
+    t = torch.empty(rows, dtype=torch.int64).random_(classes)
+    buffer = torch.ones(classes, features)
+
+    def imperative() -> Any:
+        return mbkern.loss_and_grad(
+            "linear_cross_entropy", x.detach(), w.detach(), t, argnums=(0, 1),
+            grad_out=(None, buffer), accumulate=True,
+        )  # fmt: skip
+
+    def autograd() -> Any:
+        w.grad = None
+        if asked["way"] == "torch":
+            loss = F.cross_entropy(F.linear(x, w), t)
+        else:
+            loss = mbkern.functional.linear_cross_entropy(x, w, t)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    return imperative if asked["way"] == "imperative" else autograd, x
+
+
 def main(request: str) -> None:
     asked = json.loads(request)
     torch.set_num_threads(asked["threads"])
-    rows, columns = asked["shape"]
-    x = torch.empty(rows, columns, dtype=getattr(torch, asked["dtype"])).normal_().requires_grad_()
-    t = torch.empty(rows, dtype=torch.int64).random_(columns)
-    run = _way(asked["way"], x, t)
+    if "head" in asked:
+        run, x = _head(asked)
+    else:
+        rows, columns = asked["shape"]
+        dtype = getattr(torch, asked["dtype"])
+        x = torch.empty(rows, columns, dtype=dtype).normal_().requires_grad_()
+        t = torch.empty(rows, dtype=torch.int64).random_(columns)
+        run = _way(asked["way"], x, t)
     mark = _PROCESS / "clear_refs"
     try:
         mark.write_text("5")
