@@ -489,3 +489,30 @@ def test_operators() -> None:
         (t["input"], t["linear_weight"], t["linear_bias"], None, t["target"], None, None, None,
          "mean", -100, 0.0, 0.0, 0.0, None, 0, None, False, None, torch.float32, torch.float32),
     )  # fmt: skip
+
+
+@HAS_TORCHS
+def test_patched() -> None:
+    """torch's function and module run here, chunk by chunk, where that is exact."""
+    head = Head(ignored=True, class_weight=True)
+    t = head.tensors(torch.float64)
+    t = {k: v for k, v in t.items() if k not in ("sample_weight", "logit_scale")}
+    want = TF.linear_cross_entropy(**t)
+    wanted = torch.autograd.grad(want, list(leaves(t).values()))
+    module = torch.nn.LinearCrossEntropyLoss(5, 11).double()
+    with mbkern.patched(report=True) as report:
+        loss = TF.linear_cross_entropy(**t)
+        got = torch.autograd.grad(loss, list(leaves(t).values()))
+        module(t["input"], t["target"]).backward()
+        TF.linear_cross_entropy(t["input"].to_sparse().to_dense(), t["linear_weight"], t["target"])
+        with pytest.raises(RuntimeError):
+            TF.linear_cross_entropy(t["input"], t["linear_weight"][:, :3], t["target"])
+        with torch.autocast("cpu", torch.bfloat16):
+            TF.linear_cross_entropy(t["input"].float(), t["linear_weight"].float(), t["target"])
+    check(loss, want, "loss", 1e-12)
+    for a, b in zip(got, wanted, strict=True):
+        check(a, b, "gradient", 1e-12)
+    assert report.taken["linear_cross_entropy"] == 3
+    reasons = {reason for name, reason in report.passed_on if name == "linear_cross_entropy"}
+    assert "refused by mbkern" in reasons
+    assert any("autocast" in reason for reason in reasons)

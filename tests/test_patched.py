@@ -37,7 +37,8 @@ def test_every_common_loss_is_taken_in() -> None:
     functions = dict(vars(F))
     with patched():
         replaced = {name for name, value in vars(F).items() if value is not functions[name]}
-    assert replaced == {loss.name for loss in mbkern.losses() if hasattr(F, loss.name)}
+    names = {"linear_cross_entropy", *(loss.name for loss in mbkern.losses())}
+    assert replaced == {name for name in names if hasattr(F, name)}
     assert replaced >= ORIGINALS.keys()
 
 

@@ -13,14 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from mbkern import functional
+from mbkern import _patched_head, functional
 from mbkern._arguments import REDUCTIONS
-from mbkern._losses import Loss, losses
+from mbkern._losses import Loss, find, losses
 from mbkern._tensors import DTYPES, has_kernels
 
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 _functorch_active = torch._C._are_functorch_transforms_active
+_HEAD = "linear_cross_entropy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,16 @@ def _entry(loss: Loss) -> Entry | None:
 def entries() -> list[Entry]:
     """Every loss that both libraries have."""
     found = [_entry(loss) for loss in losses()]
-    return [entry for entry in found if entry is not None]
+    return [entry for entry in (*found, _head()) if entry is not None]
+
+
+def _head() -> Entry | None:
+    """The fused head, which torch has had since 2.13."""
+    original = getattr(torch_functional, _HEAD, None)
+    if original is None:
+        return None
+    loss, names = find("cross_entropy"), tuple(inspect.signature(original).parameters)
+    return Entry(_HEAD, loss, True, names, 3, {}, original, functional.linear_cross_entropy)
 
 
 # ---- what is supported exactly -------------------------------------------------------------------
@@ -85,6 +95,10 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
 
     Whatever torch would refuse is refused here, so that the error is torch's.
     """
+    if entry.name == _HEAD:
+        if _tracing_state() is not None or _is_compiling() or _functorch_active():
+            return "a tracer or transform"  # there the logits would be whole here, too
+        return _patched_head.refusal(entry.original, args, kwargs, _tensor_refusal)
     third = None
     if len(args) == entry.tensors == 2:
         input, target = args
