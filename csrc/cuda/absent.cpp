@@ -22,6 +22,7 @@ void scale_array(const Queue&, void*, DType, int64_t, const Scalar&, const Scala
   refuse();
 }
 void convert_array(const Queue&, const void*, DType, void*, DType, int64_t) { refuse(); }
+bool run_product(const Queue&, const ProductArgs&) { refuse(); }
 void exact_result(const Queue&, const ExactSumState*, const Result&) { refuse(); }
 void exact_merge(const Queue&, ExactSumState*, const ExactSumState*) { refuse(); }
 void exact_add(const Queue&, ExactSumState*, const float*, int64_t) { refuse(); }

@@ -5,6 +5,7 @@
 // allocates. A class index outside [0, columns) makes its row NaN and is noted in the device's
 // error word. Host functions; each throws std::runtime_error with CUDA's own words.
 #include "core/args.h"
+#include "core/product_args.h"
 #include "core/result.h"
 
 namespace mbk::cuda {
@@ -33,6 +34,9 @@ void scale_array(const Queue& queue, void* x, DType dtype, int64_t n, const Scal
 // to = from, rounded once, with canonical NaNs.
 void convert_array(const Queue& queue, const void* from, DType from_dtype, void* to, DType to_dtype,
                    int64_t n);
+
+// As Backend::product, with the same bits; no scratch.
+bool run_product(const Queue& queue, const ProductArgs& args);
 
 // The same for exact sums as cpu/reduction.h.
 void exact_result(const Queue& queue, const ExactSumState* sum, const Result& result);
