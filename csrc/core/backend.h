@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "core/args.h"
+#include "core/tensor_list.h"
 
 namespace mbk {
 
@@ -25,6 +26,8 @@ struct Backend {
   void (*sum)(const PointwiseArgs&);               // of the view kLosses: exactly, into totals
   const Elementary* elementary;                    // ends with a null name
   MultirowFn (*multirow)(int loss, DType type);    // type: computed in, f32 or f64
+  void (*accumulate)(const AccumulateArgs&);
+  void (*flush)(const FlushArgs&);
 };
 
 namespace scalar {

@@ -12,10 +12,13 @@ RowFn row_function(int loss, DType input);
 PointwiseFn pointwise_function(int loss, DType type);
 MultirowFn multirow_function(int loss, DType type);
 void pointwise_sum(const PointwiseArgs&);
+void accumulate(const AccumulateArgs&);
+void flush(const FlushArgs&);
 extern const ElementaryTable elementary_table;
 
 extern const Backend backend;
-constexpr Backend backend{MBK_STRING(MBK_ISA), &row_function,         &pointwise_function,
-                          &pointwise_sum,      elementary_table.rows, &multirow_function};
+constexpr Backend backend{
+    MBK_STRING(MBK_ISA),   &row_function,      &pointwise_function, &pointwise_sum,
+    elementary_table.rows, &multirow_function, &accumulate,         &flush};
 
 }  // namespace mbk::MBK_ISA

@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from mbkern import autograd, functional, nn
+from mbkern._accumulate import Measured, accumulate_
 from mbkern._cuda import TargetErrors, take_target_errors
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
@@ -26,9 +27,11 @@ from mbkern._version import NUMERICS_VERSION, __version__
 __all__ = [
     "NUMERICS_VERSION",
     "LossSum",
+    "Measured",
     "PatchReport",
     "TargetErrors",
     "__version__",
+    "accumulate_",
     "autograd",
     "functional",
     "loss_and_grad",
