@@ -34,12 +34,16 @@ struct Flush {
   MBK_FN V scaled(V buffer) const {
     return splat<V>(scale) * buffer;
   }
-  // p is 0 or NaN where it is neither positive nor negative.
-  template <class V>
+  // p is 0 or NaN where it is neither positive nor negative. Without l1 its term would add a zero
+  // of the sign of p, which changes no sum.
+  template <bool kL1, class V>
   MBK_FN V regularised(V buffer, V p, T l1, T l2) const {
-    const V one = splat<V>((Element<V>)1);
-    const V sign = select(p > V{}, one, select(p < V{}, -one, p));
-    const V penalty = multiply_add(splat<V>(l2), p, splat<V>(l1) * sign);
+    V penalty = splat<V>(l2) * p;
+    if constexpr (kL1) {
+      const V one = splat<V>((Element<V>)1);
+      const V sign = select(p > V{}, one, select(p < V{}, -one, p));
+      penalty = multiply_add(splat<V>(l2), p, splat<V>(l1) * sign);
+    }
     return multiply_add(splat<V>(scale), buffer, penalty);
   }
   template <class V>
@@ -48,10 +52,24 @@ struct Flush {
   }
 };
 
-// The penalty of an element, from its value in double.
+// sum + the square of a number that is computed in T.
+template <class T, class D>
+MBK_FN D plus_square(D sum, D x) {
+  if constexpr (sizeof(T) == 4) {
+    return add_square(sum, x);
+  } else {
+    return sum + x * x;
+  }
+}
+
+// The penalty of a block: of each element p^2, times l2 / 2 in the end, where there is no l1; else
+// l1 |p| + l2 / 2 p^2.
 template <class D>
 MBK_FN D penalty_of(D p, double l1, double l2) {
   return splat<D>(l1) * abs(p) + splat<D>(l2 / 2) * (p * p);
+}
+MBK_FN double block_penalty(double sum, double l1, double l2) {
+  return l1 == 0 ? l2 / 2 * sum : sum;
 }
 
 }  // namespace mbk::MBK_ISA

@@ -12,13 +12,14 @@ MBK_FN void add_groups(const Accumulation<T>& item, T* buffer, const S* grad, in
                        SegmentSum& squares) {
   typedef Vector<T> V;
   for (int64_t i = 0; i < count; i += kSumLanes) {
+#pragma GCC unroll 8
     for (int k = 0; k < kSumLanes; k += lanes<V>) {
       const V g = load<V>(grad + i + k);
       store(buffer + i + k, kReads ? item.of(load<V>(buffer + i + k), g) : item.of(g));
       if constexpr (kMeasures) {
         for (int part = 0; part < kParts<V>; ++part) {
-          const auto d = to_double(g, part);
-          squares.add(k + part * lanes<f64v>, d * d);
+          f64v& sum = squares.at(k + part * lanes<f64v>);
+          sum = plus_square<T>(sum, to_double(g, part));
         }
       }
     }

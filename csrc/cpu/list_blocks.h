@@ -43,11 +43,8 @@ struct SegmentSum {
   MBK_FN SegmentSum() {
     for (f64v& l : lane) l = f64v{};
   }
-  // Numbers [first, first + lanes<f64v>) of a group of kSumLanes.
-  MBK_FN void add(int first, f64v d) {
-    f64v& l = lane[first / lanes<f64v>];
-    l = l + d;
-  }
+  // Of numbers [first, first + lanes<f64v>) of a group of kSumLanes.
+  MBK_FN f64v& at(int first) { return lane[first / lanes<f64v>]; }
   MBK_FN double value() {
     for (int half = kSumLanes / lanes<f64v> / 2; half; half /= 2)
       for (int k = 0; k < half; ++k) lane[k] = lane[k] + lane[k + half];

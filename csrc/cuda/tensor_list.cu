@@ -33,7 +33,7 @@ MBK_DEVICE double add_elements(const AccumulateArgs& a, const Item& t, int64_t f
   for (int k = 0; k < kSteps; ++k) {
     const int64_t i = first + k * kSumLanes;
     if (i < t.size) buffer[t.offset(kBuffer, i)] = item.reads ? item.of(b[k], g[k]) : item.of(g[k]);
-    lane += (double)g[k] * (double)g[k];
+    lane = plus_square<T>(lane, (double)g[k]);
   }
   return lane;
 }
@@ -115,14 +115,19 @@ MBK_DEVICE void flush_elements(const FlushArgs& a, const Item& t, int64_t first,
     const int64_t i = first + k * kSumLanes;
     if (i >= t.size) continue;
     if (has_penalty) {
-      const double p =
-          load_double(t.at(kListParameter), t.dtype(kListParameter), t.offset(kListParameter, i));
-      v[k] = item.regularised(v[k], (T)p, (T)t.l1, (T)t.l2);
-      penalty += penalty_of((double)(T)p, t.l1, t.l2);
+      const T p = (T)load_double(t.at(kListParameter), t.dtype(kListParameter),
+                                 t.offset(kListParameter, i));
+      if (t.l1 == 0) {
+        v[k] = item.template regularised<false>(v[k], p, (T)0, (T)t.l2);
+        penalty = plus_square<T>(penalty, (double)p);
+      } else {
+        v[k] = item.template regularised<true>(v[k], p, (T)t.l1, (T)t.l2);
+        penalty += penalty_of((double)p, t.l1, t.l2);
+      }
     } else {
       v[k] = item.scaled(v[k]);
     }
-    square += (double)v[k] * (double)v[k];
+    square = plus_square<T>(square, (double)v[k]);
     if (write)
       store_as(t.at(kListGrad), t.dtype(kListGrad), t.offset(kListGrad, i), item.clipped(v[k]));
   }
@@ -144,7 +149,7 @@ __global__ void __launch_bounds__(kListThreads, 2)
     if (threadIdx.x == 0) p.args.squares[at] = square;
     if (!p.args.penalties) continue;
     penalty = join_block(penalty);
-    if (threadIdx.x == 0) p.args.penalties[at] = penalty;
+    if (threadIdx.x == 0) p.args.penalties[at] = block_penalty(penalty, t.l1, t.l2);
   }
 }
 

@@ -53,6 +53,16 @@ class Fields {
       f(k, Tensor(PyList_GET_ITEM(list, k), device_, are_outputs));
     return PyList_GET_SIZE(list);
   }
+  // One number for each of `count` things, or one for all: calls f(position, number).
+  template <class F>
+  void number_each(std::int64_t count, F f) {
+    PyObject* field = get();
+    const bool list = PyList_CheckExact(field);
+    if (list && PyList_GET_SIZE(field) != count)
+      throw std::invalid_argument("mbkern._C: wrong number of numbers; the callers differ");
+    for (std::int64_t k = 0; k < count; ++k)
+      f(k, as_number(list ? PyList_GET_ITEM(field, k) : field));
+  }
   // How many tensors the list has that is read next.
   std::size_t list_size() const {
     if (next_ >= PyTuple_GET_SIZE(fields_.ptr())) return 0;

@@ -73,6 +73,12 @@ class List {
     if (written && meets_itself(t, v)) refuse();
   }
 
+  // A number that the device reads while it writes.
+  void add_read(const Scalar& s) {
+    const char* const at = static_cast<const char*>(s.pointer);
+    if (at) others_.push_back({at, at + sizeof(double), false});
+  }
+
   // Once all views are there. False for what is not suited.
   bool finish() {
     if (!good || overlap()) return false;
@@ -164,6 +170,7 @@ py::object accumulate(const py::tuple& fields) {
   std::int64_t workspace_bytes;
   good = f.queue(queue, workspace_bytes) && good;
   f.finish();
+  if (!f.on_host()) list.add_read(a.alpha), list.add_read(a.beta);
   if (!good || grads != list.count() || !list.finish()) return py::none();
   for (const ListTensor& t : list.tensors())
     if (!t.views[kListGrad].data && t.size) return py::none();
@@ -181,8 +188,59 @@ py::object accumulate(const py::tuple& fields) {
   return py::bool_(true);
 }
 
+// The types that a buffer is rounded to, once.
+bool rounds_once(DType buffer, DType grad) {
+  return buffer == DType::f32 || grad == DType::f64 || grad == DType::f32;
+}
+
+// None, with nothing written, for what is not suited.
+py::object flush(const py::tuple& fields) {
+  Fields f(fields);
+  List list(f.list_size());
+  f.tensors(false, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kBuffer, false); });
+  f.tensors(true, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kListGrad, true); });
+  f.tensors(false, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kListParameter, false); });
+  std::vector<ListTensor>& tensors = list.tensors();
+  f.number_each(list.count(), [&](std::int64_t k, double x) { tensors[std::size_t(k)].l1 = x; });
+  f.number_each(list.count(), [&](std::int64_t k, double x) { tensors[std::size_t(k)].l2 = x; });
+  FlushArgs a{};
+  bool good = f.numbers();
+  for (Scalar* s : {&a.factor, &a.denominator, &a.grad_scale}) good = f.scalar(*s) && good;
+  const double max_norm = f.number();
+  const Tensor stats = f.output(), squares = f.output();
+  double* const results = numbers(stats, kFlushStats, good);
+  double* const sums = numbers(squares, list.count(), good);
+  a.threads = static_cast<int>(f.integer());
+  cuda::Queue queue;
+  std::int64_t workspace_bytes;
+  good = f.queue(queue, workspace_bytes) && good;
+  f.finish();
+  if (!f.on_host())
+    for (const Scalar* s : {&a.factor, &a.denominator, &a.grad_scale}) list.add_read(*s);
+  if (!good || !results || !list.finish()) return py::none();
+  for (const ListTensor& t : tensors) {
+    const View &buffer = t.views[kBuffer], &grad = t.views[kListGrad];
+    if (buffer.dtype != DType::f32 && buffer.dtype != DType::f64) return py::none();
+    if (grad.data && !rounds_once(buffer.dtype, grad.dtype)) return py::none();
+    if (t.size && (t.l1 != 0 || t.l2 != 0) && !t.views[kListParameter].data) return py::none();
+  }
+  a.list = list.get();
+  const Unlocked unlocked(list.elements());
+  if (f.on_host()) {
+    run_flush(current_backend(), a, max_norm, results, sums);
+  } else {
+    if (workspace_bytes < cuda::list_workspace_bytes(a.list.count, a.list.blocks))
+      throw std::invalid_argument("mbkern._C: the workspace is too small; the callers differ");
+    cuda::run_flush(queue, a, max_norm, results, sums);
+  }
+  return py::bool_(true);
+}
+
 }  // namespace
 
-void add_tensor_lists(py::module_& m) { m.def("accumulate", &accumulate, py::arg("fields")); }
+void add_tensor_lists(py::module_& m) {
+  m.def("accumulate", &accumulate, py::arg("fields"));
+  m.def("flush", &flush, py::arg("fields"));
+}
 
 }  // namespace mbk::python

@@ -18,6 +18,7 @@ except ImportError as error:
 from mbkern import autograd, functional, nn
 from mbkern._accumulate import Measured, accumulate_
 from mbkern._cuda import TargetErrors, take_target_errors
+from mbkern._flush import FlushStats, flush_
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
@@ -26,6 +27,7 @@ from mbkern._version import NUMERICS_VERSION, __version__
 
 __all__ = [
     "NUMERICS_VERSION",
+    "FlushStats",
     "LossSum",
     "Measured",
     "PatchReport",
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "accumulate_",
     "autograd",
+    "flush_",
     "functional",
     "loss_and_grad",
     "losses",

@@ -4,6 +4,7 @@ one is not suited; only then is it asked here, which one and why."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +18,6 @@ from mbkern._tensors import (
     describe,
     has_internal_overlap,
     on_cuda,
-    refuse_tracing,
     require_dtype,
     require_one_device,
     require_plain,
@@ -62,6 +62,72 @@ def accumulate(
         _explain_overlap(_named(grads, "grads"), _named(buffers, "buffers"))
         _explain_rest(buffers, {"alpha": alpha, "beta": beta})
     _changed(buffers)
+
+
+@dataclass(frozen=True)
+class FlushTo:
+    """What a flush writes and reads besides the buffers; the lists are as long as those are.
+
+    Attributes:
+        grads: what is written; None: nothing.
+        parameters: of the penalties; None where there is none.
+        l1, l2: the penalties, one number for all or one for each.
+        stats: (4,) float64: norm, clip factor, whether not finite, penalty.
+        squares: (len,) float64.
+    """
+
+    grads: list[Tensor | None]
+    parameters: list[Tensor | None]
+    l1: float | list[float]
+    l2: float | list[float]
+    stats: Tensor
+    squares: Tensor
+
+
+def flush(
+    buffers: list[Tensor], to: FlushTo, scale: tuple[Number, Number, Number], max_norm: float
+) -> None:
+    """grads = clip * (factor / (denominator * grad_scale) * buffers + penalties' gradients)."""
+    names = ("factor", "denominator", "grad_scale")
+    numbers = [scalar_argument(value, name) for value, name in zip(scale, names, strict=True)]
+    head = (buffers, to.grads, to.parameters, to.l1, to.l2)
+    fields = (*head, *numbers, max_norm, to.stats, to.squares)
+    if _call(_C.flush, buffers, fields, True) is None:
+        _explain_flush(buffers, to)
+        read = _named(to.parameters, "parameters")
+        for k, (buffer, grad) in enumerate(zip(buffers, to.grads, strict=True)):
+            if grad is None or not same_elements(buffer, grad):
+                read.append((f"buffers[{k}]", buffer))
+        _explain_overlap(read, _named(to.grads, "grads"))
+        _explain_rest(buffers, dict(zip(names, scale, strict=True)))
+    _changed([grad for grad in to.grads if grad is not None])
+
+
+def _explain_flush(buffers: Sequence[Any], to: FlushTo) -> None:
+    several = zip(buffers, to.grads, to.parameters, strict=True)
+    for k, (buffer, grad, parameter) in enumerate(several):
+        explain_tensor(buffer, f"buffers[{k}]")
+        if buffer.dtype not in _WIDENED:
+            raise TypeError(
+                f"mbkern: buffers[{k}] is {buffer.dtype}; it must be float32 or float64"
+            )
+        for tensor, name in ((grad, "grads"), (parameter, "parameters")):
+            if tensor is None:
+                continue
+            explain_tensor(tensor, f"{name}[{k}]")
+            if tensor.shape != buffer.shape:
+                raise ValueError(
+                    f"mbkern: buffers[{k}] is {describe(buffer)}, and {name}[{k}] is "
+                    f"{describe(tensor)}; they must have one shape"
+                )
+        if grad is None:
+            continue
+        if buffer.dtype == torch.float64 and grad.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"mbkern: buffers[{k}] is torch.float64 and grads[{k}] {grad.dtype}; a float64 "
+                "buffer is flushed to float64 or float32"
+            )
+        explain_written(grad, f"grads[{k}]")
 
 
 def _call(
@@ -176,6 +242,3 @@ def _explain_rest(tensors: Sequence[Tensor], scalars: dict[str, object]) -> NoRe
         "mbkern: these tensors are not supported together; a number that is a tensor on the GPU "
         "must not lie in memory that the call writes: " + ", ".join(map(describe, tensors[:8]))
     )
-
-
-__all__ = ["accumulate", "explain_tensor", "explain_written", "refuse_tracing", "same_elements"]
