@@ -16,6 +16,7 @@ from torch import Tensor
 import mbkern
 from mbkern import _C
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # but where a test says otherwise
 SIZES = (0, 1, 7, 31, 32, 33, 511, 512, 513, 4095, 4096, 4097, 70_001)
 PAIRS = (
     (torch.float32, torch.float32),

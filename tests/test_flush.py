@@ -13,6 +13,7 @@ from torch import Tensor
 import mbkern
 from mbkern import _C
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # but where a test says otherwise
 SIZES = (0, 1, 31, 33, 512, 513, 4097, 50_001)
 PAIRS = (
     (torch.float32, torch.float32),

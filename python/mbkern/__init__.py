@@ -17,6 +17,8 @@ except ImportError as error:
 
 from mbkern import autograd, functional, nn
 from mbkern._accumulate import Measured, accumulate_
+from mbkern._accumulator import GradAccumulator
+from mbkern._accumulator_flush import WindowStats
 from mbkern._cuda import TargetErrors, take_target_errors
 from mbkern._flush import FlushStats, flush_
 from mbkern._loss_and_grad import loss_and_grad
@@ -28,10 +30,12 @@ from mbkern._version import NUMERICS_VERSION, __version__
 __all__ = [
     "NUMERICS_VERSION",
     "FlushStats",
+    "GradAccumulator",
     "LossSum",
     "Measured",
     "PatchReport",
     "TargetErrors",
+    "WindowStats",
     "__version__",
     "accumulate_",
     "autograd",
