@@ -26,7 +26,17 @@ from harness.results import Group
 from harness.settings import COMPILE, LONG_ROWS, Settings
 from report import as_markdown, goal_table, machine_table, suite_table, warnings
 
-SUITES = ("cross-entropy", "family", "tiers", "host", "integration", "memory", "exact-sum", "twin")
+SUITES = (
+    "cross-entropy",
+    "family",
+    "tiers",
+    "host",
+    "integration",
+    "memory",
+    "exact-sum",
+    "accumulate",
+    "twin",
+)
 
 
 def _threads(text: str) -> tuple[int, ...]:
