@@ -27,9 +27,17 @@ from harness.settings import COMPILE, LONG_ROWS, Settings
 from report import as_markdown, goal_table, machine_table, suite_table, warnings
 
 SUITES = (
-    "cross-entropy", "family", "head", "tiers", "host", "integration", "memory", "exact-sum",
+    "cross-entropy",
+    "family",
+    "head",
+    "tiers",
+    "host",
+    "integration",
+    "memory",
+    "exact-sum",
+    "accumulate",
     "twin",
-)  # fmt: skip
+)
 
 
 def _threads(text: str) -> tuple[int, ...]:

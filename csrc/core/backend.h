@@ -5,6 +5,7 @@
 
 #include "core/args.h"
 #include "core/product_args.h"
+#include "core/tensor_list.h"
 
 namespace mbk {
 
@@ -27,6 +28,8 @@ struct Backend {
   const Elementary* elementary;                    // ends with a null name
   MultirowFn (*multirow)(int loss, DType type);    // type: computed in, f32 or f64
   bool (*product)(const ProductArgs&);             // false where there is none of these types
+  void (*accumulate)(const AccumulateArgs&);
+  void (*flush)(const FlushArgs&);
 };
 
 namespace scalar {

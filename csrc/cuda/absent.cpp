@@ -18,6 +18,9 @@ int64_t workspace_bytes(int64_t, bool) { refuse(); }
 void run_row_loss(const Queue&, int, DType, RowArgs, const Result&) { refuse(); }
 void run_pointwise_loss(const Queue&, int, DType, PointwiseArgs, const Result&) { refuse(); }
 void run_multirow_loss(const Queue&, int, DType, MultirowArgs, const Result&) { refuse(); }
+int64_t list_workspace_bytes(int64_t, int64_t) { refuse(); }
+void run_accumulate(const Queue&, AccumulateArgs, double*) { refuse(); }
+void run_flush(const Queue&, FlushArgs, double, double*, double*) { refuse(); }
 void scale_array(const Queue&, void*, DType, int64_t, const Scalar&, const Scalar&, bool) {
   refuse();
 }

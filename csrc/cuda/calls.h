@@ -7,6 +7,7 @@
 #include "core/args.h"
 #include "core/product_args.h"
 #include "core/result.h"
+#include "core/tensor_list.h"
 
 namespace mbk::cuda {
 
@@ -26,6 +27,12 @@ void run_pointwise_loss(const Queue& queue, int loss, DType type, PointwiseArgs 
                         const Result& result);
 void run_multirow_loss(const Queue& queue, int loss, DType type, MultirowArgs args,
                        const Result& result);
+
+// As run_accumulate and run_flush on the CPU (cpu/list_call.h). The workspace holds
+// list_workspace_bytes(), with any contents; results are the device's.
+int64_t list_workspace_bytes(int64_t tensors, int64_t blocks);
+void run_accumulate(const Queue& queue, AccumulateArgs args, double* squares);
+void run_flush(const Queue& queue, FlushArgs args, double max_norm, double* stats, double* squares);
 
 // x = x * (factor / hint), rounded once; nothing is touched where that is 1. keep_zeros: 0 stays 0
 // also where the factor is not finite.
