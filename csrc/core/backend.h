@@ -4,10 +4,12 @@
 #include <stdint.h>
 
 #include "core/args.h"
-#include "core/product_args.h"
-#include "core/tensor_list.h"
 
 namespace mbk {
+
+struct AccumulateArgs;  // core/tensor_list.h
+struct FlushArgs;
+struct ProductArgs;  // core/product_args.h
 
 using RowFn = void (*)(const RowArgs&);
 using PointwiseFn = void (*)(const PointwiseArgs&);

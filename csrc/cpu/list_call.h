@@ -1,6 +1,7 @@
 #pragma once
 // Whole calls over lists of tensors on the CPU: the kernels, then the sums of their blocks.
 #include "core/backend.h"
+#include "core/tensor_list.h"
 
 namespace mbk {
 

@@ -2,6 +2,7 @@
 // a build, so only a direct call ends here.
 #include <stdexcept>
 
+#include "core/tensor_list.h"
 #include "cuda/calls.h"
 
 namespace mbk::cuda {

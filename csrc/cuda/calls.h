@@ -5,9 +5,13 @@
 // allocates. A class index outside [0, columns) makes its row NaN and is noted in the device's
 // error word. Host functions; each throws std::runtime_error with CUDA's own words.
 #include "core/args.h"
-#include "core/product_args.h"
 #include "core/result.h"
-#include "core/tensor_list.h"
+
+namespace mbk {
+struct AccumulateArgs;  // core/tensor_list.h
+struct FlushArgs;
+struct ProductArgs;  // core/product_args.h
+}  // namespace mbk
 
 namespace mbk::cuda {
 

@@ -1,4 +1,5 @@
 // Products with their sums in a fixed order.
+#include "core/product_args.h"
 #include "cpu/dispatch.h"
 #include "python/fields.h"
 #include "python/functions.h"
@@ -30,6 +31,7 @@ py::object product(const py::tuple& fields) {
   ProductArgs p{};
   p.from_zero = f.boolean();
   p.order = static_cast<ProductOrder>(f.integer());
+  p.skip_below = f.number();
   p.threads = static_cast<int>(f.integer());
   const Tensor scratch = f.tensor();
   const cuda::Queue queue{f.address(), nullptr};

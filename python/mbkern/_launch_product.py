@@ -20,7 +20,7 @@ has_pairs = _C.has_bf16_pairs
 
 def product(
     c: Tensor, a: Tensor, b: Tensor, order: int = CHAIN, *, start: Tensor | None = None,
-    fresh: bool = False,
+    fresh: bool = False, skip_below: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """``c += a^T b``, or with ``fresh`` ``c = start + a^T b``; returns c.
 
@@ -31,13 +31,15 @@ def product(
             anywhere; BLOCKS: chains from 0 over blocks of 256, added to c in order; PAIRS: of
             bfloat16, two terms at a time, fast, on the CPU where ``has_pairs()``.
         start: (columns), of c's dtype.
+        skip_below: leave out runs of the depth of a few rows of c where all of ``a`` is smaller;
+            on the CPU.
     """
     kernel, threads, scratch, stream = _C.product, torch.get_num_threads(), None, 0
     if CUDA_BUILT and on_cuda(c):
         kernel, stream = _cuda.on_device_of(c, kernel), _cuda.current_stream(c)
     else:
         scratch = torch.empty(threads * _C.PRODUCT_SCRATCH, dtype=torch.uint8, device="cpu")
-    if kernel((a, b, c, start, fresh, order, threads, scratch, stream)) is None:
+    if kernel((a, b, c, start, fresh, order, skip_below, threads, scratch, stream)) is None:
         raise NotImplementedError(
             f"mbkern: no product of {describe(a)} and {describe(b)} into {describe(c)}"
         )

@@ -49,6 +49,7 @@ class LinearOptions:
     chunk_rows: int | None = None
     split_invariant: bool = False
     num_valid: int | None = None
+    filter_eps: float = 0.0  # 0: nothing is left out
 
 
 @dataclass(slots=True)
@@ -113,6 +114,7 @@ class LinearCall:
         self.own = options.split_invariant or (
             not on_cuda(self.x) and dtype is torch.float16 and not _has_fp16_products()
         )
+        self.skip_below = 0.0  # of gradients of logits; set by run()
         self.logits_dtype = self.compute if self.own else dtype
         if not self.has_index:
             self.logits_dtype = torch.promote_types(self.logits_dtype, self.target.dtype)
@@ -320,10 +322,12 @@ class LinearCall:
 
     def _input_gradient(self, g: Tensor, first: int, end: int, out: Tensor | None) -> Tensor:
         """``G W``; of full precision where it is ours."""
-        if self.own:
+        if self.own or self.skip_below:
             shape = (g.shape[0], self.w.shape[1])
-            dx = torch.empty(shape, dtype=self.compute, device=g.device)
-            return products.product(dx, g.t(), self.w, products.BLOCKS, fresh=True)
+            dx = torch.zeros(shape, dtype=self.compute, device=g.device)
+            order = products.BLOCKS if self.own else self._order(g)
+            order = products.BLOCKS if order == products.CHAIN else order
+            return products.product(dx, g.t(), self.w, order, skip_below=self.skip_below)
         direct = out is not None and self.rows is None and self.scale is None
         return torch.mm(g, self.w, out=out[first:end] if direct else None)  # type: ignore[index]
 
@@ -336,19 +340,36 @@ class LinearCall:
 
     def _add_weight_gradient(self, x: Tensor, g: Tensor, into: Tensor) -> None:
         if self.own:
-            products.product(into, g, x)
+            products.product(into, g, x, skip_below=self.skip_below)
         elif not on_cuda(g):
-            if self.compute is torch.float64:
+            if self.compute is torch.float64 and not self.skip_below:
                 into.addmm_(g.t(), x)
                 return
-            pairs = x.dtype is torch.bfloat16 and products.has_pairs()
-            products.product(into, g, x, products.PAIRS if pairs else products.CHAIN)
+            products.product(into, g, x, self._order(g), skip_below=self.skip_below)
         elif g.dtype is into.dtype:
             into.addmm_(g.t(), x)
         elif _has_out_dtype():
             into += torch.mm(g.t(), x, out_dtype=into.dtype)
         else:
             into.addmm_(g.t().to(into.dtype), x.to(into.dtype))
+
+    def _order(self, g: Tensor) -> int:
+        """The faster order of a product with ``g``."""
+        pairs = g.dtype is torch.bfloat16 and products.has_pairs()
+        return products.PAIRS if pairs else products.CHAIN
+
+    def _filter(
+        self, scale: float | Tensor, item_scale: Tensor | None, divisor: float | Tensor
+    ) -> float:
+        """The gradient of a logit whose softmax is ``filter_eps``, at the largest weight."""
+        if not self.options.filter_eps:
+            return 0.0
+        largest = abs(float(scale) / float(divisor))
+        rows = self.options.row
+        for weights in (item_scale, self.sample_weight, rows.weight if self.has_index else None):
+            if weights is not None and weights.numel():
+                largest *= float(weights.abs().max())
+        return self.options.filter_eps * largest
 
     # ---- all chunks ----
 
@@ -391,6 +412,8 @@ class LinearCall:
         if self.options.logit_scale is not None:  # from the logits' gradient to the product's
             wide = scale.double() if isinstance(scale, Tensor) else scale
             scale = wide * self.options.logit_scale
+        if into.any():
+            self.skip_below = self._filter(scale, item_scale, divisor)
         shape = (self.step, self.w.shape[0])
         memory = in_huge_pages(torch.empty(shape, dtype=self._memory_dtype, device=device))
         total: Tensor | None = None

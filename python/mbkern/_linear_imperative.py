@@ -18,7 +18,7 @@ NAME = "linear_cross_entropy"
 _ARGUMENTS = ("input", "linear_weight", "target", "linear_bias", "logit_scale")
 _OPTIONS = {
     "weight", "ignore_index", "label_smoothing", "options", "z_loss", "softcap", "denominator",
-    "shift", "split_invariant", "chunk_bytes", "sample_weight", "num_valid",
+    "shift", "split_invariant", "chunk_bytes", "sample_weight", "num_valid", "filter_eps",
 }  # fmt: skip
 _DIFFERENTIABLE = ("input", "linear_weight", "linear_bias", "logit_scale")
 

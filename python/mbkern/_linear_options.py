@@ -46,6 +46,7 @@ def linear_options(
     chunk_bytes: int | None = None,
     sample_weight: Tensor | None = None,
     num_valid: int | None = None,
+    filter_eps: float | str | None = None,
 ) -> LinearOptions:
     """Check everything that needs no address, and gather it."""
     for name, value in (
@@ -151,4 +152,24 @@ def linear_options(
             f"{type(options).__name__}"
         )
     chunk_rows = getattr(options, "batch_chunk_size", None) if chunk_bytes is None else None
-    return LinearOptions(rows, factor, places, chunk_bytes, chunk_rows, split_invariant, num_valid)
+    return LinearOptions(
+        rows, factor, places, chunk_bytes, chunk_rows, split_invariant, num_valid,
+        _filter_eps(filter_eps, input, split_invariant),
+    )  # fmt: skip
+
+
+def _filter_eps(eps: float | str | None, input: Tensor, split_invariant: bool) -> float:
+    if eps is None:
+        return 0.0
+    if split_invariant:
+        raise ValueError(
+            "mbkern: filter_eps leaves out what is small in a chunk, which depends on the cut; it "
+            "does not go with split_invariant=True"
+        )
+    if input.is_cuda:
+        raise NotImplementedError("mbkern: filter_eps has no kernel on CUDA")
+    if eps == "auto":
+        return torch.finfo(input.dtype).eps / 32
+    if isinstance(eps, str) or not 0.0 <= eps < 1.0:
+        raise ValueError(f"mbkern: filter_eps must be in [0, 1), 'auto' or None, not {eps!r}")
+    return float(eps)

@@ -1,6 +1,7 @@
 // Products with a fixed order of summation: against a chain of fma by hand, and the same bits on
 // every tier, for every thread count and cut, and by the CUDA kernel where it is built.
 #include "check.h"
+#include "core/product_args.h"
 #include "cpu/dispatch.h"
 #if defined(MBKERN_CUDA)
 #include "cuda/calls.h"
