@@ -16,6 +16,7 @@ from mbkern._accumulator_counts import Count, reciprocal
 from mbkern._accumulator_flush import FlushOptions, WindowStats, prepare, write
 from mbkern._accumulator_hooks import discard, hook, release, require_no_gradients, unhook
 from mbkern._accumulator_parameters import Slot, allocate, read_parameters
+from mbkern._accumulator_ranks import is_ddp, reduce_window, require_no_sync
 from mbkern._arguments import Number
 
 _MODES = ("deferred", "streaming", "known")
@@ -69,6 +70,12 @@ class GradAccumulator:
             added: a power of two that keeps fp16 gradients of sums from overflowing.
         sparse: "error", or "densify": what becomes of sparse gradients.
         measure: keep squared norms of every micro-batch's gradients (8 bytes a parameter).
+        process_group: ranks (a group, or ``torch.distributed.group.WORLD``) whose sums and counts
+            ``flush`` adds up, by one all-reduce of each buffer memory; every rank must flush. The
+            gradient is that of all ranks' items together, in shares of any size. A
+            ``DistributedDataParallel`` module given as ``parameters`` brings its own group, and its
+            micro-batches must run under its ``no_sync()``. In "known" mode the totals are those of
+            all ranks. Parameters without a gradient get zeros then.
 
     Raises:
         TypeError: complex or integer parameters, or not parameters at all.
@@ -90,6 +97,7 @@ class GradAccumulator:
         pre_scale: float = 1.0,
         sparse: str = "error",
         measure: bool = False,
+        process_group: Any = None,
     ) -> None:
         for value, name, allowed in (
             (mode, "mode", _MODES),
@@ -103,6 +111,13 @@ class GradAccumulator:
         if not pre_scale > 0:
             raise ValueError(f"mbkern: pre_scale is {pre_scale}; it must be positive")
         self.mode, self.max_norm, self.measure = mode, max_norm, measure
+        self._module = parameters if is_ddp(parameters) else None
+        self._group = parameters.process_group if is_ddp(parameters) else process_group
+        if self._group is not None and mode == "streaming":
+            raise ValueError(
+                "mbkern: mode='streaming' promises a gradient after each micro-batch, which would "
+                "be an all-reduce each; use 'deferred' with a process_group"
+            )
         self._dtype, self._flat, self._into = dtype, layout == "flat", into
         self._pre_scale, self._densify = float(pre_scale), sparse == "densify"
         self._l1, self._l2 = float(l1), float(l2)
@@ -183,6 +198,7 @@ class GradAccumulator:
         hook(self._slots, weakref.ref(self))
         require_no_gradients(self._slots)
         release(self._slots, self._into)
+        require_no_sync(self._module)
         collector = self._collector = Collector(
             which,
             self._alpha(denominator),
@@ -242,6 +258,9 @@ class GradAccumulator:
         self._require_whole()
         self._check_known()
         grad_scale = 1.0 if scaler is None else _accumulator_scaler.scale_of(scaler, optimizer)
+        if self._group is not None:
+            known = self.mode == "known"
+            reduce_window(self._slots, self._counts, self._names, known, self._group)
         stats = self._write(keep=False, grad_scale=grad_scale)
         if scaler is not None:
             _accumulator_scaler.record(scaler, optimizer, stats.found_inf)
@@ -284,6 +303,8 @@ class GradAccumulator:
 
     def _check_known(self) -> None:
         """In "known" mode, what was counted must be what was announced, where both are numbers."""
+        if self._group is not None:  # this rank has counted its share only
+            return
         for name, count in self._counts.items():
             announced = (self._totals or {}).get(name)
             if self.mode != "known" or count.tensor is not None or isinstance(announced, Tensor):
