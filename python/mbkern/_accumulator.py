@@ -127,6 +127,7 @@ class GradAccumulator:
         self._counts: dict[str, Count] = {}
         self._totals: dict[str, Number] | None = None
         self._measurements: list[Measurement] = []
+        self._sizes: list[Number] = []
         self._micro_batches = 0
         self._broken: str | None = None
         self.add(parameters)
@@ -222,6 +223,9 @@ class GradAccumulator:
             self._collector = None
         self._counts[denominator] = counted
         self._measurements += collector.measurements
+        if count is not None and self.measure:
+            # As it is now: a count may live on.
+            self._sizes.append(count.clone() if isinstance(count, Tensor) else count)
         self._micro_batches += 1
         if self.mode == "streaming":
             self._write(keep=True)
@@ -322,16 +326,20 @@ class GradAccumulator:
             )
 
     def _write(self, *, keep: bool, grad_scale: Number = 1.0) -> WindowStats:
-        known = self.mode == "known"
+        known, scaled = self.mode == "known", isinstance(grad_scale, Tensor) or grad_scale != 1.0
         counts = {name: self._counts.get(name, Count()).total() for name in self._names}
         totals: list[Number] = [1.0] if known else list(counts.values())
         options = FlushOptions(self._into, keep, grad_scale, self.max_norm)
         stats, norms = write(self._slots, totals, options)
         head = (stats.norm, stats.clip_factor, stats.found_inf, stats.penalty, norms)
-        return WindowStats(*head, self._micro_batches, counts, list(self._measurements))
+        plain = not (known or scaled or any(slot.l1 or slot.l2 for slot in self._slots))
+        return WindowStats(
+            *head, self._micro_batches, counts, list(self._measurements), list(self._sizes),
+            stats.norm.square() if plain else None,
+        )  # fmt: skip
 
     def _forget(self) -> None:
         for slot in self._slots:
             slot.received = [False] * len(slot.received)
         self._counts, self._totals, self._broken = {}, None, None
-        self._measurements, self._micro_batches = [], 0
+        self._measurements, self._sizes, self._micro_batches = [], [], 0

@@ -14,6 +14,7 @@ from mbkern._accumulator_hooks import set_gradient
 from mbkern._accumulator_parameters import Slot
 from mbkern._arguments import Number
 from mbkern._flush import FlushStats, flush_
+from mbkern._noise_scale import NoiseScale
 
 INTO = ("grad", "fp32_grad", "main_grad")
 
@@ -31,6 +32,9 @@ class WindowStats:
         micro_batches: int.
         counts: for each denominator, what was counted: a float, or a float64 tensor.
         measurements: with ``measure=True``, the squared norms of every micro-batch's gradients.
+        sizes: what each micro-batch counted.
+        sum_squared_norm: of the window's mean gradient, before clipping; None where a penalty or a
+            scale is in it.
     """
 
     norm: Tensor
@@ -41,6 +45,24 @@ class WindowStats:
     micro_batches: int
     counts: dict[str, Number]
     measurements: list[Measurement] = field(default_factory=list, repr=False)
+    sizes: list[Number] = field(default_factory=list, repr=False)
+    sum_squared_norm: Tensor | None = field(default=None, repr=False)
+
+    def update(self, noise_scale: NoiseScale) -> None:
+        """Take this window into a running estimate of the gradient noise scale.
+
+        Needs ``measure=True``, one denominator, gradients that were not scaled by a GradScaler,
+        and no penalty.
+        """
+        if not self.measurements or len(self.counts) != 1 or self.sum_squared_norm is None:
+            raise ValueError(
+                "mbkern: the noise scale needs GradAccumulator(measure=True) with one denominator, "
+                "without penalties, outside known mode"
+            )
+        (total,) = self.counts.values()
+        sizes = [self.sizes[k] for k in sorted({m.micro_batch for m in self.measurements})]
+        norms = [norm.square() for norm in self.micro_batch_norms()]
+        noise_scale.update(norms, sizes, self.sum_squared_norm, total)
 
     def micro_batch_norms(self) -> list[Tensor]:
         """The norm of each micro-batch's summed gradient; needs ``measure=True``."""
