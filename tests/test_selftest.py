@@ -28,7 +28,9 @@ def test_it_passes_here() -> None:
     rows = [line.split()[:2] for line in done.stdout.splitlines() if line.endswith("  ok")]
     losses = [[loss.name, str(d)[6:]] for loss in mbkern.losses() for d in _selftest.FORMATS]
     functions = [[f, t] for f in _C.elementary_functions() for t in ("float32", "float64")]
-    assert rows == losses + functions
+    others = ("linear_cross_entropy", "accumulation")
+    wholes = [[name, str(d)[6:]] for name in others for d in _selftest.FORMATS]
+    assert rows == losses + wholes + functions
     assert f"instruction sets: {', '.join(_C.isas())};" in done.stdout
     absent = [name for name in _selftest.TIERS if name not in _C.isas()]
     assert f"not available here: {', '.join(absent) or 'none'}" in done.stdout
