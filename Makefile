@@ -1,7 +1,8 @@
 # Every target does its own set-up, in .venv and build/; needed are Python with venv, and a C++ compiler.
 #   make demo        a small training run, explained
 #   make test        all tests              make lint      style, types, stubs
-#   make bench       the microbenchmarks    make gpu-check what only a GPU can show
+#   make bench       speed, five minutes    make bench-full all sizes, threads, and goals
+#   make gpu-check   what only a GPU can show
 #   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
 #   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
 #   make shim        CUDA's kernels on the CPU   make shim-races  and their races
@@ -22,7 +23,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python 
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize shim shim-native shim-races clang aarch64 torches cuda-all cuda-wheels clean
+.PHONY: demo test slow bench bench-full gpu-check lint full exhaustive sanitize shim shim-native shim-races clang aarch64 torches cuda-all cuda-wheels clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -44,6 +45,10 @@ slow: $(PACKAGE)
 	python -m pytest tests -q -m slow
 
 bench: $(PACKAGE)
+	python -m mbkern bench --short
+
+bench-full: $(PACKAGE)
+	python -m mbkern bench all --compile --output build/bench.jsonl
 	python bench/run.py
 
 # STAGE=build|bits|test|sanitize|bench: one of them. Runs offline, in .venv, or without one in the
