@@ -20,7 +20,7 @@ def cases(plan: Plan) -> list[Case]:
     formula = FORMULAS.get(plan.loss, CROSS_ENTROPY)
     if formula.name not in ("cross_entropy", *(n for n in FORMULAS if _takes_rows(n))):
         raise LookupError(f"{formula.name} has no rows")
-    steps = (6, 9, 2) if plan.short else (6, 13, 1)
+    steps = (4, 8, 2) if plan.short else (6, 13, 1)
     ends = {"rows": (4096, steps), "classes": (256, steps)}
     found = []
     for axis, (other, (first, last, step)) in ends.items():
