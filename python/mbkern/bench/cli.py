@@ -12,6 +12,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from mbkern.bench import tables
@@ -169,7 +170,35 @@ def _ab(argv: Sequence[str]) -> int:
     return run.INTERRUPTED if recorders[0].interrupted else status
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"compare": _compare, "ab": _ab}
+def _report(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mbkern bench report",
+        description="One self-contained HTML page with interactive plots, the plots as PNG and "
+        "SVG, and Markdown tables, of files that bench --output wrote.",
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("report"), metavar="FOLDER")
+    parser.add_argument("--title", default="Benchmarks of mbkern")
+    args = parser.parse_args(argv)
+    for module, what in (("plotly", "the page"), ("matplotlib", "a picture")):
+        if find_spec(module) is None:
+            print(MISSING.format(what=what, module=module), file=sys.stderr)
+            return 2
+    from mbkern.bench.report.write import report
+
+    try:
+        written, warnings = report(args.files, args.output, args.title)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
+    print(f"{written[0]}, and {len(written) - 1} other files beside it")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "compare": _compare, "ab": _ab, "report": _report,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
