@@ -51,6 +51,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--providers", type=_names, default=(), help="only those whose names contain one of these")
     add("--model", choices=tuple(MODELS), default="", help="only this model's sizes")
     add("--loss", default="cross_entropy", help="of the suites minibatch and scaling")
+    add("--directions", type=_names, default=(), help="only these of both,forward,backward")
     add("--suite-file", type=Path, metavar="FILE", help="Python with SUITES of your own, by name")
 
 
@@ -68,7 +69,7 @@ def _plan(args: argparse.Namespace, default: Sequence[str]) -> Plan:
     return Plan(
         suites, args.device, "default", threads, args.short, seconds, min(0.3, seconds / 4),
         5 if args.short else 7, args.repeats, args.compile, args.cache, args.providers, args.model,
-        args.loss, str(args.suite_file.resolve()) if args.suite_file else "",
+        args.loss, args.directions, str(args.suite_file.resolve()) if args.suite_file else "",
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Plan:
         only: provider names must contain one of these; empty: all.
         model: only cases of this model; empty: all.
         loss: the loss of the suites minibatch and scaling.
+        directions: only these of both, forward and backward; empty: all.
         suite_file: a Python file with suites of the user's: functions of a Plan that return cases.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     only: tuple[str, ...] = ()
     model: str = ""
     loss: str = "cross_entropy"
+    directions: tuple[str, ...] = ()
     suite_file: str = ""
 
     @property

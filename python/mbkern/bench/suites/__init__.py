@@ -47,7 +47,8 @@ def of(plan: Plan) -> tuple[list[Case], dict[str, str]]:
             cases += suites[name](plan)
         except LookupError as unavailable:
             reasons[name] = str(unavailable.args[0])
-    return cases, reasons
+    wanted = [c for c in cases if not plan.directions or c.direction in plan.directions]
+    return wanted, reasons
 
 
 def _from_file(path: Path) -> dict[str, Suite]:
