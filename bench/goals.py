@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from suites import accumulate, exact_sum, family, head, host, integration, memory, tiers, twin
 from suites import cross_entropy as ce
-from suites import exact_sum, family, head, host, integration, memory, tiers, twin
 
 from mbkern.bench.allocator import DEFAULT, RECYCLED
 from mbkern.bench.results import Group, paired_ratio
@@ -200,10 +200,41 @@ def _of_the_head() -> list[Goal]:
     ]  # fmt: skip
 
 
+def _of_accumulation() -> list[Goal]:
+    a = accumulate
+
+    def at(case: str, threads: int | None = None) -> Callable[[Group], bool]:
+        return lambda g: g.case.startswith(case) and threads in (None, g.threads)
+
+    small, mixed = (f"fp32, {a.COUNT} tensors of {n[0]} to {n[1]}" for n in (a.SMALL, a.MIXED))
+    goals = [
+        Goal("accumulate bf16, share of x *= c", a.SUITE, a.RMW, a.MBKERN, 0.90,
+             lambda g: at("bf16")(g) and g.case.endswith("elements")),
+        Goal("accumulate fp32, share of x *= c", a.SUITE, a.RMW, a.MBKERN, 0.85,
+             lambda g: at("fp32")(g) and g.case.endswith("elements")),
+        Goal("norm and finiteness, from memory", a.SUITE, a.MEASURED, a.MBKERN, 1.03,
+             lambda g: g.case.endswith("elements") and "flush" not in g.case, at_least=False),
+        Goal(f"accumulate fp32, {a.COUNT} tensors", a.SUITE, a.TORCH, a.MBKERN, 1.3,
+             at(f"fp32 -> {mixed}")),
+        Goal("flush", a.SUITE, a.TORCH, a.MBKERN, 3.0, at("flush")),
+    ]  # fmt: skip
+    for theirs in (a.TORCH, a.CAST):
+        for threads, bound in ((1, 2.0), (2, 2.5)):
+            goals.append(Goal(f"accumulate bf16, {a.COUNT} tensors, {theirs}", a.SUITE, theirs,
+                              a.MBKERN, bound, at(f"bf16 -> {mixed}", threads)))  # fmt: skip
+        goals.append(Goal(f"accumulate bf16, {a.COUNT} small tensors, {theirs}", a.SUITE, theirs,
+                          a.MBKERN, 4.0, at(f"bf16 -> {small}")))  # fmt: skip
+    return goals
+
+
 GOALS = (
-    *_against_torch(), *_against_the_machine(), *_through_torch(), *_of_the_family(),
+    *_against_torch(),
+    *_against_the_machine(),
+    *_through_torch(),
+    *_of_the_family(),
+    *_of_accumulation(),
     *_of_the_head(),
-)  # fmt: skip
+)
 
 
 def judge(groups: Sequence[Group], goals: Sequence[Goal] = GOALS) -> list[Verdict]:

@@ -28,9 +28,17 @@ from mbkern.bench.allocator import environment
 from mbkern.bench.results import Group
 
 SUITES = (
-    "cross-entropy", "family", "head", "tiers", "host", "integration", "memory", "exact-sum",
+    "cross-entropy",
+    "family",
+    "head",
+    "tiers",
+    "host",
+    "integration",
+    "memory",
+    "exact-sum",
+    "accumulate",
     "twin",
-)  # fmt: skip
+)
 
 
 def _threads(text: str) -> tuple[int, ...]:

@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   mbk::python::add_pointwise_loss(m);
   mbk::python::add_multirow_loss(m);
   mbk::python::add_product(m);
+  mbk::python::add_tensor_lists(m);
   mbk::python::add_arrays(m);
   mbk::python::add_cuda(m);
 }

@@ -487,7 +487,8 @@ def test_operators() -> None:
     torch.library.opcheck(
         torch.ops.mbkern.linear_loss.default,
         (t["input"], t["linear_weight"], t["linear_bias"], None, t["target"], None, None, None,
-         "mean", -100, 0.0, 0.0, 0.0, None, 0, None, False, None, torch.float32, torch.float32),
+         "mean", -100, 0.0, 0.0, 0.0, None, 0, None, None, False, None, torch.float32,
+         torch.float32),
     )  # fmt: skip
 
 

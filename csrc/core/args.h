@@ -112,10 +112,14 @@ struct View {
   int64_t strides[kMaxDims];  // 0: broadcast
 };
 
-struct PointwiseArgs {
+// The order in which the elements of a call are walked: its dimensions, outermost first.
+struct Walk {
   int64_t size;
   int dims;
   int64_t shape[kMaxDims];
+};
+
+struct PointwiseArgs : Walk {
   View views[kViews];
   bool accumulate;                 // gradients are added to what is there
   double parameters[kParameters];  // the loss's own: beta, delta, margin

@@ -4,9 +4,12 @@
 #include <stdint.h>
 
 #include "core/args.h"
-#include "core/product_args.h"
 
 namespace mbk {
+
+struct AccumulateArgs;  // core/tensor_list.h
+struct FlushArgs;
+struct ProductArgs;  // core/product_args.h
 
 using RowFn = void (*)(const RowArgs&);
 using PointwiseFn = void (*)(const PointwiseArgs&);
@@ -27,6 +30,8 @@ struct Backend {
   const Elementary* elementary;                    // ends with a null name
   MultirowFn (*multirow)(int loss, DType type);    // type: computed in, f32 or f64
   bool (*product)(const ProductArgs&);             // false where there is none of these types
+  void (*accumulate)(const AccumulateArgs&);
+  void (*flush)(const FlushArgs&);
 };
 
 namespace scalar {

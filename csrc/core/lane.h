@@ -340,6 +340,25 @@ MBK_FN f32v narrow_parts(const f64v (&x)[kDoubleParts]) {
 #endif
 }
 
+// sum + x * x where x is a float's value: the product is exact in double, so that fused or not the
+// result is rounded once.
+MBK_FN double add_square(double sum, double x) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(x, x, sum);
+#else
+  return sum + x * x;
+#endif
+}
+#if MBK_SIMD && defined(__AVX512F__)
+MBK_FN f64v add_square(f64v sum, f64v x) {
+  return (f64v)_mm512_fmadd_pd((__m512d)x, (__m512d)x, (__m512d)sum);
+}
+#elif MBK_SIMD
+MBK_FN f64v add_square(f64v sum, f64v x) {
+  return (f64v)_mm256_fmadd_pd((__m256d)x, (__m256d)x, (__m256d)sum);
+}
+#endif
+
 // Vectors of T as vectors of double, and back: kDoubleParts for float, the same for double.
 template <class V>
 inline constexpr int kParts = sizeof(Element<V>) == 8 || lanes<V> == 1 ? 1 : kDoubleParts;

@@ -6,41 +6,54 @@ namespace mbk {
 
 namespace {
 
-void swap_dims(PointwiseArgs& a, int d, int e) {
-  std::swap(a.shape[d], a.shape[e]);
-  for (View& v : a.views) std::swap(v.strides[d], v.strides[e]);
-}
+struct Dims {
+  Walk& walk;
+  View* views;
+  int count;
+
+  void swap(int d, int e) {
+    std::swap(walk.shape[d], walk.shape[e]);
+    for (int v = 0; v < count; ++v) std::swap(views[v].strides[d], views[v].strides[e]);
+  }
+  // Whether one step of dimension d is a walk through all of dimension e, in every view.
+  bool are_one(int d, int e) const {
+    for (int v = 0; v < count; ++v)
+      if (views[v].data && views[v].strides[d] != views[v].strides[e] * walk.shape[e]) return false;
+    return true;
+  }
+  void merge(int d, int e) {
+    walk.shape[d] *= walk.shape[e];
+    for (int v = 0; v < count; ++v) views[v].strides[d] = views[v].strides[e];
+  }
+};
 
 }  // namespace
 
-void merge_dims(PointwiseArgs& a) {
+void merge_dims(Walk& a, View* views, int count) {
+  Dims all{a, views, count};
   int dims = 0;
   for (int d = 0; d < a.dims; ++d)
     if (a.shape[d] != 1) {
-      if (d != dims) swap_dims(a, d, dims);
+      if (d != dims) all.swap(d, dims);
       ++dims;
     }
+  const View& first = views[0];
   for (int d = 1; d < dims; ++d)
-    for (int e = d; e > 0 && a.views[kInput].strides[e - 1] < a.views[kInput].strides[e] &&
-                    a.views[kInput].strides[e - 1] != 0;
+    for (int e = d; e > 0 && first.strides[e - 1] < first.strides[e] && first.strides[e - 1] != 0;
          --e)
-      swap_dims(a, e - 1, e);
+      all.swap(e - 1, e);
   int merged = 0;
   for (int d = 1; d < dims; ++d) {
-    bool one = true;
-    for (const View& v : a.views)
-      one = one && (!v.data || v.strides[merged] == v.strides[d] * a.shape[d]);
-    if (one) {
-      a.shape[merged] *= a.shape[d];
-      for (View& v : a.views) v.strides[merged] = v.strides[d];
+    if (all.are_one(merged, d)) {
+      all.merge(merged, d);
     } else if (++merged != d) {
-      swap_dims(a, merged, d);
+      all.swap(merged, d);
     }
   }
   a.dims = dims > 0 ? merged + 1 : 1;
   if (dims == 0) {
     a.shape[0] = a.size;  // 1, or 0 for an empty tensor
-    for (View& v : a.views) v.strides[0] = 1;
+    for (int v = 0; v < count; ++v) views[v].strides[0] = 1;
   }
 }
 

@@ -5,10 +5,11 @@
 
 namespace mbk {
 
-// Sorts dimensions by the strides of the input, outermost first, so that layouts such as
+// Sorts dimensions by the strides of the first view, outermost first, so that layouts such as
 // channels_last are walked in the order of memory; drops those of size 1; merges those that are one
-// in every view.
-void merge_dims(PointwiseArgs& a);
+// in every view that has data.
+void merge_dims(Walk& a, View* views, int count);
+inline void merge_dims(PointwiseArgs& a) { merge_dims(a, a.views, kViews); }
 
 // Leaves one view, kLosses: the weights that are distinct. Each is used as often as is returned.
 double keep_distinct_weights(PointwiseArgs& a);

@@ -27,6 +27,8 @@ struct ProductArgs {
   bool from_zero;     // c starts at 0, or at `start`, not at what it holds
   const void* start;  // (columns), of c's type; null: 0
   ProductOrder order;
+  // Runs of the depth are left out for rows of a tile in which all of A is smaller; 0: none are.
+  double skip_below;
   int threads;
   char* scratch;  // kProductScratch bytes a thread, aligned to 64
 };

@@ -13,11 +13,13 @@ PointwiseFn pointwise_function(int loss, DType type);
 MultirowFn multirow_function(int loss, DType type);
 void pointwise_sum(const PointwiseArgs&);
 bool run_product(const ProductArgs&);
+void accumulate(const AccumulateArgs&);
+void flush(const FlushArgs&);
 extern const ElementaryTable elementary_table;
 
 extern const Backend backend;
 constexpr Backend backend{MBK_STRING(MBK_ISA), &row_function,         &pointwise_function,
                           &pointwise_sum,      elementary_table.rows, &multirow_function,
-                          &run_product};
+                          &run_product,        &accumulate,           &flush};
 
 }  // namespace mbk::MBK_ISA

@@ -11,7 +11,7 @@ inline constexpr int kChunk = 512;  // of a few arrays of T in the first-level c
 
 // Elements [begin, begin + count) of a call, in the order of its merged shape.
 struct Range {
-  const PointwiseArgs& args;
+  const Walk& args;
   int64_t begin;
   int count;
 

@@ -153,6 +153,17 @@ MBK_PASS void pack_pairs(void* packed, const Operand& o, int64_t first_k, int64_
     }
 }
 
+MBK_PASS double largest_of_pairs(const void* packed, int64_t n) {
+  const uint32_t* const pairs = (const uint32_t*)packed;
+  uint32_t low = 0, high = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const uint32_t first = pairs[k] << 17, second = pairs[k] << 1 & 0xfffe0000u;
+    low = first > low ? first : low;
+    high = second > high ? second : high;
+  }
+  return (double)as_float((int32_t)((low > high ? low : high) >> 1));
+}
+
 __attribute__((target("avx512bf16"))) MBK_PASS void pair_tile(const void* packed_a,
                                                               const void* packed_b, int64_t depth,
                                                               const TilePlace<float>& place) {
@@ -178,7 +189,23 @@ struct Way {
   Pack pack_a, pack_b;
   void (*tile)(const void* a, const void* b, int64_t depth, const TilePlace<T>& place);
   int64_t element_bytes, element_depth;  // of what is packed
+  double (*largest)(const void* packed, int64_t n);
 };
+
+// The largest magnitude; NaN counts as larger than all.
+template <class T>
+MBK_PASS double largest(const void* packed, int64_t n) {
+  typedef typename Pick<sizeof(T) == 4, uint32_t, uint64_t>::type Word;
+  const Word* const words = (const Word*)packed;
+  Word top = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const Word magnitude = words[k] << 1 >> 1;
+    top = magnitude > top ? magnitude : top;
+  }
+  T x;
+  memcpy(&x, &top, sizeof x);
+  return (double)x;
+}
 
 // The depth that is packed at once. A chain may be cut anywhere; longer runs go over C less often.
 constexpr int64_t kChainDepth = 512;
@@ -231,6 +258,12 @@ struct Part {
         ((T*)p.c)[i * p.c_stride + s] = p.start ? ((const T*)p.start)[s] : (T)0;
   }
 
+  // Whether the strip can be left out: C has been started, and takes nothing that is not small.
+  MBK_RARE bool is_small(int64_t packed, bool first) const {
+    if (first && p.from_zero && !blocks()) return false;
+    return way.largest(strip, packed / way.element_bytes * kTileRows) < p.skip_below;
+  }
+
   // Columns [j, j + columns), at most a panel.
   MBK_FN void run(int64_t j, int64_t columns) const {
     if (p.from_zero && (blocks() || !p.depth)) set_start(j, columns);
@@ -243,6 +276,7 @@ struct Part {
         way.pack_b(panel + s * packed, p.b, k, j + s, depth, columns - s);
       for (int64_t i = rows_begin; i < rows_end; i += kTileRows) {
         way.pack_a(strip, p.a, k, i, depth, rows_end - i);
+        if (p.skip_below > 0 && is_small(packed, k == 0)) continue;
         for (int64_t s = 0; s < columns; s += kTileColumns<T>)
           tile(panel + s * packed, depth, i, j + s, k == 0);
       }
@@ -279,8 +313,8 @@ bool run_product(const ProductArgs& p) {
   if (p.order == ProductOrder::pairs) {
 #if MBK_PAIRS
     if (p.a.dtype != DType::bf16 || p.b.dtype != DType::bf16) return false;
-    const Way<float> way{&pack_pairs<kTileRows>, &pack_pairs<kTileColumns<float>>, &pair_tile, 4,
-                         2};
+    const Way<float> way{&pack_pairs<kTileRows>, &pack_pairs<kTileColumns<float>>, &pair_tile, 4, 2,
+                         &largest_of_pairs};
     product(p, way);
     return true;
 #else
@@ -289,13 +323,18 @@ bool run_product(const ProductArgs& p) {
   }
   if (p.a.dtype == DType::f64 || p.b.dtype == DType::f64) {
     if (p.a.dtype != p.b.dtype) return false;
-    const Way<double> way{&pack<kTileRows, double>, &pack<kTileColumns<double>, double>,
-                          &chain_tile<double>, 8, 1};
+    const Way<double> way{
+        &pack<kTileRows, double>, &pack<kTileColumns<double>, double>, &chain_tile<double>, 8, 1,
+        &largest<double>};
     product(p, way);
     return true;
   }
-  const Way<float> way{find_pack<kTileRows>(p.a.dtype), find_pack<kTileColumns<float>>(p.b.dtype),
-                       &chain_tile<float>, 4, 1};
+  const Way<float> way{find_pack<kTileRows>(p.a.dtype),
+                       find_pack<kTileColumns<float>>(p.b.dtype),
+                       &chain_tile<float>,
+                       4,
+                       1,
+                       &largest<float>};
   product(p, way);
   return true;
 }

@@ -7,6 +7,12 @@
 #include "core/args.h"
 #include "core/result.h"
 
+namespace mbk {
+struct AccumulateArgs;  // core/tensor_list.h
+struct FlushArgs;
+struct ProductArgs;  // core/product_args.h
+}  // namespace mbk
+
 namespace mbk::cuda {
 
 // Where a call runs. The device must be the current one.
@@ -26,6 +32,12 @@ void run_pointwise_loss(const Queue& queue, int loss, DType type, PointwiseArgs 
 void run_multirow_loss(const Queue& queue, int loss, DType type, MultirowArgs args,
                        const Result& result);
 
+// As run_accumulate and run_flush on the CPU (cpu/list_call.h). The workspace holds
+// list_workspace_bytes(), with any contents; results are the device's.
+int64_t list_workspace_bytes(int64_t tensors, int64_t blocks);
+void run_accumulate(const Queue& queue, AccumulateArgs args, double* squares);
+void run_flush(const Queue& queue, FlushArgs args, double max_norm, double* stats, double* squares);
+
 // x = x * (factor / hint), rounded once; nothing is touched where that is 1. keep_zeros: 0 stays 0
 // also where the factor is not finite.
 void scale_array(const Queue& queue, void* x, DType dtype, int64_t n, const Scalar& factor,
@@ -33,6 +45,9 @@ void scale_array(const Queue& queue, void* x, DType dtype, int64_t n, const Scal
 // to = from, rounded once, with canonical NaNs.
 void convert_array(const Queue& queue, const void* from, DType from_dtype, void* to, DType to_dtype,
                    int64_t n);
+
+// As Backend::product, with the same bits; no scratch.
+bool run_product(const Queue& queue, const ProductArgs& args);
 
 // The same for exact sums as cpu/reduction.h.
 void exact_result(const Queue& queue, const ExactSumState* sum, const Result& result);

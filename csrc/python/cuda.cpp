@@ -118,6 +118,8 @@ void add_cuda(py::module_& m) {
   m.def("cuda_shim_is_on", &shim_is_on);
   m.def("cuda_switch_shim", &switch_shim, py::arg("on"));
   m.def("cuda_workspace_bytes", &cuda::workspace_bytes, py::arg("items"), py::arg("in_double"));
+  m.def("cuda_list_workspace_bytes", &cuda::list_workspace_bytes, py::arg("tensors"),
+        py::arg("blocks"));
   m.def("cuda_scale_array", &scale_array, py::arg("fields"));
   m.def("cuda_convert_array", &convert_array, py::arg("fields"));
   m.def("cuda_exact_result", &exact_result, py::arg("fields"));

@@ -44,6 +44,31 @@ class Fields {
   // The first tensor must not be a scalar's: it sets the device of the call.
   Tensor tensor() { return Tensor(get(), device_); }
   Tensor output() { return Tensor(get(), device_, true); }
+  // A list of tensors: calls f(position, tensor) for each, and returns how many there are.
+  template <class F>
+  std::int64_t tensors(bool are_outputs, F f) {
+    PyObject* list = get();
+    if (!PyList_CheckExact(list)) throw std::invalid_argument("mbkern._C: not a list of tensors");
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(list); ++k)
+      f(k, Tensor(PyList_GET_ITEM(list, k), device_, are_outputs));
+    return PyList_GET_SIZE(list);
+  }
+  // One number for each of `count` things, or one for all: calls f(position, number).
+  template <class F>
+  void number_each(std::int64_t count, F f) {
+    PyObject* field = get();
+    const bool list = PyList_CheckExact(field);
+    if (list && PyList_GET_SIZE(field) != count)
+      throw std::invalid_argument("mbkern._C: wrong number of numbers; the callers differ");
+    for (std::int64_t k = 0; k < count; ++k)
+      f(k, as_number(list ? PyList_GET_ITEM(field, k) : field));
+  }
+  // How many tensors the list has that is read next.
+  std::size_t list_size() const {
+    if (next_ >= PyTuple_GET_SIZE(fields_.ptr())) return 0;
+    PyObject* list = PyTuple_GET_ITEM(fields_.ptr(), next_);
+    return PyList_CheckExact(list) ? static_cast<std::size_t>(PyList_GET_SIZE(list)) : 0;
+  }
   bool on_host() const { return device_ == kHost; }
   // A number or a 0-dim tensor; None: absent. False where it is neither, or lies on another device.
   // One on the host is read now if the call is the device's: that waits for nothing.

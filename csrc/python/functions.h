@@ -8,6 +8,7 @@ void add_row_loss(pybind11::module_& m);        // over tensors, on every device
 void add_pointwise_loss(pybind11::module_& m);  // over tensors, on every device
 void add_multirow_loss(pybind11::module_& m);   // over tensors, on every device
 void add_product(pybind11::module_& m);         // over tensors, on the host
+void add_tensor_lists(pybind11::module_& m);    // over lists of tensors, on every device
 void add_arrays(pybind11::module_& m);          // over addresses, on the host
 void add_cuda(pybind11::module_& m);            // over tensors, on CUDA
 

@@ -1,4 +1,5 @@
 // Products with their sums in a fixed order.
+#include "core/product_args.h"
 #include "cpu/dispatch.h"
 #include "python/fields.h"
 #include "python/functions.h"
@@ -15,6 +16,13 @@ bool is_matrix(const Tensor& t, std::int64_t rows, std::int64_t columns) {
          t.shape[1] == columns;
 }
 
+// Whether the host can: with scratch for every thread, and the instructions.
+bool takes(const ProductArgs& p, const Tensor& scratch) {
+  return p.threads >= 1 && scratch.kind == Tensor::Kind::index &&
+         scratch.index_type == IndexType::u8 && scratch.numel() >= p.threads * kProductScratch &&
+         (p.order != ProductOrder::pairs || has_bf16_pairs());
+}
+
 // fields: a (depth, rows), b (depth, columns), c (rows, columns), start (columns) or None, whether
 // c starts from that or from 0 and not from what it holds, order, threads, scratch of bytes.
 py::object product(const py::tuple& fields) {
@@ -23,11 +31,13 @@ py::object product(const py::tuple& fields) {
   ProductArgs p{};
   p.from_zero = f.boolean();
   p.order = static_cast<ProductOrder>(f.integer());
+  p.skip_below = f.number();
   p.threads = static_cast<int>(f.integer());
   const Tensor scratch = f.tensor();
+  const cuda::Queue queue{f.address(), nullptr};
   f.finish();
   if (a.kind != Tensor::Kind::floating || a.dims != 2 || c.kind != Tensor::Kind::floating ||
-      c.dims != 2 || !f.on_host())
+      c.dims != 2)
     return py::none();
   p.depth = a.shape[0], p.rows = a.shape[1], p.columns = c.shape[1];
   const DType wanted = a.dtype == DType::f64 || b.dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -37,17 +47,15 @@ py::object product(const py::tuple& fields) {
   if (start && (!start.is(wanted) || start.dims != 1 || start.shape[0] != p.columns ||
                 (p.columns > 1 && start.strides[0] != 1)))
     return py::none();
-  if (p.threads < 1 || scratch.kind != Tensor::Kind::index || scratch.index_type != IndexType::u8 ||
-      scratch.numel() < p.threads * kProductScratch)
+  if (scratch.kind == Tensor::Kind::unsuited || (f.on_host() && !takes(p, scratch)))
     return py::none();
-  if (p.order == ProductOrder::pairs && !has_bf16_pairs()) return py::none();
   p.a = operand(a), p.b = operand(b);
   p.c = c.data, p.c_dtype = c.dtype, p.c_stride = c.strides[0];
   p.start = start.data, p.scratch = static_cast<char*>(scratch.data);
   bool done;
   {
     const Unlocked unlocked(p.depth * p.rows * p.columns);
-    done = current_backend().product(p);
+    done = f.on_host() ? current_backend().product(p) : cuda::run_product(queue, p);
   }
   return done ? py::object(py::bool_(true)) : py::object(py::none());
 }

@@ -36,7 +36,8 @@ struct Torch {
   PyTypeObject* types[2] = {};
   PyObject* dtypes[9] = {};
   const ExchangeTable* table = nullptr;
-  PyObject *is_neg, *data_ptr, *dtype, *is_cpu, *is_cuda, *get_device, *shape, *stride;  // interned
+  PyObject* is_neg;                                                             // the method
+  PyObject *data_ptr, *dtype, *is_cpu, *is_cuda, *get_device, *shape, *stride;  // interned
 } torch;
 
 bool shimmed = kShim;
@@ -60,7 +61,7 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
   for (int k = 0; k < 2; ++k)
     torch.types[k] = reinterpret_cast<PyTypeObject*>(py::object(types[k]).release().ptr());
   for (int k = 0; k < 9; ++k) torch.dtypes[k] = py::object(dtypes[k]).release().ptr();
-  torch.is_neg = PyUnicode_InternFromString("is_neg");
+  torch.is_neg = py::object(types[0].attr("is_neg")).release().ptr();
   torch.data_ptr = PyUnicode_InternFromString("data_ptr");
   torch.dtype = PyUnicode_InternFromString("dtype");
   torch.is_cpu = PyUnicode_InternFromString("is_cpu");
@@ -98,7 +99,7 @@ Tensor::Tensor(PyObject* object, int& device, bool is_output) {
   // Freed storage, and zero tensors, which never had one.
   if (!data && numel()) kind = Kind::unsuited;
   if (kind == Kind::floating && !is_output) {  // a lazy negation is only known to torch
-    const py::object negated = steal(PyObject_CallMethodNoArgs(object, torch.is_neg));
+    const py::object negated = steal(PyObject_CallOneArg(torch.is_neg, object));
     if (negated.ptr() != Py_False) kind = Kind::unsuited;
     PyErr_Clear();
   }

@@ -16,22 +16,34 @@ except ImportError as error:
     ) from error
 
 from mbkern import autograd, functional, nn
+from mbkern._accumulate import Measured, accumulate_
+from mbkern._accumulator import GradAccumulator
+from mbkern._accumulator_flush import WindowStats
 from mbkern._cuda import TargetErrors, take_target_errors
+from mbkern._flush import FlushStats, flush_
 from mbkern._linear_stats import LinearStats
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
+from mbkern._noise_scale import NoiseScale
 from mbkern._patched import PatchReport, patch, patched, unpatch
 from mbkern._version import NUMERICS_VERSION, __version__
 
 __all__ = [
     "NUMERICS_VERSION",
+    "FlushStats",
+    "GradAccumulator",
     "LinearStats",
     "LossSum",
+    "Measured",
+    "NoiseScale",
     "PatchReport",
     "TargetErrors",
+    "WindowStats",
     "__version__",
+    "accumulate_",
     "autograd",
+    "flush_",
     "functional",
     "loss_and_grad",
     "losses",

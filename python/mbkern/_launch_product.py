@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mbkern import _C
-from mbkern._tensors import describe
+from mbkern import _C, _cuda
+from mbkern._tensors import CUDA_BUILT, describe, on_cuda
 
 CHAIN, BLOCKS, PAIRS = 0, 1, 2
 BLOCK = _C.PRODUCT_BLOCK
@@ -20,21 +20,26 @@ has_pairs = _C.has_bf16_pairs
 
 def product(
     c: Tensor, a: Tensor, b: Tensor, order: int = CHAIN, *, start: Tensor | None = None,
-    fresh: bool = False,
+    fresh: bool = False, skip_below: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """``c += a^T b``, or with ``fresh`` ``c = start + a^T b``, on the host; returns c.
+    """``c += a^T b``, or with ``fresh`` ``c = start + a^T b``; returns c.
 
     Args:
         c: (rows, columns), columns contiguous; float32, or float64 for float64 operands.
         a, b: (depth, rows) and (depth, columns), of any strides.
         order: CHAIN: ``c = fma(a_k, b_k, c)`` with k ascending, so that the depth may be cut
             anywhere; BLOCKS: chains from 0 over blocks of 256, added to c in order; PAIRS: of
-            bfloat16, two terms at a time, fast, where ``has_pairs()``.
+            bfloat16, two terms at a time, fast, on the CPU where ``has_pairs()``.
         start: (columns), of c's dtype.
+        skip_below: leave out runs of the depth of a few rows of c where all of ``a`` is smaller;
+            on the CPU.
     """
-    threads = torch.get_num_threads()
-    scratch = torch.empty(threads * _C.PRODUCT_SCRATCH, dtype=torch.uint8)
-    if _C.product((a, b, c, start, fresh, order, threads, scratch)) is None:
+    kernel, threads, scratch, stream = _C.product, torch.get_num_threads(), None, 0
+    if CUDA_BUILT and on_cuda(c):
+        kernel, stream = _cuda.on_device_of(c, kernel), _cuda.current_stream(c)
+    else:
+        scratch = torch.empty(threads * _C.PRODUCT_SCRATCH, dtype=torch.uint8, device="cpu")
+    if kernel((a, b, c, start, fresh, order, skip_below, threads, scratch, stream)) is None:
         raise NotImplementedError(
             f"mbkern: no product of {describe(a)} and {describe(b)} into {describe(c)}"
         )

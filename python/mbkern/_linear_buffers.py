@@ -9,16 +9,24 @@ there, and backward returns a gradient of no meaning, so that hooks run (zeros w
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from mbkern._arguments import compute_dtype
 from mbkern._launch import new_zeros
 from mbkern._tensors import describe, has_internal_overlap, require_plain, share_memory
 
 Destination: TypeAlias = "Tensor | str"
+
+
+def owner_of(weight: Tensor) -> Tensor:
+    """The leaf whose ``.grad`` or ``main_grad`` is meant: the weight, or what it is a view of."""
+    base = weight._base
+    if not weight.is_leaf and base is not None and base.is_leaf and weight.is_contiguous():
+        return base if base.numel() == weight.numel() else weight
+    return weight
 
 
 def check(destination: Destination, weight: Tensor, others: tuple[Tensor | None, ...]) -> None:
@@ -26,7 +34,7 @@ def check(destination: Destination, weight: Tensor, others: tuple[Tensor | None,
     if isinstance(destination, Tensor):
         _check_tensor(destination, weight, others)
     elif destination == "main_grad":
-        buffer = getattr(weight, "main_grad", None)
+        buffer = getattr(owner_of(weight), "main_grad", None)
         if not isinstance(buffer, Tensor):
             raise ValueError(
                 "mbkern: accumulate_into='main_grad' needs a weight that has the attribute "
@@ -34,11 +42,14 @@ def check(destination: Destination, weight: Tensor, others: tuple[Tensor | None,
             )
         _check_tensor(buffer, weight, others)
     elif destination == "grad":
-        if not weight.is_leaf:
+        owner = owner_of(weight)
+        if not owner.is_leaf:
             raise ValueError(
-                "mbkern: accumulate_into='grad' needs a weight that is a leaf; this one is the "
-                "result of a computation"
+                "mbkern: accumulate_into='grad' needs a weight that is a leaf, or a view of all of "
+                "one; this one is the result of a computation"
             )
+        if owner.grad is not None:
+            _check_tensor(owner.grad, weight, others)
     else:
         raise ValueError(
             f"mbkern: accumulate_into is a tensor, 'grad' or 'main_grad', not {destination!r}"
@@ -47,7 +58,8 @@ def check(destination: Destination, weight: Tensor, others: tuple[Tensor | None,
 
 def _check_tensor(buffer: Tensor, weight: Tensor, others: tuple[Tensor | None, ...]) -> None:
     require_plain(buffer, "accumulate_into")
-    if buffer.shape != weight.shape or not buffer.is_floating_point():
+    shapes = (weight.shape, owner_of(weight).shape)
+    if buffer.shape not in shapes or not buffer.is_floating_point():
         raise ValueError(
             f"mbkern: accumulate_into must be floating, of the weight's shape "
             f"{tuple(weight.shape)}, not {describe(buffer)}"
@@ -70,55 +82,77 @@ def _check_tensor(buffer: Tensor, weight: Tensor, others: tuple[Tensor | None, .
 
 
 class Accumulation:
-    """One backward's way to a destination: memory to add into, and what to return to autograd."""
+    """One backward's way to a destination: memory to add into, and what to return to autograd.
 
-    def __init__(self, destination: Destination | None, weight: Tensor) -> None:
+    Args:
+        destination: None: into what backward returns.
+        weight: what the gradient is of; the caller's own tensor, which carries the protocols.
+        wide: the type that sums are held in.
+        others: the other tensors of the call, which the destination may not overlap.
+    """
+
+    def __init__(
+        self,
+        destination: Destination | None,
+        weight: Tensor,
+        wide: torch.dtype,
+        others: tuple[Tensor | None, ...] = (),
+    ) -> None:
+        if destination is not None:
+            check(destination, weight, others)  # it may have changed since forward
         self._weight, self._destination = weight, destination
-        wide = compute_dtype(weight.dtype)
-        self._buffer = self._find(destination, weight)
-        flat = None
+        self._owner = owner_of(weight)
+        self._buffer = self._find(destination)
+        shape = (math.prod(weight.shape[:-1]), weight.shape[-1])
+        flat: Tensor | None = None
         if self._buffer is not None and self._buffer.dtype is wide:
-            flat = self._buffer.view(-1, weight.shape[-1]) if _is_flat(self._buffer) else None
+            flat = self._buffer.view(shape) if self._buffer.is_contiguous() else None
         self._direct = flat is not None
-        rows = weight.numel() // max(1, weight.shape[-1])
-        #: (classes, in_features), in the type that sums are held in; added into.
         if flat is None:
-            flat = new_zeros((rows, weight.shape[-1]), wide, weight.device)
+            flat = new_zeros(shape, wide, weight.device)
+        #: (classes, in_features), in the type that sums are held in; added into.
         self.memory = flat
 
-    def _find(self, destination: Destination | None, weight: Tensor) -> Tensor | None:
+    def _find(self, destination: Destination | None) -> Tensor | None:
         if isinstance(destination, Tensor):
             return destination
         if destination == "main_grad":
-            buffer: Tensor = weight.main_grad  # type: ignore[attr-defined]
-            if getattr(weight, "overwrite_main_grad", False):
-                buffer.zero_()
+            buffer: Tensor = self._owner.main_grad  # type: ignore[attr-defined]
+            if getattr(self._owner, "overwrite_main_grad", False):
+                _overwrite(buffer)
             return buffer
-        if destination == "grad":
-            return weight.grad
-        return None
+        return self._owner.grad if destination == "grad" else None
 
     def finish(self) -> Tensor | None:
         """Complete the accumulation; return what backward returns for the weight."""
-        weight, memory = self._weight, self.memory
+        weight, owner, memory, buffer = self._weight, self._owner, self.memory, self._buffer
         del self.memory
-        if self._buffer is not None and not self._direct:
-            self._buffer.add_(memory.view(weight.shape))
+        if buffer is not None and self._direct:
+            torch.autograd.graph.increment_version(buffer)  # the kernels wrote, not torch
+        elif buffer is not None:
+            buffer.add_(memory.view(buffer.shape))
         if self._destination is None:
             shaped = memory if memory.shape == weight.shape else memory.view(weight.shape)
-            return shaped.to(weight.dtype)
-        if self._destination == "grad":
-            if self._buffer is None:
-                dtype = getattr(weight, "grad_dtype", None) or weight.dtype
-                weight.grad = memory.view(weight.shape).to(dtype)
-            return None
-        if self._destination == "main_grad" and hasattr(weight, "grad_added_to_main_grad"):
-            weight.grad_added_to_main_grad = True
-            if getattr(weight, "zero_out_wgrad", False):
+            return shaped.to(gradient_dtype(weight))
+        if self._destination == "grad" and buffer is None:
+            owner.grad = memory.view(owner.shape).to(gradient_dtype(owner))
+        if self._destination == "main_grad" and hasattr(owner, "grad_added_to_main_grad"):
+            owner.grad_added_to_main_grad = True
+            if getattr(owner, "zero_out_wgrad", False) or torch.is_anomaly_enabled():
                 return torch.zeros_like(weight)
             return torch.empty_like(weight)
         return None
 
 
-def _is_flat(buffer: Tensor) -> bool:
-    return buffer.is_contiguous()
+def gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """What a gradient is rounded to: the tensor's dtype, or what its leaf asks for."""
+    asked = getattr(tensor, "grad_dtype", None) if tensor.is_leaf else None
+    return asked or tensor.dtype
+
+
+def _overwrite(buffer: Tensor) -> None:
+    """Start a buffer from 0, once in a backward: other calls with the same weight add to it."""
+    task = torch._C._current_graph_task_id()
+    if task < 0 or getattr(buffer, "_mbkern_task", None) != task:
+        buffer.zero_()
+    buffer._mbkern_task = task  # type: ignore[attr-defined]

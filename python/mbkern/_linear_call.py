@@ -30,7 +30,7 @@ from mbkern._launch import (
 )
 from mbkern._linear_stats import Collector, capped
 from mbkern._losses import find
-from mbkern._tensors import on_cuda
+from mbkern._tensors import on_cuda, require_plain
 
 _NUMBER = find("cross_entropy").number
 _CHUNK_BYTES = 64 << 20  # more than the caches hold: torch's products take longer with fewer rows
@@ -46,8 +46,10 @@ class LinearOptions:
     logit_scale: float | None = None  # a number; a tensor is an argument of its own
     shift: int = 0
     chunk_bytes: int | None = None
+    chunk_rows: int | None = None
     split_invariant: bool = False
     num_valid: int | None = None
+    filter_eps: float = 0.0  # 0: nothing is left out
 
 
 @dataclass(slots=True)
@@ -95,29 +97,39 @@ class LinearCall:
         self.classes, self.inner = weight.shape[0], weight.shape[1:-1]
         batch = input.shape[:-1]
         self.has_index = target.shape != (*batch, self.classes, *self.inner)
-        self.x = input.detach().reshape(-1, input.shape[-1]).to(dtype)
-        self.w = weight.detach().reshape(-1, input.shape[-1]).to(dtype)
+        features = input.shape[-1]
+        x, w = require_plain(input.detach(), "input"), require_plain(weight.detach(), "weight")
+        self.x = x.reshape(math.prod(batch), features).to(dtype)
+        self.w = w.reshape(self.classes * self.items, features).to(dtype)
         self.compute = compute_dtype(dtype)
-        self.bias = None if bias is None else bias.detach().reshape(-1)
-        self.scale = None if scale is None else scale.detach()
+        self.bias = self.scale = None
+        if bias is not None:
+            self.bias = require_plain(bias.detach(), "linear_bias").reshape(-1).contiguous()
+        if scale is not None:
+            self.scale = require_plain(scale.detach(), "logit_scale")
         last = (batch[-1] - options.shift,) if options.shift else batch[-1:]
         self.shape = torch.Size((*batch[:-1], *last, *self.inner))
-        self._select_rows(target.detach(), batch)
-        # Own products where torch has none: a fixed order, or operands of two dtypes.
-        mixed = not self.has_index and self.target.dtype is not dtype
-        self.own = (options.split_invariant or mixed) and not on_cuda(self.x)
-        self.logits_dtype = self.compute if self.own or mixed else dtype
+        self._select_rows(require_plain(target.detach(), "target"), batch)
+        # Own products where a fixed order is asked for, and where torch's are slower.
+        self.own = options.split_invariant or (
+            not on_cuda(self.x) and dtype is torch.float16 and not _has_fp16_products()
+        )
+        self.skip_below = 0.0  # of gradients of logits; set by run()
+        self.logits_dtype = self.compute if self.own else dtype
         if not self.has_index:
-            self.target = self.target.to(self.logits_dtype)
+            self.logits_dtype = torch.promote_types(self.logits_dtype, self.target.dtype)
         self.step = self._rows_of_chunk()
 
     # ---- which rows ----
 
     def _select_rows(self, target: Tensor, batch: torch.Size) -> None:
         """Set the rows' numbers in ``x`` (None: all) and in the loss, their targets and weights."""
-        options, depth = self.options, math.prod(self.inner)
+        options = self.options
         columns = () if self.has_index else (self.classes,)
-        flat = target.reshape(-1, *columns, *((depth,) if self.inner else ()))
+        inner = (self.items,) if self.inner else ()
+        flat = target.reshape(self.x.shape[0], *columns, *inner)
+        if self.has_index:  # or ignore_index would be compared in the target's own dtype, and wrap
+            flat = flat.long()
         self.rows: Tensor | None = None
         if options.shift:
             length = batch[-1]
@@ -125,6 +137,8 @@ class LinearCall:
             within = torch.arange(length - options.shift, device=self.x.device)
             self.rows = (starts[:, None] + within).reshape(-1)
             flat = flat.index_select(0, self.rows + options.shift)
+        if self.has_index:
+            self._check_classes(flat)
         self.kept: Tensor | None = None
         if self.has_index and (not on_cuda(self.x) or options.num_valid is not None):
             counts = flat != options.row.ignore_index
@@ -133,14 +147,21 @@ class LinearCall:
             self.kept = self._kept(counts)
         weights = options.row.sample_weight
         if weights is not None:
-            weights = weights_as(weights, "sample_weight", self.compute)
-            weights = self.of_kept(weights.expand(self.shape))
+            weights = self.of_kept(self._per_item(weights))
         if self.kept is not None:
             flat = flat.index_select(0, self.kept)
             self.rows = self.kept if self.rows is None else self.rows.index_select(0, self.kept)
         self.target, self.sample_weight = flat, weights
-        if self.has_index:
-            self._check_classes()
+
+    def _per_item(self, weights: Tensor) -> Tensor:
+        weights = weights_as(weights, "sample_weight", self.compute)
+        try:
+            return weights.expand(self.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mbkern: sample_weight has shape {tuple(weights.shape)}, which does not "
+                f"broadcast to the shape of the unreduced loss, {tuple(self.shape)}"
+            ) from None
 
     def _kept(self, counts: Tensor) -> Tensor | None:
         known = self.options.num_valid
@@ -152,11 +173,11 @@ class LinearCall:
             raise ValueError(f"mbkern: num_valid is {known}, and {number} targets are not ignored")
         return None if number == counts.numel() else torch.nonzero(counts).squeeze(1)
 
-    def _check_classes(self) -> None:
+    def _check_classes(self, target: Tensor) -> None:
         """Raise before anything is written, where the host can see the targets."""
-        if on_cuda(self.target) or self.target.numel() == 0:
+        if on_cuda(target) or target.numel() == 0:
             return
-        t = self.target.reshape(-1)
+        t = target.reshape(-1)
         bad = ((t < 0) | (t >= self.classes)) & (t != self.options.row.ignore_index)
         if bool(bad.any()):
             at = int(torch.nonzero(bad)[0])
@@ -171,16 +192,25 @@ class LinearCall:
         return int(self.target.shape[0])
 
     @property
+    def loss_rows(self) -> int:
+        """How many rows the unreduced loss has, those that are not computed among them."""
+        return math.prod(self.shape[: len(self.shape) - len(self.inner)])
+
+    @property
     def items(self) -> int:
         """How many losses a row has."""
         return math.prod(self.inner)
 
     def of_kept(self, values: Tensor) -> Tensor:
         """One value an item of the unreduced loss, of the rows that are computed."""
-        flat = values.to(self.compute).reshape(-1, *((self.items,) if self.inner else ()))
+        flat = values.to(self.compute).reshape(
+            self.loss_rows, *((self.items,) if self.inner else ())
+        )
         return flat if self.kept is None else flat.index_select(0, self.kept)
 
     def _rows_of_chunk(self) -> int:
+        if self.options.chunk_rows is not None:
+            return self.options.chunk_rows
         asked = self.options.chunk_bytes
         if asked is None:
             asked = _CHUNK_BYTES_CUDA if on_cuda(self.x) else _CHUNK_BYTES
@@ -202,7 +232,10 @@ class LinearCall:
         if options.reduction != "mean":
             return 1.0
         if options.denominator is not None:
-            return scalar_argument(options.denominator, "denominator")
+            given = scalar_argument(options.denominator, "denominator")
+            if isinstance(given, Tensor):  # as it is now: backward is later
+                return given.clone() if on_cuda(given) else float(given)
+            return given
         weights = self.sample_weight
         if self.has_index:
             t = self.target
@@ -240,70 +273,103 @@ class LinearCall:
             start = None if self.bias is None else self.bias.to(self.compute)
             products.product(z, x.t(), self.w.t(), start=start, fresh=True)
         else:
-            alpha = 1.0 if number is None else number
+            # By the product where that is exact: a factor of 0 would hide what is not finite.
+            alpha = number if number else 1.0
+            number = None if number else number
             if self.bias is not None:
                 bias = self.bias.to(self.dtype)
                 torch.addmm(bias, x, self.w.t(), beta=alpha, alpha=alpha, out=z)
-            elif number is None:
+            elif alpha == 1.0:
                 torch.mm(x, self.w.t(), out=z)
             else:
                 torch.addmm(z, x, self.w.t(), beta=0.0, alpha=alpha, out=z)
-            if self.logits_dtype is not self.dtype:
-                z = z.to(self.logits_dtype)
-        if self.own and number is not None:
+        if z.dtype is not self.logits_dtype:  # class probabilities of a wider dtype
+            z = z.to(self.logits_dtype)
+        if number is not None:
             z.mul_(number)
         return z if self.scale is None else z.mul_(self.scale)
 
     def _spread(self, x: Tensor, g: Tensor, first: int, end: int, into: Gradients) -> None:
         """From the gradient of a chunk's logits to the others'; ``g`` may be changed."""
+        if not self.own and g.dtype is not self.dtype:
+            g = g.to(self.dtype)
         if into.input is not None or into.scale is not None:
             dx = self._input_gradient(g, first, end, into.input)
             if into.scale is not None:
-                into.scale += torch.linalg.vecdot(dx.double(), x.double()).sum()
+                # sum G_ij z_ij, without another pass over z: G W is there, and z = X W^T + b.
+                into.scale += torch.sum(dx.to(self.compute) * x, dtype=torch.float64)
                 if self.bias is not None:
-                    into.scale += torch.dot(g.double().sum(0), self.bias.double())
+                    sums = self._sum_of_rows(g, torch.zeros_like(g[:1], dtype=self.compute)[0])
+                    into.scale += torch.dot(sums.double(), self.bias.double())
             if self.scale is not None:
-                dx = dx * self.scale.to(dx.dtype)
+                dx = dx.to(self.compute) * self.scale
             if into.input is not None:
                 self._keep(dx, first, end, into.input)
-        if self.scale is not None:
+        if self.scale is not None and (into.weight is not None or into.bias is not None):
             g.mul_(self.scale)
         if into.weight is not None:
             self._add_weight_gradient(x, g, into.weight)
         if into.bias is not None:
-            if on_cuda(g):
-                into.bias += g.sum(0, dtype=self.compute)
-            else:
-                ones = torch.ones(1, dtype=self.compute).expand(g.shape[0], 1)
-                products.product(into.bias.unsqueeze(0), ones, g)
+            self._sum_of_rows(g, into.bias)
+
+    def _sum_of_rows(self, g: Tensor, into: Tensor) -> Tensor:
+        """Add the rows of ``g`` up, into memory of full precision."""
+        if on_cuda(g) and not self.own:
+            return into.add_(g.sum(0, dtype=self.compute))
+        ones = torch.ones(1, dtype=self.compute, device=g.device).expand(g.shape[0], 1)
+        products.product(into.unsqueeze(0), ones, g)
+        return into
 
     def _input_gradient(self, g: Tensor, first: int, end: int, out: Tensor | None) -> Tensor:
-        if self.own:
-            dx = torch.empty(g.shape[0], self.w.shape[1], dtype=self.compute)
-            products.product(dx, g.t(), self.w, products.BLOCKS, fresh=True)
-            return converted(dx, self.dtype)
+        """``G W``; of full precision where it is ours."""
+        if self.own or self.skip_below:
+            shape = (g.shape[0], self.w.shape[1])
+            dx = torch.zeros(shape, dtype=self.compute, device=g.device)
+            order = products.BLOCKS if self.own else self._order(g)
+            order = products.BLOCKS if order == products.CHAIN else order
+            return products.product(dx, g.t(), self.w, order, skip_below=self.skip_below)
         direct = out is not None and self.rows is None and self.scale is None
-        return torch.mm(g.to(self.dtype), self.w, out=out[first:end] if direct else None)  # type: ignore[index]
+        return torch.mm(g, self.w, out=out[first:end] if direct else None)  # type: ignore[index]
 
     def _keep(self, dx: Tensor, first: int, end: int, out: Tensor) -> None:
+        dx = converted(dx, out.dtype)
         if self.rows is not None:
             out.index_copy_(0, self.rows[first:end], dx)
         elif dx.data_ptr() != out[first:end].data_ptr():
             out[first:end] = dx
 
     def _add_weight_gradient(self, x: Tensor, g: Tensor, into: Tensor) -> None:
-        if not on_cuda(g):
-            if self.compute is torch.float64 and not self.own:
+        if self.own:
+            products.product(into, g, x, skip_below=self.skip_below)
+        elif not on_cuda(g):
+            if self.compute is torch.float64 and not self.skip_below:
                 into.addmm_(g.t(), x)
                 return
-            pairs = not self.own and x.dtype is torch.bfloat16 and products.has_pairs()
-            products.product(into, g, x, products.PAIRS if pairs else products.CHAIN)
+            products.product(into, g, x, self._order(g), skip_below=self.skip_below)
         elif g.dtype is into.dtype:
             into.addmm_(g.t(), x)
         elif _has_out_dtype():
             into += torch.mm(g.t(), x, out_dtype=into.dtype)
         else:
             into.addmm_(g.t().to(into.dtype), x.to(into.dtype))
+
+    def _order(self, g: Tensor) -> int:
+        """The faster order of a product with ``g``."""
+        pairs = g.dtype is torch.bfloat16 and products.has_pairs()
+        return products.PAIRS if pairs else products.CHAIN
+
+    def _filter(
+        self, scale: float | Tensor, item_scale: Tensor | None, divisor: float | Tensor
+    ) -> float:
+        """The gradient of a logit whose softmax is ``filter_eps``, at the largest weight."""
+        if not self.options.filter_eps:
+            return 0.0
+        largest = abs(float(scale) / float(divisor))
+        rows = self.options.row
+        for weights in (item_scale, self.sample_weight, rows.weight if self.has_index else None):
+            if weights is not None and weights.numel():
+                largest *= float(weights.abs().max())
+        return self.options.filter_eps * largest
 
     # ---- all chunks ----
 
@@ -346,6 +412,8 @@ class LinearCall:
         if self.options.logit_scale is not None:  # from the logits' gradient to the product's
             wide = scale.double() if isinstance(scale, Tensor) else scale
             scale = wide * self.options.logit_scale
+        if into.any():
+            self.skip_below = self._filter(scale, item_scale, divisor)
         shape = (self.step, self.w.shape[0])
         memory = in_huge_pages(torch.empty(shape, dtype=self._memory_dtype, device=device))
         total: Tensor | None = None
@@ -366,7 +434,10 @@ class LinearCall:
                 rows.weight, weights, rows.ignore_index, rows.label_smoothing, rows.z_loss,
                 rows.softcap, rows.reduction, divisor if mean and not from_state else None,
             )  # fmt: skip
-            call = RowCall(_NUMBER, logits, self.target[first:end], options)
+            target = self.target[first:end]
+            if not self.has_index:
+                target = target.to(self.logits_dtype)
+            call = RowCall(_NUMBER, logits, target, options)
             arguments: dict[str, Any] = {"scale": scale, "loss_dtype": self.compute}
             if into.any():
                 arguments["grad"] = logits
@@ -391,8 +462,7 @@ class LinearCall:
     def lse_of(self, stats: Collector) -> Tensor:
         """(rows, inner) of all items, of what ``stats`` has seen."""
         like = torch.empty(0, dtype=self.compute, device=self.x.device)
-        rows = math.prod(self.shape) // max(1, self.items)
-        return stats.log_sum_exp(self.kept, like, torch.Size((rows, self.items)))
+        return stats.log_sum_exp(self.kept, like, torch.Size((self.loss_rows, self.items)))
 
     def run_log_sum_exp(self, into: Gradients, incoming: Tensor) -> None:
         """Compute the gradients of the log-sum-exp of every item: d lse / d z_j = p_j."""
@@ -436,7 +506,7 @@ class LinearCall:
             if total is not None and loss_sum is not None:
                 exact_add(loss_sum, losses)
             if self.kept is not None:
-                whole = losses.new_zeros(math.prod(self.shape) // max(1, self.items), self.items)
+                whole = losses.new_zeros(self.loss_rows, self.items)
                 losses = whole.index_copy_(0, self.kept, losses)
             return converted(losses.reshape(self.shape), dtype)
         if total is None:
@@ -449,6 +519,13 @@ class LinearCall:
             loss_sum += total
         mean = self.options.row.reduction == "mean"
         return exact_result(total, divisor if mean else None, dtype)
+
+
+def _has_fp16_products() -> bool:
+    """Whether torch multiplies fp16 on this processor, or widens number by number: ten times the
+    time of our product."""
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return probe is None or bool(probe())
 
 
 def _has_out_dtype() -> bool:

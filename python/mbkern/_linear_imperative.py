@@ -16,6 +16,10 @@ from mbkern._loss_sum import LossSum
 
 NAME = "linear_cross_entropy"
 _ARGUMENTS = ("input", "linear_weight", "target", "linear_bias", "logit_scale")
+_OPTIONS = {
+    "weight", "ignore_index", "label_smoothing", "options", "z_loss", "softcap", "denominator",
+    "shift", "split_invariant", "chunk_bytes", "sample_weight", "num_valid", "filter_eps",
+}  # fmt: skip
 _DIFFERENTIABLE = ("input", "linear_weight", "linear_bias", "logit_scale")
 
 
@@ -36,7 +40,7 @@ def names_of(argnums: Any, given: dict[str, Any]) -> list[str]:
     """Which arguments to differentiate."""
     names = []
     for arg in argnums if isinstance(argnums, tuple) else (argnums,):
-        number = isinstance(arg, int) and arg in range(len(_ARGUMENTS))
+        number = type(arg) is int and arg in range(len(_ARGUMENTS))
         name = _ARGUMENTS[arg] if number else arg
         if name not in _DIFFERENTIABLE or not isinstance(given.get(name), Tensor):
             raise ValueError(
@@ -67,6 +71,11 @@ def run(
     input, weight, target = given["input"], given["linear_weight"], given["target"]
     bias, logit_scale = given.get("linear_bias"), given.get("logit_scale")
     loss_dtype = options.pop("loss_dtype", None)
+    unknown = options.keys() - _OPTIONS
+    if unknown:
+        raise TypeError(f"mbkern: {NAME} has no option {', '.join(map(repr, sorted(unknown)))}")
+    if loss_sum is not None and not isinstance(loss_sum, LossSum):
+        raise TypeError(f"mbkern: loss_sum must be a LossSum, not {type(loss_sum).__name__}")
     head = linear_options(
         input, weight, target, bias, reduction=reduction, logit_scale=logit_scale, **options
     )
@@ -76,8 +85,11 @@ def run(
     factor = logit_scale if isinstance(logit_scale, Tensor) else None
     for name, out in outs.items():
         if out is not None:
-            others = tuple(t for n, t in given.items() if n != name and isinstance(t, Tensor))
-            others += tuple(o for n, o in outs.items() if n != name and o is not None)
+            others = tuple(
+                t
+                for n, t in (*given.items(), *outs.items(), *options.items(), ("scale", scale))
+                if isinstance(t, Tensor) and t is not given[name] and t is not out
+            )
             _check_out(out, name, given[name], accumulate, others)
     call = LinearCall(input, weight, bias, target, factor, head, dtype)
     into = Gradients()
@@ -88,7 +100,7 @@ def run(
     for name in ("linear_weight", "linear_bias"):
         if name in names:
             destination = outs[name] if accumulate else None
-            sums[name] = buffers.Accumulation(destination, given[name])
+            sums[name] = buffers.Accumulation(destination, given[name], call.compute)
     if "linear_weight" in names:
         into.weight = sums["linear_weight"].memory
     if "linear_bias" in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from mbkern import _C, _composite
 from mbkern._arguments import Number, compute_dtype
 from mbkern._launch import hint_argument, new_zeros, scalar_argument
-from mbkern._linear_buffers import Accumulation, Destination
+from mbkern._linear_buffers import Accumulation, Destination, gradient_dtype
 from mbkern._linear_call import Gradients, LinearCall, LinearOptions
 from mbkern._linear_stats import Collector
 from mbkern._losses import find
@@ -136,14 +137,13 @@ class LinearLoss(torch.autograd.Function):
         call = LinearCall(input, weight, bias, target, scale, options, request.dtype)
         divisor = ctx.divisor = call.divisor()
         needs = ctx.needs_input_grad[:4]
-        ctx.request = request
         hint = request.grad_scale
         full = hint is not None or compute_dtype(request.dtype) is request.dtype
         stats = request.stats
         if options.row.reduction != "none" and request.accumulate_into is None and full:
             # Read now: GradScaler changes its scale in place.
             factor = ctx.hint = 1.0 if hint is None else hint_argument(hint)
-            ctx.save_for_backward(input, weight, bias, scale, target, None)
+            state = None
             into = new_gradients(call, needs)
             loss = call.run(
                 into, divisor=divisor, scale=factor, loss_dtype=request.loss_dtype, stats=stats
@@ -156,7 +156,7 @@ class LinearLoss(torch.autograd.Function):
                 Gradients(), divisor=divisor, state=state, loss_dtype=request.loss_dtype,
                 stats=stats,
             )  # fmt: skip
-            ctx.save_for_backward(input, weight, bias, scale, target, state)
+        _save(ctx, (input, weight, bias, scale, target), state, request)
         if stats is not None:
             request.lse, request.kept = call.lse_of(stats), call.kept
         assert loss is not None
@@ -164,9 +164,7 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, state = ctx.saved_tensors  # once: a checkpoint computes them again each time
-        tensors = tuple(saved)
-        request: LinearRequest = ctx.request
+        tensors, state, request = _saved(ctx)
         batched = _is_legacy_batched(incoming)
         if torch.is_grad_enabled() or batched:
             if request.accumulate_into is not None:
@@ -179,7 +177,42 @@ class LinearLoss(torch.autograd.Function):
             return (*_by_formula(request, ctx.divisor, incoming, tensors, create), None)
         if ctx.formed is not None:
             return _hand_out(ctx, incoming, tensors)
-        return _form(ctx, incoming, tensors, state)
+        return _form(ctx, incoming, tensors, state, request)
+
+
+def _save(
+    ctx: Any, tensors: tuple[Tensor | None, ...], state: Tensor | None, request: LinearRequest
+) -> None:
+    rows = request.options.row
+    ctx.save_for_backward(*tensors, rows.weight, rows.sample_weight, state)
+    ctx.request = replace(request, stats=None)
+    # The tensor that carries .grad or main_grad: what is unpacked may be another one.
+    ctx.weight = None if request.accumulate_into is None else tensors[1]
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, Any, Any, Any, Any], Any, LinearRequest]:
+    """What was saved; read once, since a checkpoint computes it again each time."""
+    *tensors, of_class, of_item, state = ctx.saved_tensors
+    request: LinearRequest = ctx.request
+    rows = replace(request.options.row, weight=of_class, sample_weight=of_item)
+    request = replace(request, options=replace(request.options, row=rows))
+    return tuple(tensors), state, request
+
+
+def _weight_is_wanted(ctx: Any) -> bool:
+    """Whether this backward goes on to the weight: with ``inputs=`` it need not."""
+    if not ctx.needs_input_grad[1]:
+        return False
+    try:
+        wanted: bool = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+        return wanted
+    except RuntimeError:  # the weight is an input of torch.autograd.grad
+        if ctx.weight is None:
+            return True
+        raise RuntimeError(
+            "mbkern: torch.autograd.grad asks for the gradient of a linear_weight that goes into "
+            "accumulate_into; leave it out, or call without accumulate_into"
+        ) from None
 
 
 def new_gradients(call: LinearCall, needs: tuple[bool, ...]) -> Gradients:
@@ -198,7 +231,7 @@ def as_argument(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     if gradient is None or like is None:
         return None
     shaped = gradient if gradient.shape == like.shape else gradient.view(like.shape)
-    return shaped.to(like.dtype)
+    return shaped.to(gradient_dtype(like))
 
 
 def _hand_out(ctx: Any, incoming: Tensor, tensors: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -215,25 +248,29 @@ def _hand_out(ctx: Any, incoming: Tensor, tensors: tuple[Any, ...]) -> tuple[Ten
     if isinstance(factor, Tensor) or factor != 1.0:
         for g in grads:
             if g is not None:
-                g.mul_(factor)
+                _rescale(g, factor)
     out = [as_argument(g, t) for g, t in zip(grads, tensors, strict=False)]
     del grads
     return (*out, None, None)
 
 
+def _rescale(grad: Tensor, factor: float | Tensor) -> None:
+    """Multiply in place; 0 stays 0, the gradient of an ignored row."""
+    if isinstance(factor, Tensor):
+        grad.copy_(torch.where(grad == 0, grad, (grad * factor).to(grad.dtype)))
+    elif math.isfinite(factor):
+        grad.mul_(factor)
+    else:
+        grad.masked_scatter_(grad != 0, grad[grad != 0] * factor)
+
+
 def _form(
-    ctx: Any, incoming: Tensor, tensors: tuple[Any, ...], state: Tensor
+    ctx: Any, incoming: Tensor, tensors: tuple[Any, ...], state: Tensor, request: LinearRequest
 ) -> tuple[Tensor | None, ...]:
     """Backward from the logits, computed again, and the saved state of each item."""
-    request: LinearRequest = ctx.request
     input, weight, bias, scale, target = tensors
     call = LinearCall(input, weight, bias, target, scale, request.options, request.dtype)
-    needs = ctx.needs_input_grad[:4]
-    sums: Accumulation | None = None
-    into = new_gradients(call, (needs[0], False, needs[2], needs[3]))
-    if needs[1]:
-        sums = Accumulation(request.accumulate_into, weight)
-        into.weight = sums.memory
+    into, sums = _destinations(ctx, call, tensors, request)
     if request.options.row.reduction == "none":
         items = call.of_kept(incoming)
         call.run(into, divisor=1.0, item_scale=items, state=state, from_state=True)
@@ -246,6 +283,22 @@ def _form(
         as_argument(into.input, input), grad_weight, as_argument(into.bias, bias),
         as_argument(into.scale, scale), None, None,
     )  # fmt: skip
+
+
+def _destinations(
+    ctx: Any, call: LinearCall, tensors: tuple[Any, ...], request: LinearRequest
+) -> tuple[Gradients, Accumulation | None]:
+    """Memory for the gradients that are needed, the weight's where it was asked for."""
+    needs = ctx.needs_input_grad[:4]
+    into = new_gradients(call, (needs[0], False, needs[2], needs[3]))
+    if not _weight_is_wanted(ctx):
+        return into, None
+    weight = tensors[1] if ctx.weight is None else ctx.weight
+    rows = request.options.row
+    others = (*tensors[:1], *tensors[2:], rows.weight, rows.sample_weight)
+    sums = Accumulation(request.accumulate_into, weight, call.compute, others)
+    into.weight = sums.memory
+    return into, sums
 
 
 class LogSumExp(torch.autograd.Function):
@@ -264,8 +317,7 @@ class LogSumExp(torch.autograd.Function):
         lse: Tensor,
         request: LinearRequest,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, bias, scale, target)
-        ctx.request = request
+        _save(ctx, (input, weight, bias, scale, target), None, request)
         return lse.clone()
 
     @staticmethod
@@ -275,13 +327,10 @@ class LogSumExp(torch.autograd.Function):
                 "mbkern: the lse of return_stats gives no gradient that can itself be "
                 "differentiated (create_graph=True); use torch.logsumexp of the logits"
             )
-        input, weight, bias, scale, target = ctx.saved_tensors
-        request: LinearRequest = ctx.request
+        tensors, _, request = _saved(ctx)
+        input, weight, bias, scale, target = tensors
         call = LinearCall(input, weight, bias, target, scale, request.options, request.dtype)
-        needs = ctx.needs_input_grad[:4]
-        into = new_gradients(call, (needs[0], False, needs[2], needs[3]))
-        sums = Accumulation(request.accumulate_into, weight) if needs[1] else None
-        into.weight = None if sums is None else sums.memory
+        into, sums = _destinations(ctx, call, tensors, request)
         call.run_log_sum_exp(into, incoming)
         into.weight = None
         grad_weight = None if sums is None else sums.finish()

@@ -23,8 +23,8 @@ _TENSORS = (
 )
 _OPTIONS = (
     "str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, "
-    "float? logit_scale, int shift, int? chunk_bytes, bool split_invariant, int? num_valid, "
-    "ScalarType dtype"
+    "float? logit_scale, int shift, int? chunk_bytes, int? chunk_rows, bool split_invariant, "
+    "int? num_valid, ScalarType dtype"
 )
 _SCHEMAS = {
     "linear_loss": (
@@ -45,13 +45,15 @@ def _call(
     input, weight, bias, scale, target, class_weight, sample_weight = tensors
     (
         reduction, ignore_index, smoothing, z_loss, softcap, logit_scale, shift, chunk_bytes,
-        split_invariant, num_valid, dtype,
+        chunk_rows, split_invariant, num_valid, dtype,
     ) = options  # fmt: skip
     rows = RowOptions(
         class_weight, sample_weight, ignore_index, smoothing, z_loss, softcap or None, reduction,
         denominator,
     )  # fmt: skip
-    head = LinearOptions(rows, logit_scale, shift, chunk_bytes, split_invariant, num_valid)
+    head = LinearOptions(
+        rows, logit_scale, shift, chunk_bytes, chunk_rows, split_invariant, num_valid
+    )
     return LinearCall(input, weight, bias, target, scale, head, dtype)
 
 
@@ -69,7 +71,7 @@ def _state_size(input: Tensor, weight: Tensor, target: Tensor, shift: int) -> in
 
 
 def _linear_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, denominator, options, loss_dtype = args[:7], args[7], args[8:19], args[19]
+    tensors, denominator, options, loss_dtype = args[:7], args[7], args[8:20], args[20]
     call = _call(tensors, denominator, options)
     divisor = call.divisor()
     # Of a size that is known while tracing: rows that do not count leave the end unused.
@@ -82,7 +84,7 @@ def _linear_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _linear_loss_backward(incoming: Tensor, *args: Any) -> tuple[Tensor, ...]:
     tensors, state, divisor, options, needs = (
-        args[:7], args[7], args[8], args[9:20], args[20:],
+        args[:7], args[7], args[8], args[9:21], args[21:],
     )  # fmt: skip
     call = _call(tensors, None, options)
     into = new_gradients(call, needs)
@@ -92,16 +94,17 @@ def _linear_loss_backward(incoming: Tensor, *args: Any) -> tuple[Tensor, ...]:
         call.run(into, divisor=divisor, scale=incoming, state=state, from_state=True)
     found = (into.input, into.weight, into.bias, into.scale)
     grads = (as_argument(g, t) for g, t in zip(found, tensors, strict=False))
-    return tuple(incoming.new_empty(0) if g is None else g for g in grads)
+    # Contiguous, as the fake kernel says, whatever the layout of the argument.
+    return tuple(incoming.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 def _fake_linear_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    input, weight, target, options = args[0], args[1], args[4], args[8:19]
+    input, weight, target, options = args[0], args[1], args[4], args[8:20]
     shape = _items(input, weight, options[6]) if options[0] == "none" else []
-    wide = torch.float64 if options[10] is torch.float64 else torch.float32
+    wide = torch.float64 if options[11] is torch.float64 else torch.float32
     size = _state_size(input, weight, target, options[6])
     return (
-        input.new_empty(shape, dtype=args[19]),
+        input.new_empty(shape, dtype=args[20]),
         input.new_empty(size, dtype=wide),
         input.new_empty((), dtype=torch.float64),
     )
@@ -110,7 +113,7 @@ def _fake_linear_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake_linear_loss_backward(incoming: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(
         t.new_empty(t.shape) if need and t is not None else incoming.new_empty(0)
-        for t, need in zip(args[:4], args[20:], strict=True)
+        for t, need in zip(args[:4], args[21:], strict=True)
     )
 
 
@@ -130,7 +133,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     _, state, divisor = output
     ctx.mark_non_differentiable(state, divisor)
     ctx.save_for_backward(*inputs[:7], state, divisor)
-    ctx.options = inputs[8:19]
+    ctx.options = inputs[8:20]
 
 
 def _backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -139,7 +142,7 @@ def _backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         incoming, *ctx.saved_tensors, *ctx.options, *needs
     )
     found = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return (*found, *(None,) * 16)
+    return (*found, *(None,) * 17)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
@@ -171,7 +174,7 @@ def linear_loss(
     loss: Tensor = torch.ops.mbkern.linear_loss(
         input, weight, bias, scale, target, rows.weight, rows.sample_weight, denominator,
         rows.reduction, rows.ignore_index, rows.label_smoothing, rows.z_loss, rows.softcap or 0.0,
-        o.logit_scale, o.shift, o.chunk_bytes, o.split_invariant, o.num_valid, request.dtype,
-        request.loss_dtype,
+        o.logit_scale, o.shift, o.chunk_bytes, o.chunk_rows, o.split_invariant, o.num_valid,
+        request.dtype, request.loss_dtype,
     )[0]  # fmt: skip
     return loss

@@ -10,13 +10,13 @@ from torch import Tensor
 from mbkern._arguments import Number, check_reduction, check_row_options
 from mbkern._launch import RowOptions
 from mbkern._linear_call import LinearOptions
-from mbkern._tensors import INDEX_TYPES, describe, on_cuda
+from mbkern._tensors import INDEX_TYPES, describe
 
 
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's dtype where it would cast, else the operands' own, which must be one."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
     if input.dtype is not weight.dtype:
         raise TypeError(
@@ -46,8 +46,19 @@ def linear_options(
     chunk_bytes: int | None = None,
     sample_weight: Tensor | None = None,
     num_valid: int | None = None,
+    filter_eps: float | str | None = None,
 ) -> LinearOptions:
     """Check everything that needs no address, and gather it."""
+    for name, value in (
+        ("input", input), ("linear_weight", linear_weight), ("target", target),
+        ("linear_bias", linear_bias), ("weight", weight), ("sample_weight", sample_weight),
+    ):  # fmt: skip
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"mbkern: {name} must be a tensor, not {type(value).__name__}")
+        if value is not None and value.layout is not torch.strided:
+            raise TypeError(
+                f"mbkern: {name} has layout {value.layout}; only strided tensors are supported"
+            )
     check_reduction(reduction, denominator)
     check_row_options(label_smoothing, z_loss, softcap)
     if input.dim() < 1 or linear_weight.dim() < 2:
@@ -71,6 +82,8 @@ def linear_options(
             f"mbkern: linear_weight of shape {tuple(linear_weight.shape)} needs a batched input, "
             f"not {tuple(input.shape)}"
         )
+    if linear_bias is not None and not linear_bias.is_floating_point():
+        raise TypeError(f"mbkern: linear_bias must be floating, not {linear_bias.dtype}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         raise ValueError(
             f"mbkern: linear_bias must be {tuple(linear_weight.shape[:-1])}, not "
@@ -90,6 +103,8 @@ def linear_options(
                 f"mbkern: ignore_index={ignore_index} has no meaning for a target of class "
                 "probabilities"
             )
+        if num_valid is not None:
+            raise ValueError("mbkern: num_valid goes with class indices, not with probabilities")
         if shift:
             raise ValueError("mbkern: shift goes with class indices, not with probabilities")
     elif target.shape != indices:
@@ -102,6 +117,10 @@ def linear_options(
             f"mbkern: class indices are {target.dtype}; supported are int64, int32, int16, int8 "
             "and uint8"
         )
+    for name, number in (("shift", shift), ("ignore_index", ignore_index),
+                         ("num_valid", num_valid), ("chunk_bytes", chunk_bytes)):  # fmt: skip
+        if number is not None and not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"mbkern: {name} must be an integer, not {number!r}")
     places = int(shift)
     if places < 0 or (places and (not batch or places > batch[-1])):
         raise ValueError(
@@ -112,7 +131,7 @@ def linear_options(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"mbkern: {name} is on {tensor.device}, and input on {input.device}")
-    number = None
+    factor = None
     if isinstance(logit_scale, Tensor):
         if logit_scale.dim() != 0 or not logit_scale.is_floating_point():
             raise ValueError(
@@ -120,19 +139,37 @@ def linear_options(
                 f"{describe(logit_scale)}"
             )
     elif logit_scale is not None:
-        number = float(logit_scale)
-    if split_invariant and on_cuda(input):
-        raise NotImplementedError(
-            "mbkern: split_invariant=True has no kernel on CUDA; use the CPU, or cuts that are "
-            "multiples of the chunk"
-        )
+        factor = float(logit_scale)
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"mbkern: chunk_bytes must be positive, not {chunk_bytes}")
     rows = RowOptions(
         weight, sample_weight, -100 if ignore_index is None else ignore_index, label_smoothing,
         z_loss, softcap, reduction, denominator,
     )  # fmt: skip
-    asked = getattr(options, "batch_chunk_size", None)
-    if asked is not None and chunk_bytes is None:
-        chunk_bytes = int(asked) * classes * max(1, inner.numel()) * input.dtype.itemsize
-    return LinearOptions(rows, number, places, chunk_bytes, split_invariant, num_valid)
+    if options is not None and not hasattr(options, "batch_chunk_size"):
+        raise TypeError(
+            "mbkern: options must be a torch.nn.LinearCrossEntropyOptions, not "
+            f"{type(options).__name__}"
+        )
+    chunk_rows = getattr(options, "batch_chunk_size", None) if chunk_bytes is None else None
+    return LinearOptions(
+        rows, factor, places, chunk_bytes, chunk_rows, split_invariant, num_valid,
+        _filter_eps(filter_eps, input, split_invariant),
+    )  # fmt: skip
+
+
+def _filter_eps(eps: float | str | None, input: Tensor, split_invariant: bool) -> float:
+    if eps is None:
+        return 0.0
+    if split_invariant:
+        raise ValueError(
+            "mbkern: filter_eps leaves out what is small in a chunk, which depends on the cut; it "
+            "does not go with split_invariant=True"
+        )
+    if input.is_cuda:
+        raise NotImplementedError("mbkern: filter_eps has no kernel on CUDA")
+    if eps == "auto":
+        return torch.finfo(input.dtype).eps / 32
+    if isinstance(eps, str) or not 0.0 <= eps < 1.0:
+        raise ValueError(f"mbkern: filter_eps must be in [0, 1), 'auto' or None, not {eps!r}")
+    return float(eps)

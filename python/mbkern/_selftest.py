@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mbkern import _C, _cuda
 from mbkern import _selftest_head as head
+from mbkern import _selftest_lists as lists
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
@@ -107,14 +108,14 @@ def check(kernel: str, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Fin
     return finding
 
 
-def check_head(case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Finding:
-    """Run a case of the fused head on the CPU's tiers, and in all cuts."""
-    data, finding = head.make(case, dtype), Finding(case.name)
+def check_on_cpu(cases: Any, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Finding:
+    """Run a case of a module with ``make``, ``compute`` and ``cuts`` on the CPU's tiers."""
+    data, finding = cases.make(case, dtype), Finding(case.name)
     reference: Outputs | None = None
     for tier in tiers:
         tier.enter()
-        for cut, pieces in cuts(case).items():
-            outputs = head.compute(case, data, pieces)
+        for cut, pieces in cases.cuts(case).items():
+            outputs = cases.compute(case, data, pieces)
             finding.runs += 1
             if reference is None:
                 reference, finding.digest = outputs, digest(outputs)
@@ -228,9 +229,11 @@ def findings(tiers: list[Tier]) -> Iterator[tuple[str, str, list[Finding]]]:
             if loss.name == "cross_entropy" and len(on_cpu) < len(tiers):
                 found.append(check_bad_targets_on_cuda(dtype, tiers[-1]))
             yield loss.name, str(dtype).removeprefix("torch."), found
-    for dtype in FORMATS if on_cpu else ():
-        found = [check_head(case, dtype, on_cpu) for case in head.HEADS]
-        yield "linear_cross_entropy", str(dtype).removeprefix("torch."), found
+    others = (("linear_cross_entropy", head, head.HEADS), ("accumulation", lists, lists.LISTS))
+    for name, module, known in others if on_cpu else ():
+        for dtype in FORMATS:
+            found = [check_on_cpu(module, case, dtype, on_cpu) for case in known]
+            yield name, str(dtype).removeprefix("torch."), found
     for name in _C.elementary_functions():
         for double in (False, True):
             yield name, "float64" if double else "float32", [check_elementary(name, double, tiers)]

@@ -149,6 +149,7 @@ int64_t row_devices(const Options&);
 int64_t row_refusals(const Options&);
 int64_t pointwise_losses(const Options&);
 int64_t multirow_losses(const Options&);
+int64_t all_products(const Options&);
 
 // The digest of a tier's results, to which the groups add; by position in available_backends().
 Digest& digest_of(size_t tier);

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mbkern import _linear_buffers as buffers
 from mbkern import _traced
-from mbkern._arguments import Number, compute_dtype, result_dtype
+from mbkern._arguments import Number, compute_dtype, hint_value, result_dtype
 from mbkern._linear_call import Gradients, LinearCall, LinearOptions
 from mbkern._linear_loss import LinearLoss, LinearRequest, LogSumExp, unfused
 from mbkern._linear_ops import linear_loss
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     sample_weight: Tensor | None = None,
     num_valid: int | None = None,
+    filter_eps: float | str | None = None,
     return_stats: bool = False,
     loss_dtype: torch.dtype | None = None,
 ) -> Any:
@@ -75,16 +77,23 @@ def linear_cross_entropy(
             gradients are then formed in forward, multiplied by it in float32.
         accumulate_into: where the weight's gradient is added in backward, in place: a tensor of the
             weight's shape (float32; others by way of a float32 temporary), "grad" for the weight's
-            own ``.grad``, or "main_grad" (Megatron-LM). Autograd returns none then.
+            own ``.grad``, or "main_grad" (Megatron-LM). Autograd returns none then: a hook that
+            was registered on the weight gets None; post-accumulate hooks run. Nothing is added in
+            a backward that does not go on to the weight (``inputs=``).
         split_invariant: the gradients of weight and bias are the same bits for every cut of the
-            mini-batch, thread count and instruction set (CPU), given ``accumulate_into`` or
+            mini-batch, thread count, instruction set and on CUDA, given ``accumulate_into`` or
             ``loss_and_grad(..., accumulate=True)``; without either, that holds for one call only,
             since torch adds up the micro-batches. Logits, too, are float32 then.
         chunk_bytes: memory of a chunk of logits; None: 64 MiB on the CPU.
         num_valid: how many targets are not ignored, if that is known: on CUDA, rows are left out
             only then, since nobody may wait for the device to count them; else they are computed
             and count nothing.
-
+        filter_eps: leave out of the products what is small (CPU): blocks of gradients of logits,
+            12 classes (6 on AVX2) of a chunk or 12 rows of 256 classes, in which every softmax is
+            below it (times the largest weight). The error of an element of the input's gradient is
+            at most ``filter_eps`` times the sum of the magnitudes of its weights, and so for the
+            weight's; "auto" is 1/32 of the resolution of the input's dtype (2^-12 for bfloat16).
+            Not with ``split_invariant``; no effect under tracers.
         return_stats: return ``(loss, stats)``, a :class:`mbkern.LinearStats`: number of items,
             accuracy, predictions, and of every item the log-probability of its target, entropy and
             log-sum-exp, which can be differentiated. Looks at the logits as they pass, at the cost
@@ -99,34 +108,31 @@ def linear_cross_entropy(
     Memory: a chunk of logits, 1.2 MB a thread, the gradients; for a 16-bit weight without
     ``accumulate_into`` a float32 copy of its gradient besides.
 
-    Under torch.compile four products, chunk by chunk. Under torch.func and export, and where class
-    probabilities require grad, the formula runs unfused, all logits at once.
+    Under torch.compile, in dispatch and function modes and with fake tensors four products, chunk
+    by chunk. Under torch.func and export, for tensor subclasses, where class probabilities require
+    grad, and for statistics in any of these, the formula runs unfused, all logits at once.
     """
     head = linear_options(
         input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
         ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
         z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, denominator=denominator,
         shift=shift, split_invariant=split_invariant, chunk_bytes=chunk_bytes,
-        sample_weight=sample_weight, num_valid=num_valid,
+        sample_weight=sample_weight, num_valid=num_valid, filter_eps=filter_eps,
     )  # fmt: skip
     scale = logit_scale if isinstance(logit_scale, Tensor) else None
-    if accumulate_into is not None:
-        buffers.check(accumulate_into, linear_weight, (input, linear_bias, target))
+    tensors = (input, linear_weight, linear_bias, scale)
     _refuse_other_gradients(weight, sample_weight, denominator)
+    if isinstance(grad_scale, (int, float)):
+        hint_value(grad_scale)
     differentiates_target = torch.is_grad_enabled() and is_differentiated(target)
-    if (
-        _traced.is_needed(input, target, linear_weight)
-        or (linear_bias is not None and _traced.is_needed(linear_bias, None))
-        or (scale is not None and _traced.is_needed(scale, None))
-        or differentiates_target
-    ):
+    if differentiates_target or _is_traced(*tensors, target):
         if accumulate_into is not None:
             raise RuntimeError(
-                "mbkern: accumulate_into writes to a buffer in backward, which torch.compile, "
-                "torch.func and gradients of class probabilities have no room for"
+                "mbkern: accumulate_into writes to a buffer in backward, for which there is no "
+                "room under torch.compile and torch.func, in dispatch and function modes, with "
+                "tensor subclasses, and where class probabilities require grad"
             )
-        compiled = torch.compiler.is_compiling() and not return_stats
-        if not compiled or _traced.wants_formula() or differentiates_target:
+        if differentiates_target or return_stats or _needs_formula(*tensors, target):
             return _unfused(
                 input, linear_weight, linear_bias, scale, target, head, grad_scale, loss_dtype,
                 return_stats,
@@ -134,26 +140,57 @@ def linear_cross_entropy(
         dtype = product_dtype(input, linear_weight)
         request = LinearRequest(head, dtype, result_dtype(loss_dtype, dtype, input))
         return linear_loss(input, linear_weight, linear_bias, scale, target, request)
+    has_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if accumulate_into is not None:
+        divisor = denominator if isinstance(denominator, Tensor) else None
+        others = (input, linear_bias, target, scale, weight, sample_weight, divisor)
+        buffers.check(accumulate_into, linear_weight, others)
+        if has_graph and not linear_weight.requires_grad:
+            raise ValueError(
+                "mbkern: accumulate_into is given, and linear_weight does not require grad: "
+                "nothing would be added"
+            )
     dtype = product_dtype(input, linear_weight)
     request = LinearRequest(
         head, dtype, result_dtype(loss_dtype, dtype, input), grad_scale, accumulate_into,
         Collector(head.row.ignore_index, softcap) if return_stats else None,
     )  # fmt: skip
-    tensors = (input, linear_weight, linear_bias, scale)
     loss: Tensor | None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if has_graph:
         loss = LinearLoss.apply(*tensors, target, request)  # type: ignore[no-untyped-call]
         lse = request.lse
         if lse is not None:
             lse = LogSumExp.apply(*tensors, target, lse, request)  # type: ignore[no-untyped-call]
     else:
         loss, lse = _without_graph(tensors, target, request)
-    if request.stats is None or lse is None:
+    stats = request.stats
+    if stats is None or lse is None:
         return loss
     shape = [*input.shape[:-1], *linear_weight.shape[1:-1]]
     if head.shift:
         shape[input.dim() - 2] -= head.shift
-    return loss, request.stats.finish(lse, request.kept, torch.Size(shape))
+    return loss, stats.finish(lse, request.kept, torch.Size(shape))
+
+
+def _is_traced(*tensors: Tensor | None) -> bool:
+    first, *rest = tensors
+    assert first is not None
+    return any(_traced.is_needed(first, t) for t in rest)
+
+
+def _needs_formula(*tensors: Tensor | None) -> bool:
+    """Where the operators will not do: transforms, export, and subclasses that see operations."""
+    return (
+        _traced.wants_formula()
+        or torch._C._are_functorch_transforms_active()
+        or any(t is not None and _sees_operations(t) for t in tensors)
+    )
+
+
+def _sees_operations(tensor: Tensor) -> bool:
+    hidden = torch._C._disabled_torch_dispatch_impl
+    kind = type(tensor)
+    return kind.__torch_dispatch__ is not hidden and not issubclass(kind, FakeTensor)
 
 
 def _without_graph(
@@ -194,6 +231,7 @@ def _unfused(
             shape = [*input.shape[:-1], *weight.shape[1:-1]]
             if options.shift:
                 shape[input.dim() - 2] -= options.shift
+            t = t if t.is_floating_point() else t.long()
             parts = of_logits(wide.detach(), t.detach(), rows.ignore_index)
             seen.append(gather(parts, torch.logsumexp(wide, 1).reshape(shape)))
         return cross_entropy(

@@ -55,6 +55,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         accumulate_into: Tensor | str | None = None,
         split_invariant: bool = False,
         chunk_bytes: int | None = None,
+        filter_eps: float | str | None = None,
         return_stats: bool = False,
         loss_dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,6 +85,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.accumulate_into = accumulate_into
         self.split_invariant = split_invariant
         self.chunk_bytes = chunk_bytes
+        self.filter_eps = filter_eps
         self.return_stats = return_stats
         self.loss_dtype = loss_dtype
 
@@ -131,6 +133,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             chunk_bytes=self.chunk_bytes,
             sample_weight=sample_weight,
             num_valid=num_valid,
+            filter_eps=self.filter_eps,
             return_stats=self.return_stats,
             loss_dtype=self.loss_dtype,
         )

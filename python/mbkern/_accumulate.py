@@ -1,0 +1,140 @@
+"""Gradients added into buffers: many tensors, one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from mbkern import _launch_lists
+from mbkern._arguments import Number
+from mbkern._tensors import refuse_tracing
+
+#: One tensor or several; on the CPU also NumPy arrays.
+Tensors = Tensor | Sequence[Any] | Any
+
+
+class Measured(NamedTuple):
+    """What :func:`accumulate_` measured of the gradients, in the same read.
+
+    Attributes:
+        squared_norms: (n,) float64, the sum of the squares of each gradient, before ``alpha``. The
+            same bits for every number of threads, instruction set and device.
+        finite: (n,) bool, whether that sum is finite: a float32 or 16-bit gradient has no NaN or
+            infinity. (In float64 a square may also overflow, above 1e154.)
+    """
+
+    squared_norms: Tensor
+    finite: Tensor
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def as_tensors(given: Any, name: str, *, written: bool = False) -> list[Any]:
+    """Return a tensor, an array or a sequence of them as a list; NumPy arrays share their memory.
+
+    What is no tensor stays, for the launch to refuse.
+    """
+    if type(given) is list and _PLAIN.issuperset(map(type, given)):
+        return given
+    if isinstance(given, Tensor) or hasattr(given, "__array_interface__"):
+        given = (given,)
+    if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
+        raise TypeError(
+            f"mbkern: {name} must be a tensor, a NumPy array or a sequence of them, not "
+            f"{type(given).__name__}"
+        )
+    return [_as_tensor(item, f"{name}[{k}]", written) for k, item in enumerate(given)]
+
+
+def _as_tensor(item: Any, name: str, written: bool) -> Any:
+    if isinstance(item, Tensor) or not hasattr(item, "__array_interface__"):
+        return item
+    if written and not item.flags.writeable:
+        raise ValueError(f"mbkern: {name} is a read-only array")
+    try:
+        return torch.from_numpy(item)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"mbkern: {name}: {error}") from None
+
+
+@overload
+def accumulate_(
+    buffers: Tensors,
+    grads: Tensors,
+    alpha: Number = ...,
+    beta: Number = ...,
+    *,
+    measure: Literal[False] = ...,
+) -> None: ...
+@overload
+def accumulate_(
+    buffers: Tensors,
+    grads: Tensors,
+    alpha: Number = ...,
+    beta: Number = ...,
+    *,
+    measure: Literal[True],
+) -> Measured: ...
+
+
+def accumulate_(
+    buffers: Tensors,
+    grads: Tensors,
+    alpha: Number = 1.0,
+    beta: Number = 1.0,
+    *,
+    measure: bool = False,
+) -> Measured | None:
+    """Add gradients into buffers, in place: ``buffer = beta * buffer + alpha * grad`` for each.
+
+    One pass over all tensors, by all threads or in one launch on CUDA, and without a copy: 16-bit
+    gradients are widened exactly as they are read. Computed in the buffer's type as
+    ``fma(alpha, grad, beta * buffer)`` (float64: two roundings), so with both factors 1 it is one
+    correctly rounded addition. The same bits for every number of threads, instruction set and
+    device, however the tensors are batched into calls.
+
+    Args:
+        buffers: tensors of any shape and layout, float32 or float64; written. Nothing else may lie
+            in their memory, and they do not become part of an autograd graph.
+        grads: as many tensors of the same shapes: float32, bfloat16 or float16 for a float32
+            buffer, float64 or any of those for a float64 buffer. Read as numbers.
+        alpha: a number or a 0-dim tensor, which is read on its device.
+        beta: the same. With 0 the buffers are not read, so they need not be initialised.
+        measure: also return the gradients' squared norms, measured in the same read.
+
+    Both lists may be a single tensor. On the CPU they may be NumPy arrays.
+
+    Returns:
+        None, or a :class:`Measured` with ``measure=True``.
+
+    Raises:
+        TypeError: an unsuited dtype, a sparse or complex tensor, a subclass.
+        ValueError: shapes that differ, memory that is shared, tensors on several devices.
+        RuntimeError: a buffer requires grad, outside ``torch.no_grad()``.
+        Nothing has been written then.
+    """
+    to = as_tensors(buffers, "buffers", written=True)
+    of = as_tensors(grads, "grads")
+    refuse_tracing("accumulate_")
+    if torch.is_grad_enabled():
+        refuse_differentiated(to, "buffers")
+    squares = None
+    if measure:
+        device = to[0].device if to and isinstance(to[0], Tensor) else None
+        squares = torch.empty(len(to), dtype=torch.float64, device=device)
+    _launch_lists.accumulate(to, of, alpha, beta, squares)
+    return None if squares is None else Measured(squares, squares.isfinite())
+
+
+def refuse_differentiated(tensors: list[Any], name: str) -> None:
+    """Raise, as torch's own in-place operations do, if a tensor that is written requires grad."""
+    for k, tensor in enumerate(tensors):
+        if getattr(tensor, "requires_grad", False):
+            raise RuntimeError(
+                f"mbkern: {name}[{k}] requires grad and is written in place; do so under "
+                "torch.no_grad(), or pass tensor.detach()"
+            )

@@ -1,0 +1,103 @@
+"""Gradients on their way from autograd to the buffers."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mbkern._accumulate import accumulate_
+from mbkern._accumulator_parameters import Slot
+from mbkern._arguments import Number
+
+BUCKET_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Squared norms of the gradients that one launch added; None where a gradient was scaled."""
+
+    micro_batch: int
+    names: list[str]
+    squared_norms: Tensor
+
+
+class Collector:
+    """Adds the gradients of one micro-batch, in buckets, and frees them.
+
+    Args:
+        which: the set of buffers.
+        alpha: multiplies every gradient as it is added.
+        micro_batch: its number in the window.
+        measure: whether to keep the gradients' squared norms.
+        densify: whether a sparse gradient is made dense, instead of refused.
+    """
+
+    def __init__(
+        self, which: int, alpha: Number, micro_batch: int, *, measure: bool, densify: bool
+    ) -> None:
+        self.which, self.alpha, self.micro_batch = which, alpha, micro_batch
+        self.measure, self.densify = measure, densify
+        self.added = 0  # gradients
+        self.measurements: list[Measurement] = []
+        self._bucket: dict[int, tuple[Slot, Tensor]] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()  # autograd has a thread for each device
+
+    def take(self, slot: Slot) -> None:
+        """Take over the gradient that autograd has just put into ``.grad``."""
+        grad = slot.parameter.grad
+        if grad is None:  # a kernel has added it into the buffer itself
+            return
+        slot.parameter.grad = None
+        if grad.layout is not torch.strided:
+            if not self.densify:
+                raise TypeError(
+                    f"mbkern: the gradient of {slot.name} has layout {grad.layout}; use a layer "
+                    'with dense gradients (sparse=False), or GradAccumulator(sparse="densify")'
+                )
+            grad = grad.to_dense()
+        grad = grad.detach()
+        size = grad.numel() * grad.element_size()
+        with self._lock:
+            twice = id(slot) in self._bucket  # two backwards in one micro-batch
+            if twice or self._bytes + size > BUCKET_BYTES:
+                self._empty()
+            self._bucket[id(slot)] = (slot, grad)
+            self._bytes += size
+            if self._bytes >= BUCKET_BYTES:
+                self._empty()
+
+    def finish(self) -> None:
+        """Add what is left."""
+        with self._lock:
+            self._empty()
+
+    def drop(self) -> None:
+        """Forget what has not been added."""
+        with self._lock:
+            self._bucket.clear()
+            self._bytes = 0
+
+    def _empty(self) -> None:
+        """One launch for each device, and for buffers that are written or added to."""
+        launches: dict[tuple[torch.device, bool], list[tuple[Slot, Tensor]]] = {}
+        for slot, grad in self._bucket.values():
+            launches.setdefault((grad.device, slot.received[self.which]), []).append((slot, grad))
+        self._bucket.clear()
+        self._bytes = 0
+        for (_, received), members in launches.items():
+            buffers = [slot.buffers[self.which] for slot, _ in members]
+            grads = [grad for _, grad in members]
+            beta = 1.0 if received else 0.0
+            if self.measure:
+                found = accumulate_(buffers, grads, self.alpha, beta, measure=True)
+                names = [slot.name for slot, _ in members]
+                self.measurements.append(Measurement(self.micro_batch, names, found.squared_norms))
+            else:
+                accumulate_(buffers, grads, self.alpha, beta)
+            for slot, _ in members:
+                slot.received[self.which] = True
+            self.added += len(members)

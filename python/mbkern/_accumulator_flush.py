@@ -1,0 +1,189 @@
+"""From the sums of a window to the gradients of its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mbkern._accumulate import accumulate_
+from mbkern._accumulator_collect import Measurement
+from mbkern._accumulator_counts import reciprocal
+from mbkern._accumulator_hooks import set_gradient
+from mbkern._accumulator_parameters import Slot
+from mbkern._arguments import Number
+from mbkern._flush import FlushStats, flush_
+from mbkern._noise_scale import NoiseScale
+
+INTO = ("grad", "fp32_grad", "main_grad")
+
+
+@dataclass(frozen=True)
+class WindowStats:
+    """What a window came to. Tensors, which nobody waited for, where not said otherwise.
+
+    Attributes:
+        norm: 0-dim float64, of all gradients together, before clipping.
+        clip_factor: 0-dim float64, what they were multiplied by.
+        found_inf: 0-dim float32, 1 if one was not finite.
+        penalty: 0-dim float64, the value of the regulariser.
+        squared_norms: for each parameter that has a gradient (by name), before clipping.
+        micro_batches: int.
+        counts: for each denominator, what was counted: a float, or a float64 tensor.
+        measurements: with ``measure=True``, the squared norms of every micro-batch's gradients.
+        sizes: what each micro-batch counted.
+        sum_squared_norm: of the window's mean gradient, before clipping; None where a penalty or a
+            scale is in it.
+    """
+
+    norm: Tensor
+    clip_factor: Tensor
+    found_inf: Tensor
+    penalty: Tensor
+    squared_norms: dict[str, Tensor]
+    micro_batches: int
+    counts: dict[str, Number]
+    measurements: list[Measurement] = field(default_factory=list, repr=False)
+    sizes: list[Number] = field(default_factory=list, repr=False)
+    sum_squared_norm: Tensor | None = field(default=None, repr=False)
+
+    def update(self, noise_scale: NoiseScale) -> None:
+        """Take this window into a running estimate of the gradient noise scale.
+
+        Needs ``measure=True``, one denominator, gradients that were not scaled by a GradScaler,
+        and no penalty.
+        """
+        if not self.measurements or len(self.counts) != 1 or self.sum_squared_norm is None:
+            raise ValueError(
+                "mbkern: the noise scale needs GradAccumulator(measure=True) with one denominator, "
+                "without penalties, outside known mode"
+            )
+        (total,) = self.counts.values()
+        sizes = [self.sizes[k] for k in sorted({m.micro_batch for m in self.measurements})]
+        norms = [norm.square() for norm in self.micro_batch_norms()]
+        noise_scale.update(norms, sizes, self.sum_squared_norm, total)
+
+    def micro_batch_norms(self) -> list[Tensor]:
+        """The norm of each micro-batch's summed gradient; needs ``measure=True``."""
+        sums: dict[int, Tensor] = {}
+        for m in self.measurements:
+            part = m.squared_norms.sum()
+            sums[m.micro_batch] = sums[m.micro_batch] + part if m.micro_batch in sums else part
+        return [sums[k].sqrt() for k in sorted(sums)]
+
+    def non_finite(self) -> list[tuple[int, str]]:
+        """(micro-batch, parameter) of every gradient with a NaN or an infinity.
+
+        Waits for the device. Needs ``measure=True``; without it only the parameters of the sums are
+        known, and the micro-batch is -1.
+        """
+        if not self.measurements:
+            names = list(self.squared_norms)
+            finite = torch.stack(list(self.squared_norms.values())).isfinite().tolist()
+            return [(-1, name) for name, good in zip(names, finite, strict=True) if not good]
+        found = []
+        for m in self.measurements:
+            finite = m.squared_norms.isfinite().tolist()
+            found += [
+                (m.micro_batch, name)
+                for name, good in zip(m.names, finite, strict=True)
+                if not good
+            ]
+        return found
+
+
+@dataclass(frozen=True)
+class FlushOptions:
+    """How sums become gradients.
+
+    Attributes:
+        into: one of ``INTO``.
+        keep: the sums are still needed, so no gradient may lie in their memory.
+        grad_scale: divided out.
+        max_norm: None: not clipped.
+    """
+
+    into: str
+    keep: bool
+    grad_scale: Number
+    max_norm: float | None
+
+
+def fold(slots: list[Slot], totals: list[Number], keep: bool) -> dict[Slot, Tensor]:
+    """The sums of all sets of buffers, each set divided by its own count; one buffer for each slot.
+
+    With ``keep`` they are new memory, else the first set's own.
+    """
+    folded: dict[Slot, Tensor] = {}
+    for which, total in enumerate(totals):
+        members = [slot for slot in slots if slot.received[which]]
+        factor = reciprocal(total)
+        old = [slot for slot in members if slot in folded]
+        new = [slot for slot in members if slot not in folded]
+        add = [slot.buffers[which] for slot in old]
+        accumulate_([folded[slot] for slot in old], add, factor)
+        first = [slot.buffers[which] for slot in new]
+        if which == 0 and not keep:
+            to = first
+            flush_(to, first, factor=factor)
+        else:
+            to = [torch.empty_like(b) if keep else b for b in (slot.buffers[0] for slot in new)]
+            accumulate_(to, first, factor, 0.0)
+        folded.update(zip(new, to, strict=True))
+    return folded
+
+
+def write(
+    slots: list[Slot], totals: list[Number], options: FlushOptions
+) -> tuple[FlushStats, dict[str, Tensor]]:
+    """Give every parameter that has sums its gradient, the others None."""
+    denominator: Number = 1.0
+    if len(totals) == 1:
+        denominator = totals[0]
+        sums = {slot: slot.buffers[0] for slot in slots if slot.received[0]}
+    else:
+        sums = fold(slots, totals, options.keep)
+    grads = [_target(slot, buffer, options) for slot, buffer in sums.items()]
+    stats = flush_(
+        grads,
+        list(sums.values()),
+        denominator=denominator,
+        grad_scale=options.grad_scale,
+        parameters=[slot.parameter.detach() for slot in sums],
+        l1=[slot.l1 for slot in sums],
+        l2=[slot.l2 for slot in sums],
+        max_norm=options.max_norm,
+    )
+    for slot in slots:
+        set_gradient(slot, None, options.into)
+    for slot, grad in zip(sums, grads, strict=True):
+        set_gradient(slot, grad, options.into)
+    norms = {slot.name: stats.squared_norms[k] for k, slot in enumerate(sums)}
+    return stats, norms
+
+
+def _target(slot: Slot, buffer: Tensor, options: FlushOptions) -> Tensor:
+    """The sums' own memory if that may hold the gradient, else new memory."""
+    wanted = slot.parameter.dtype if options.into == "grad" else buffer.dtype
+    needed = options.keep and buffer is slot.buffers[0]
+    return (
+        buffer if wanted == buffer.dtype and not needed else torch.empty_like(buffer, dtype=wanted)
+    )
+
+
+def prepare(slots: list[Slot], into: str) -> None:
+    """Let parameters take a gradient of another dtype, where that is asked for."""
+    if into not in INTO:
+        raise ValueError(f"mbkern: into must be one of {', '.join(INTO)}, not {into!r}")
+    if into != "fp32_grad":
+        return
+    for slot in slots:
+        if slot.parameter.dtype == slot.buffers[0].dtype:
+            continue
+        if not hasattr(slot.parameter, "grad_dtype"):
+            raise NotImplementedError(
+                'mbkern: into="fp32_grad" needs Tensor.grad_dtype, which torch '
+                f'{torch.__version__} lacks; use "main_grad" or "grad"'
+            )
+        slot.parameter.grad_dtype = slot.buffers[0].dtype

@@ -1,0 +1,126 @@
+"""The parameters of an accumulator, and where the sums of each lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern._tensors import describe
+
+_ALIGNMENT = 64  # bytes
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(eq=False)
+class Slot:
+    """A parameter and what is kept for it.
+
+    Attributes:
+        parameter: the tensor whose gradients are added up.
+        name: for messages.
+        l1, l2: its penalties.
+        buffers: its sums, one for each set of buffers.
+        received: for each set, whether its buffer holds sums of this window; else its contents mean
+            nothing, and the first gradient overwrites them.
+        handle: of its hook; None while it does not require grad.
+        given: the gradient that was last handed out in ``.grad``.
+    """
+
+    parameter: Tensor
+    name: str
+    l1: float
+    l2: float
+    buffers: list[Tensor] = field(default_factory=list)
+    received: list[bool] = field(default_factory=list)
+    handle: Any = None
+    given: Tensor | None = None
+
+
+def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()) -> list[Slot]:
+    """Slots for a module, parameters, (name, parameter) pairs or groups; one for each parameter.
+
+    A group is a dict with ``params`` and perhaps ``l1`` and ``l2`` of its own.
+    """
+    slots: list[Slot] = []
+    seen = {id(slot.parameter) for slot in known}
+    for tensors, group_l1, group_l2 in _groups(given, l1, l2):
+        for item in tensors:
+            name, tensor = item if isinstance(item, tuple) else (None, item)
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"mbkern: a parameter must be a tensor, not {type(tensor).__name__}"
+                )
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            name = name or f"parameter {len(seen) - 1}"
+            _check(tensor, name)
+            first = next(iter((*known, *slots)), None)
+            if first is not None and tensor.device != first.parameter.device:
+                raise ValueError(
+                    f"mbkern: {name} is on {tensor.device}, {first.name} on "
+                    f"{first.parameter.device}; one accumulator serves one device"
+                )
+            slots.append(Slot(tensor, name, group_l1, group_l2))
+    return slots
+
+
+def _groups(given: Any, l1: float, l2: float) -> Iterable[tuple[Any, float, float]]:
+    if isinstance(given, torch.nn.Module):
+        return [(list(given.named_parameters()), l1, l2)]
+    if isinstance(given, Tensor):
+        return [([given], l1, l2)]
+    items = list(given)
+    if not any(isinstance(item, dict) for item in items):
+        return [(items, l1, l2)]
+    found = []
+    for group in items:
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError('mbkern: groups are dicts with "params"; all of them or none')
+        tensors = group["params"]
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        found.append((tensors, float(group.get("l1", l1)), float(group.get("l2", l2))))
+    return found
+
+
+def _check(tensor: Tensor, name: str) -> None:
+    if tensor.is_complex():
+        raise TypeError(
+            f"mbkern: {name} is {tensor.dtype}; complex parameters are not supported: keep the "
+            "real view (torch.view_as_real) as the parameter"
+        )
+    if tensor.dtype not in _TYPES:
+        raise TypeError(f"mbkern: {name} is {describe(tensor)}; it must be a floating parameter")
+    if not tensor.is_leaf:
+        raise ValueError(f"mbkern: {name} is {describe(tensor)}, and no leaf: it has no gradient")
+
+
+def allocate(slots: list[Slot], dtype: torch.dtype, flat: bool, sets: int) -> None:
+    """Give each slot its buffers, with the parameter's strides; their contents mean nothing yet.
+
+    Flat: one allocation for each dtype and set.
+    """
+    members_of: dict[torch.dtype, list[Slot]] = {}
+    for slot in slots:
+        wide = torch.float64 if slot.parameter.dtype == torch.float64 else dtype
+        members_of.setdefault(wide, []).append(slot)
+        slot.received = [False] * sets
+    for wide, members in members_of.items():
+        device = members[0].parameter.device
+        unit = _ALIGNMENT // torch.empty((), dtype=wide).element_size()
+        for _ in range(sets):
+            sizes = [-(-slot.parameter.numel() // unit) * unit for slot in members]
+            memory = torch.empty(sum(sizes) if flat else 0, dtype=wide, device=device)
+            at = 0
+            for slot, size in zip(members, sizes, strict=True):
+                like = slot.parameter.detach()
+                strides = torch.empty_like(like, device="meta").stride()
+                if flat:
+                    slot.buffers.append(memory.as_strided(like.shape, strides, at))
+                    at += size
+                else:
+                    slot.buffers.append(torch.empty_like(like, dtype=wide))

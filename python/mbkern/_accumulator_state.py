@@ -1,0 +1,73 @@
+"""Saving an accumulator in the middle of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mbkern._accumulator_counts import Count
+from mbkern._accumulator_hooks import release
+from mbkern._tensors import describe
+
+if TYPE_CHECKING:
+    from mbkern._accumulator import GradAccumulator
+
+_FORMAT = 1
+
+
+def save(accumulator: GradAccumulator) -> dict[str, Any]:
+    """Copies of everything that the rest of the window depends on."""
+    return {
+        "format": _FORMAT,
+        "mode": accumulator.mode,
+        "denominators": accumulator._names,
+        "micro_batches": accumulator._micro_batches,
+        "totals": accumulator._totals,
+        "counts": {
+            name: (count.number, count.tensor) for name, count in accumulator._counts.items()
+        },
+        "sums": {
+            slot.name: [
+                buffer.clone() if received else None
+                for buffer, received in zip(slot.buffers, slot.received, strict=True)
+            ]
+            for slot in accumulator._slots
+        },
+    }
+
+
+def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
+    """Check everything, then take it over."""
+    expected = (_FORMAT, accumulator.mode, accumulator._names)
+    found = (state["format"], state["mode"], tuple(state["denominators"]))
+    if expected != found:
+        raise ValueError(
+            "mbkern: the state is of another accumulator: (format, mode, denominators) is "
+            f"{found}, here {expected}"
+        )
+    sums = state["sums"]
+    names = {slot.name for slot in accumulator._slots}
+    if names != set(sums):
+        raise ValueError(
+            "mbkern: the state is of other parameters; only there: "
+            f"{sorted(set(sums) - names)}, only here: {sorted(names - set(sums))}"
+        )
+    for slot in accumulator._slots:
+        for saved, buffer in zip(sums[slot.name], slot.buffers, strict=True):
+            if saved is not None and (saved.shape, saved.dtype) != (buffer.shape, buffer.dtype):
+                raise ValueError(
+                    f"mbkern: the sums of {slot.name} are {describe(saved)} in the state, "
+                    f"{describe(buffer)} here"
+                )
+    accumulator.reset()
+    release(accumulator._slots, accumulator._into)
+    for slot in accumulator._slots:
+        for which, saved in enumerate(sums[slot.name]):
+            slot.received[which] = saved is not None
+            if saved is not None:
+                slot.buffers[which].copy_(saved)
+    for name, (number, tensor) in state["counts"].items():
+        count = accumulator._counts[name] = Count()
+        count.number, count.tensor = number, tensor
+    accumulator._totals = state["totals"]
+    accumulator._micro_batches = state["micro_batches"]

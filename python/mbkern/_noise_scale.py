@@ -1,0 +1,97 @@
+"""How large a mini-batch is worth averaging: the gradient noise scale.
+
+Method: McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training" (2018),
+appendix A. Let G be the gradient's expectation and S the trace of its covariance for one item. A
+mean over n items has E|g|^2 = |G|^2 + S / n, so the squared norms of the micro-batches' means and
+that of the window's give two equations::
+
+    mean_i |g_i / n_i|^2 = |G|^2 + S mean_i (1 / n_i),    |sum_i g_i / N|^2 = |G|^2 + S / N
+
+Both solutions are unbiased; their quotient is not, so each is averaged over windows first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern._arguments import Number
+
+
+class NoiseScale:
+    """Running estimate of the gradient noise scale; its state lies on the gradients' device.
+
+    Args:
+        decay: of the running averages over windows, in [0, 1): 0.99 remembers about 100.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"mbkern: decay must be in [0, 1), not {decay}")
+        self.decay = decay
+        self._sums: Tensor | None = None  # of |G|^2, S and the weights of the average
+
+    def update(self, squared_norms: Sequence[Tensor], counts: Sequence[Number],
+               total_squared_norm: Tensor, total: Number) -> None:  # fmt: skip
+        """Take a window in.
+
+        Args:
+            squared_norms: 0-dim, of each micro-batch's summed gradient.
+            counts: items of each micro-batch; micro-batches without items are left out.
+            total_squared_norm: 0-dim, of the window's mean gradient, without penalties.
+            total: items of the window.
+        """
+        like = total_squared_norm.double()
+        small = torch.stack([s.to(like).reshape(()) for s in squared_norms])
+        n = torch.stack([torch.as_tensor(c, dtype=torch.float64, device=like.device).reshape(())
+                         for c in counts])  # fmt: skip
+        big = torch.as_tensor(total, dtype=torch.float64, device=like.device)
+        there = n > 0
+        inverse = torch.where(there, 1 / n, 0.0)
+        number = there.sum()
+        mean_square = (small * inverse.square()).sum() / number
+        mean_inverse = inverse.sum() / number
+        variance = (mean_square - like) / (mean_inverse - 1 / big)
+        square = like - variance / big
+        # A window of one micro-batch says nothing, nor does one that is not finite.
+        good = (number > 1) & torch.isfinite(variance) & torch.isfinite(square)
+        new = torch.stack([square, variance, torch.ones_like(square)])
+        old = torch.zeros_like(new) if self._sums is None else self._sums
+        mixed = self.decay * old + (1 - self.decay) * new
+        self._sums = torch.where(good, mixed, old)
+
+    @property
+    def squared_gradient(self) -> Tensor:
+        """0-dim float64: the estimate of |G|^2; NaN before the first window."""
+        return self._average(0)
+
+    @property
+    def variance(self) -> Tensor:
+        """0-dim float64: the estimate of S, the trace of one item's covariance."""
+        return self._average(1)
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """0-dim float64: S / |G|^2, in items: a mini-batch much smaller wastes steps, one much
+        larger wastes items. At this size a step makes half the progress of the largest."""
+        return self._average(1) / self._average(0)
+
+    def _average(self, which: int) -> Tensor:
+        if self._sums is None:
+            return torch.full((), float("nan"), dtype=torch.float64)
+        return self._sums[which] / self._sums[2]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages."""
+        return {"sums": None if self._sums is None else self._sums.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        sums = state["sums"]
+        self._sums = None if sums is None else sums.clone()
+
+    def __repr__(self) -> str:
+        return f"NoiseScale({self.noise_scale.item():.4g} items, decay={self.decay})"

@@ -1,0 +1,97 @@
+"""One rank of test_accumulator_ranks.py: ``distributed_window.py KIND RANK WORLD STORE OUT``."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import mbkern
+
+ROWS, STEPS = 24, 4
+
+
+def new_model(unused: bool = True) -> torch.nn.Module:
+    """Small; one of its parameters may take no part."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 7))
+    if unused:
+        model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    return model
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """The mini-batch of each step."""
+    g = torch.Generator().manual_seed(8)
+    return [
+        (torch.randn(ROWS, 5, generator=g), torch.randint(7, (ROWS,), generator=g))
+        for _ in range(STEPS)
+    ]
+
+
+def shares(rank: int, world: int) -> list[slice]:
+    """A rank's micro-batches: uneven, the last rank of four has none."""
+    cut = {1: [0, ROWS], 2: [0, 5, ROWS], 4: [0, 1, 14, ROWS, ROWS]}[world]
+    first, end = cut[rank], cut[rank + 1]
+    ends = list(range(first, end, 4))
+    return [slice(a, min(a + 4, end)) for a in ends]
+
+
+def train(
+    model: Any, accumulator: mbkern.GradAccumulator, rank: int, world: int, mode: str
+) -> list[Tensor]:
+    """The weights after all steps, and the last gradient norm."""
+    parameters = [p for name, p in model.named_parameters() if not name.endswith("unused")]
+    optimiser = torch.optim.SGD(parameters, lr=0.5)
+    stats = None
+    for x, target in batches():
+        if mode == "known":
+            accumulator.begin(total=ROWS)
+        for part in shares(rank, world):
+            loss = F.cross_entropy(model(x[part]), target[part], reduction="sum")
+            accumulator.backward(loss, count=part.stop - part.start)
+        stats = accumulator.flush()
+        optimiser.step()
+    assert stats is not None
+    return [*(p.detach().clone() for p in parameters), stats.norm]
+
+
+def main() -> None:
+    """Train, and write the result of this rank."""
+    kind, rank, world, store, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=8 if kind == "dead" else 60),
+    )  # fmt: skip
+    model: Any = new_model(unused=kind != "ddp")
+    if kind == "dead" and rank == 1:
+        return  # without a word to the others
+    mode = "known" if kind == "known" else "deferred"
+    if kind == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        accumulator = mbkern.GradAccumulator(model, max_norm=0.5)
+        with pytest.raises(RuntimeError, match="no_sync"):
+            accumulator.backward(torch.ones((), requires_grad=True), count=1)
+        model.zero_grad()
+        with model.no_sync():
+            result = train(model, accumulator, rank, world, mode)
+    else:
+        layout = "parameter" if kind == "parameter" else "flat"
+        accumulator = mbkern.GradAccumulator(
+            model, max_norm=0.5, mode=mode, layout=layout, process_group=dist.group.WORLD
+        )
+        result = train(model, accumulator, rank, world, mode)
+    torch.save(result, f"{out}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A window over several processes gives the gradient of one process with all the items."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_window as worker
+import pytest
+import torch
+
+import mbkern
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+]
+
+
+def run(kind: str, world: int, folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, worker.__file__, kind, str(rank), str(world), str(folder / "store"),
+             str(folder / "out")],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    done = []
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=150)
+        done.append(subprocess.CompletedProcess(rank.args, rank.returncode, "", errors))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("kind", "world"), [("sums", 2), ("parameter", 4), ("known", 2), ("ddp", 2)]
+)
+def test_same_as_one_process(kind: str, world: int, tmp_path: Path) -> None:
+    done = run(kind, world, tmp_path)
+    assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
+    alone = worker.new_model()
+    accumulator = mbkern.GradAccumulator(alone, max_norm=0.5)
+    want = worker.train(alone, accumulator, 0, 1, "deferred")
+    found = [torch.load(tmp_path / f"out.{rank}") for rank in range(world)]
+    for rank in found:
+        for a, b, c in zip(rank, want, found[0], strict=True):
+            assert torch.equal(a, c), "ranks differ"
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max() + 1e-7
+
+
+def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
+    done = run("dead", 2, tmp_path)
+    assert done[0].returncode != 0
+    assert "RuntimeError" in done[0].stderr or "Connection" in done[0].stderr
+
+
+def test_streaming_is_refused() -> None:
+    with pytest.raises(ValueError, match="all-reduce each"):
+        mbkern.GradAccumulator(worker.new_model(), mode="streaming", process_group=object())

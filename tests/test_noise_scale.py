@@ -1,0 +1,56 @@
+"""The gradient noise scale of a problem whose covariance is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mbkern
+
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.mark.parametrize("sizes", [[8] * 8, [1, 30, 3, 9, 21, 0]])
+def test_known_covariance(sizes: list[int]) -> None:
+    """Loss sum_i <p, v_i> with v_i ~ N(G, diag(s^2)): the gradient is the sum of the v_i."""
+    g = torch.Generator().manual_seed(5)
+    mean = torch.linspace(-1, 1, 400)
+    spread = torch.linspace(0.5, 3, 400)
+    exact = spread.square().sum() / mean.square().sum()
+    p = torch.nn.Parameter(torch.zeros(400))
+    accumulator = mbkern.GradAccumulator([p], measure=True)
+    scale = mbkern.NoiseScale(decay=0.995)
+    for _ in range(200):
+        for n in sizes:
+            v = mean + spread * torch.randn(n, 400, generator=g)
+            accumulator.backward((v @ p).sum(), count=n)
+        accumulator.flush().update(scale)
+    assert abs(scale.noise_scale / exact - 1) < 0.05
+    assert abs(scale.variance / spread.square().sum() - 1) < 0.05
+    again = mbkern.NoiseScale(decay=0.995)
+    again.load_state_dict(scale.state_dict())
+    assert torch.equal(again.noise_scale, scale.noise_scale)
+    assert "items" in repr(scale)
+
+
+def test_windows_that_say_nothing() -> None:
+    scale = mbkern.NoiseScale()
+    assert scale.noise_scale.isnan()
+    p = torch.nn.Parameter(torch.zeros(3))
+    accumulator = mbkern.GradAccumulator([p], measure=True)
+    accumulator.backward((p * torch.ones(3)).sum(), count=4)
+    accumulator.flush().update(scale)  # one micro-batch
+    assert scale.noise_scale.isnan()
+    for value in (1.0, float("inf")):
+        accumulator.backward((p * value).sum(), count=4)
+    accumulator.flush().update(scale)
+    assert scale.noise_scale.isnan()
+    with pytest.raises(ValueError, match="decay"):
+        mbkern.NoiseScale(decay=1.0)
+    accumulator.close()
+    p.grad = None
+    plain = mbkern.GradAccumulator([p])
+    plain.backward(p.sum(), count=1)
+    with pytest.raises(ValueError, match="measure=True"):
+        plain.flush().update(scale)
+    plain.close()
