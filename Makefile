@@ -1,12 +1,14 @@
 # Every target does its own set-up, in .venv and build/; needed are Python with venv, and a C++ compiler.
 #   make demo        a small training run, explained
 #   make test        all tests              make lint      style, types, stubs
-#   make bench       the microbenchmarks    make gpu-check what only a GPU can show
+#   make bench       speed, five minutes    make bench-full all sizes, threads, and goals
+#   make gpu-check   what only a GPU can show
 #   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
 #   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
 #   make shim        CUDA's kernels on the CPU   make shim-races  and their races
 #   make torches     one wheel under several torch versions
 #   make cuda-all    kernels for every architecture  make cuda-wheels  by nvcc from the package index
+#   make instructions   the cost of small calls against its budget, under valgrind
 #   make full        all checks a CPU can do
 # CUDAARCHS='80;90-real' names the GPUs to build kernels for; without it, those of this machine, or 9.0.
 PYTHON ?= python3
@@ -22,7 +24,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python 
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench gpu-check lint full exhaustive sanitize shim shim-native shim-races clang aarch64 torches cuda-all cuda-wheels clean
+.PHONY: demo test slow bench bench-full gpu-check lint full instructions exhaustive sanitize shim shim-native shim-races clang aarch64 torches cuda-all cuda-wheels clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -44,6 +46,10 @@ slow: $(PACKAGE)
 	python -m pytest tests -q -m slow
 
 bench: $(PACKAGE)
+	python -m mbkern bench --short
+
+bench-full: $(PACKAGE)
+	python -m mbkern bench all --compile --output build/bench.jsonl
 	python bench/run.py
 
 # STAGE=build|bits|test|sanitize|bench: one of them. Runs offline, in .venv, or without one in the
@@ -60,7 +66,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint test slow sanitize shim clang aarch64 torches cuda-all cuda-wheels exhaustive
+full: lint instructions test slow sanitize shim clang aarch64 torches cuda-all cuda-wheels exhaustive
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native
@@ -93,6 +99,13 @@ shim-native: $(TOOLS)
 	cmake --build build/shim/native --target shim_test core_test
 	build/shim/native/shim_test
 	MBKERN_SHIM_ORDER=descending build/shim/native/core_test --quick
+
+# Instructions of small fixed calls, under valgrind. make instructions FLAGS=--update renews the budgets.
+instructions: $(TOOLS)
+	$(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON
+	cmake --build build/shim/native --target instructions
+	$(PYTHON) bench/instructions.py build/shim/native/instructions $(FLAGS)
+
 shim: $(PACKAGE) shim-native
 	MBKERN_CUDA=OFF python -m pip install -q --no-deps --upgrade . --target build/shim/site \
 	  --config-settings=build-dir=build/shim/module \

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch  # before mbkern, which uses its OpenMP runtime
-from harness.allocator import fill_reserve
-from harness.machine import OtherLoad
-from harness.settings import Settings
+from settings import Settings
+
+from mbkern.bench.allocator import fill_reserve
+from mbkern.bench.machine import OtherLoad
 
 
 def main(suite: str, settings_json: str, result: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from harness.allocator import DEFAULT, RECYCLED
-from harness.results import Group, paired_ratio, summarise
 from suites import accumulate, exact_sum, family, head, host, integration, memory, tiers, twin
 from suites import cross_entropy as ce
+
+from mbkern.bench.allocator import DEFAULT, RECYCLED
+from mbkern.bench.results import Group, paired_ratio
+from mbkern.bench.statistics import summarise
 
 SLACK_MIB = 0.5  # the kernel counts resident pages in batches
 

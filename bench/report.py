@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from goals import Verdict
-from harness.machine import BUSY
-from harness.results import NOISY, Entry, Group, paired_ratio, summarise
-from harness.tables import Table, markdown
+
+from mbkern.bench.machine import BUSY
+from mbkern.bench.results import Entry, Group, paired_ratio
+from mbkern.bench.statistics import NOISY, summarise
+from mbkern.bench.tables import Table, markdown
 
 
 def suite_table(suite: str, groups: Sequence[Group]) -> Table:

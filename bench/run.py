@@ -20,11 +20,12 @@ from typing import Any
 
 import torch  # noqa: F401  before mbkern, which uses its OpenMP runtime
 from goals import judge
-from harness import machine, tables
-from harness.allocator import environment
-from harness.results import Group
-from harness.settings import COMPILE, LONG_ROWS, Settings
 from report import as_markdown, goal_table, machine_table, suite_table, warnings
+from settings import COMPILE, LONG_ROWS, Settings
+
+from mbkern.bench import machine, tables
+from mbkern.bench.allocator import environment
+from mbkern.bench.results import Group
 
 SUITES = (
     "cross-entropy",

@@ -13,11 +13,13 @@ import torch
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
-from gpu import bench, bits, goals, machine, results, sanitize, stage, ways  # noqa: E402
+from gpu import bench, bits, goals, results, sanitize, stage, ways  # noqa: E402
 from gpu import tests as gpu_tests  # noqa: E402
 from gpu.problem import Case, Problem  # noqa: E402
-from gpu.timing import interleave  # noqa: E402
-from harness.timing import Effort, Way  # noqa: E402
+
+from mbkern.bench import gpu as sensors  # noqa: E402
+from mbkern.bench import peers  # noqa: E402
+from mbkern.bench.timing import Effort, Way, interleave  # noqa: E402
 
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
@@ -71,12 +73,13 @@ def test_counts_of_pytest_are_read() -> None:
 
 
 def test_answers_of_nvidia_smi_are_read() -> None:
-    line = "580.159.04, 700.00, 123.45, 41, 1980, 2619, 1980, 2619, Enabled"
-    found = machine.parse_query(line)
+    line = "580.159.04, 700.00, 123.45, 41, 1980, 2619, 1980, 2619, Enabled, 0x0000000000000004"
+    found = sensors.parse_query(line)
     assert found["driver"] == "580.159.04"
     assert found["clock memory max MHz"] == "2619"
+    assert sensors.throttling(found) == ["power cap"]
     with pytest.raises(ValueError, match="zip"):
-        machine.parse_query("580.159.04, 700.00")
+        sensors.parse_query("580.159.04, 700.00")
 
 
 def test_a_results_file_collects_stages(tmp_path: Path) -> None:
@@ -206,7 +209,7 @@ def test_heads_are_checked_too() -> None:
 
 
 def test_absent_peers_are_listed_with_the_reason() -> None:
-    makers = {"peer": lambda p: ways.load("no_such_library", "f")}
+    makers = {"peer": lambda p: peers.load("no_such_library", "f")}
     case = Case("cross_entropy", 3, 70, torch.float32)
     group = bench.measure(case, makers, 8, Effort(0.0, 0.0, least=1), "cpu")
     assert "no_such_library" in group.entries[1].note

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from goals import Verdict, judge
-from harness import tables
-from harness.results import Entry, Group, summarise
-from harness.timing import Effort, Way
 from report import goal_table, suite_table
 
-from gpu import graphs, heads, machine, ways
+from gpu import graphs, heads, ways
 from gpu.goals import GOALS, SUITE
 from gpu.heads import Head
 from gpu.problem import Case, Problem
 from gpu.stage import FAILED, PASSED, Clock, Report
-from gpu.timing import interleave
+from mbkern.bench import tables
+from mbkern.bench.gpu import sensors
+from mbkern.bench.results import Entry, Group
+from mbkern.bench.statistics import summarise
+from mbkern.bench.timing import Effort, Way, interleave
 
 ELEMENTS = 1 << 28
 COLUMNS = (1000, 4096, 32_000, 50_257, 128_256, 262_144)
@@ -151,7 +152,7 @@ def check(device: str, clock: Clock, elements: int = ELEMENTS, effort: Effort = 
         groups.append(group)
         if device != "cpu":
             torch.cuda.empty_cache()
-    hot = machine.sensors() if device != "cpu" else {}
+    hot = sensors() if device != "cpu" else {}
     if clock.left() >= RESERVE:
         size = HEAD if device != "cpu" else (64, 500, 32)
         groups.append(measure_head(*size, effort, device))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from goals import Goal
-from harness.results import Group
 
 from gpu import ways
 from gpu.graphs import GRAPH, LIMIT_US
+from mbkern.bench.results import Group
 
 SUITE = "gpu"
 

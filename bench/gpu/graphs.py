@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness.results import Entry, Group
-from harness.timing import Effort, Way
 
 from gpu import ways
 from gpu.problem import Case, Problem
-from gpu.timing import interleave
+from mbkern.bench.results import Entry, Group
+from mbkern.bench.timing import Effort, Way, interleave
 
 GRAPH = "gpu, graph replay"
 LIMIT_US = "6 us"  # an entry that is the bound, so that the goal is a ratio of at most 1

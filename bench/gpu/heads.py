@@ -11,10 +11,11 @@ from suites.problem import TOLERANCE, backward, worse
 from torch import Tensor
 
 import mbkern
-from gpu.ways import EAGER, IN_PLACE, LIGER, QUACK, Run, load
+from gpu.ways import EAGER, IN_PLACE, Run
+from mbkern.bench import peers
+from mbkern.bench.peers import CUT, LIGER, QUACK
 
 SUITE = "gpu, loss head"
-CUT = "cut-cross-entropy"
 
 
 class Head:
@@ -60,18 +61,8 @@ def _mbkern(h: Head) -> Run:
     return _whole(lambda x, w, t: loss(F.linear(x, w), t, inplace=True), h)
 
 
-def _cut(h: Head) -> Run:
-    return _whole(load("cut_cross_entropy", "linear_cross_entropy"), h)
+def _peer(name: str) -> Callable[[Head], Run]:
+    return lambda h: _whole(peers.HEADS[name](), h)
 
 
-def _liger(h: Head) -> Run:
-    module = "liger_kernel.transformers.functional"
-    return _whole(load(module, "liger_fused_linear_cross_entropy"), h)
-
-
-def _quack(h: Head) -> Run:
-    module = "quack.linear_cross_entropy"
-    return _whole(load(module, "chunked_linear_cross_entropy"), h)
-
-
-WAYS = {EAGER: _eager, IN_PLACE: _mbkern, CUT: _cut, LIGER: _liger, QUACK: _quack}
+WAYS = {EAGER: _eager, IN_PLACE: _mbkern, **{n: _peer(n) for n in (CUT, LIGER, QUACK)}}

@@ -8,7 +8,6 @@ logits do so here, since the logits are restored before each run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,25 +17,14 @@ from torch import Tensor
 
 import mbkern
 from gpu.problem import Problem
+from mbkern.bench import peers
+from mbkern.bench.peers import APEX, LIGER, QUACK
 
 COPY = "copy"  # as many bytes as the case must move, from device memory to device memory
 IN_PLACE, AUTOGRAD, ACCUMULATED = "mbkern in place", "mbkern autograd", "mbkern accumulated"
 EAGER, COMPILED = "torch", "torch.compile"
-LIGER, QUACK, APEX = "Liger", "quack", "apex"
 
 Run = Callable[[], tuple[Tensor, Any]]
-
-
-class Absent(Exception):
-    """A way that cannot be taken here, and why."""
-
-
-def load(module: str, name: str) -> Any:
-    """A function of a library; Absent if it cannot be imported."""
-    try:
-        return getattr(import_module(module), name)
-    except Exception as error:  # a library that is broken here must not stop the others
-        raise Absent(f"{type(error).__name__}: {error}") from error
 
 
 def in_place(p: Problem) -> Run:
@@ -76,30 +64,17 @@ def compiled(p: Problem) -> Run:
     return lambda: backward(function(p.input, p.target), p.input)
 
 
-def liger(p: Problem) -> Run:
-    function = load("liger_kernel.transformers.functional", "liger_cross_entropy")
-    return lambda: backward(function(p.input, p.target), p.input)
+def _peer(name: str) -> Callable[[Problem], Run]:
+    def make(p: Problem) -> Run:
+        function = peers.LOSSES[name]()
+        return lambda: backward(function(p.input, p.target), p.input)
 
-
-def quack(p: Problem) -> Run:
-    function = load("quack.cross_entropy", "cross_entropy")
-    return lambda: backward(
-        function(p.input, p.target, reduction="mean", inplace_backward=True), p.input
-    )
-
-
-def apex(p: Problem) -> Run:
-    function = load("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
-    half = p.case.dtype is not torch.float32
-    no_padding = -100
-    return lambda: backward(
-        function.apply(p.input, p.target, 0.0, no_padding, half).mean(), p.input
-    )
+    return make
 
 
 CLASSES = {
     IN_PLACE: in_place, AUTOGRAD: autograd, EAGER: eager, COMPILED: compiled,
-    LIGER: liger, QUACK: quack, APEX: apex,
+    **{name: _peer(name) for name in (LIGER, QUACK, APEX)},
 }  # fmt: skip
 ELEMENTS = {IN_PLACE: in_place, AUTOGRAD: autograd, EAGER: eager, COMPILED: compiled}
 BUFFER = {ACCUMULATED: accumulated}

@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable
 
 import torch
-from harness.allocator import RECYCLED
-from harness.results import Entry, Group
-from harness.settings import Settings, progress
-from harness.timing import Way, interleave
+from settings import Settings, progress
 from torch import Tensor
 
 import mbkern
+from mbkern.bench.allocator import RECYCLED
+from mbkern.bench.results import Entry, Group
+from mbkern.bench.timing import Way, interleave
 
 STATES = (RECYCLED,)
 SUITE = "accumulate"

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.allocator import DEFAULT, RECYCLED
-from harness.results import Entry, Group
-from harness.settings import ALL, NONE, Settings, progress
-from harness.timing import Way, interleave
+from settings import ALL, NONE, Settings, progress
 from torch import Tensor
 
 import mbkern
 from mbkern import _C
+from mbkern.bench.allocator import DEFAULT, RECYCLED
+from mbkern.bench.results import Entry, Group
+from mbkern.bench.timing import Way, interleave
 from suites.problem import TOLERANCE, Case, Problem, backward
 
 STATES = (DEFAULT, RECYCLED)

@@ -10,15 +10,15 @@ elements written as well, to fresh memory.
 from __future__ import annotations
 
 import torch
-from harness.allocator import RECYCLED
-from harness.results import Group
-from harness.settings import Settings, progress
-from harness.timing import Way, interleave
+from settings import Settings, progress
 
 import mbkern
 from mbkern._launch_pointwise import PointwiseCall
 from mbkern._launch_tensors import TensorOptions
 from mbkern._losses import find
+from mbkern.bench.allocator import RECYCLED
+from mbkern.bench.results import Group
+from mbkern.bench.timing import Way, interleave
 
 STATES = (RECYCLED,)
 SUITE = "exact-sum"

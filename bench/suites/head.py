@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.allocator import DEFAULT, RECYCLED, environment
-from harness.results import Entry, Group
-from harness.settings import Settings, progress
-from harness.timing import Way, interleave
+from settings import Settings, progress
 from torch import Tensor
 
 import mbkern
 import mbkern.functional as M
 from mbkern import _C
+from mbkern.bench.allocator import DEFAULT, RECYCLED, environment
+from mbkern.bench.results import Entry, Group
+from mbkern.bench.timing import Way, interleave
 from suites.memory import _MAPPED, MIB
 from suites.problem import TOLERANCE
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.allocator import DEFAULT
-from harness.results import Entry, Group
-from harness.settings import Settings, progress
-from harness.timing import Way, interleave
+from settings import Settings, progress
 from torch import Tensor
 
 import mbkern
+from mbkern.bench.allocator import DEFAULT
+from mbkern.bench.results import Entry, Group
+from mbkern.bench.timing import Way, interleave
 
 STATES = (DEFAULT,)
 SUITE = "host"

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.allocator import DEFAULT, RECYCLED
-from harness.results import Group
-from harness.settings import Settings, progress
-from harness.timing import Way, interleave
+from settings import Settings, progress
 
 import mbkern
+from mbkern.bench.allocator import DEFAULT, RECYCLED
+from mbkern.bench.results import Group
+from mbkern.bench.timing import Way, interleave
 from suites.problem import TOLERANCE, Case, Problem, backward
 
 STATES = (DEFAULT, RECYCLED)

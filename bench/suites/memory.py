@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 
 import torch
-from harness.allocator import DEFAULT, environment
-from harness.results import Entry, Group
-from harness.settings import NONE, Settings, progress
+from settings import NONE, Settings, progress
 
+from mbkern.bench.allocator import DEFAULT, environment
+from mbkern.bench.results import Entry, Group
 from suites.cross_entropy import AUTOGRAD, COMPILED, IN_PLACE, TORCH
 from suites.problem import Case
 

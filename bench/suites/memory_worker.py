@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mbkern
-
-_PROCESS = Path("/proc/self")
-
-
-def _status(name: str) -> int:
-    """A size in bytes from the kernel's account of this process."""
-    match = re.search(rf"^{name}:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-    if not match:
-        raise RuntimeError(f"no {name} in /proc/self/status")
-    return int(match[1]) * 1024
+from mbkern.bench import memory
 
 
 def _way(name: str, x: Tensor, t: Tensor) -> Callable[[], Any]:
@@ -84,22 +71,16 @@ def main(request: str) -> None:
         x = torch.empty(rows, columns, dtype=dtype).normal_().requires_grad_()
         t = torch.empty(rows, dtype=torch.int64).random_(columns)
         run = _way(asked["way"], x, t)
-    mark = _PROCESS / "clear_refs"
-    try:
-        mark.write_text("5")
-        resettable = True
-    except OSError:
-        resettable = False
+    resettable = memory.reset_mark()
     if resettable:
         run()
         x.grad = None
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        mark.write_text("5")
-    before = _status("VmRSS" if resettable else "VmHWM")
+        memory.give_back()
+        memory.reset_mark()
+    before = memory.status("VmRSS" if resettable else "VmHWM")
     run()
     method = "VmHWM after - VmRSS before" if resettable else "VmHWM after - before, first run"
-    print(json.dumps({"bytes": _status("VmHWM") - before, "method": method}))
+    print(json.dumps({"bytes": memory.status("VmHWM") - before, "method": method}))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 
 import torch
-from harness.allocator import DEFAULT
-from harness.results import Group
-from harness.settings import Settings, progress
-from harness.timing import Way, interleave
+from settings import Settings, progress
 
 from mbkern import _C
+from mbkern.bench.allocator import DEFAULT
+from mbkern.bench.results import Group
+from mbkern.bench.timing import Way, interleave
 from suites.cross_entropy import IN_PLACE, ways_of
 from suites.problem import TOLERANCE, Case, Problem
 

@@ -10,11 +10,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from harness.allocator import DEFAULT
-from harness.results import Entry, Group
-from harness.settings import Settings, progress
+from settings import Settings, progress
 
 from mbkern import _C
+from mbkern.bench.allocator import DEFAULT
+from mbkern.bench.results import Entry, Group
 
 STATES = (DEFAULT,)
 SUITE = "twin"

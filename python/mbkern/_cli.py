@@ -6,6 +6,7 @@ Exit status: 0 all is well, 1 a check failed, 2 the command line was not underst
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 
@@ -35,11 +36,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     selftest.add_argument("--write-golden", action="store_true", help=argparse.SUPPRESS)
     selftest.set_defaults(run=_selftest)
+
+    commands.add_parser("bench", help="measure speed; see bench --help", add_help=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["bench"]:  # which has commands and options of its own
+        from mbkern.bench import cli
+
+        return cli.main(words[1:])
+    args = _parser().parse_args(words)
     status: int = args.run(args)
     return status

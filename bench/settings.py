@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from harness.timing import Effort
+from mbkern.bench.timing import Effort
 
 LONG_ROWS, ALL, NONE = COMPILE = ("long-rows", "all", "none")  # what torch.compile is tried on
 

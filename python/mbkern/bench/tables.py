@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 
 try:
     from rich.console import Console
@@ -12,6 +14,7 @@ try:
 except ImportError:  # plain text will do
     Console = None  # type: ignore[assignment, misc]
 
+HAS_RICH = Console is not None
 WIDTH = 180  # narrower terminals wrap lines, rather than lose cells
 
 
@@ -24,9 +27,14 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+def is_plain(stream: IO[str]) -> bool:
+    """Whether plain text goes there: no terminal, NO_COLOR is set, or rich is missing."""
+    return Console is None or "NO_COLOR" in os.environ or not stream.isatty()
+
+
 def show(table: Table) -> None:
     """Print to the terminal."""
-    if Console is None:
+    if is_plain(sys.stdout):
         print(plain(table))
         return
     console = Console()

@@ -16,11 +16,11 @@ import torch
 
 import mbkern
 from mbkern import _C
+from mbkern.bench import gpu
 
 BUSY = 0.10  # CPUs taken by others, on average, above which a run is called noisy
 
 _SYSTEM = Path("/sys")
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe() -> dict[str, Any]:
@@ -45,6 +45,7 @@ def describe() -> dict[str, Any]:
         "mbkern built from": f"{build['git'] or 'unknown'} by {build['compiler']}",
         "numerics": mbkern.NUMERICS_VERSION,
         "commit": _commit(),
+        **gpu.describe(),
     }
 
 
@@ -86,14 +87,28 @@ def _choice(name: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(_ROOT), "--no-optional-locks", "describe", "--always", "--dirty"]
+    """Of the checkout that this is run in, if it is one, with "-dirty" for changed files."""
+    if not Path("csrc/bindings.cpp").exists():
+        return "unknown"
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def conditions() -> dict[str, Any]:
+    """What changes from case to case: the load, and a GPU's clocks, power and throttle reasons."""
+    return {"load": load_average(), **(gpu.sensors() if torch.cuda.is_available() else {})}
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of a CPU; 32 MiB where the kernel does not tell."""
+    sizes = [part.split()[1] for part in _caches().split(", ") if " " in part]
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = [int(s[:-1]) * units[s[-1]] for s in sizes if s[-1] in units and s[:-1].isdigit()]
+    return max(found, default=32 << 20)
 
 
 def load_average() -> float:

@@ -1,1 +1,0 @@
-"""How the benchmarks measure: timing, allocator states, machine, statistics, tables."""

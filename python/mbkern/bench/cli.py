@@ -1,0 +1,209 @@
+"""The command line of ``python -m mbkern bench``.
+
+Exit status: 0 all is well; 1 a result was wrong, a provider failed, or a comparison did; 2 the
+command line was not understood, or something is not installed; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from mbkern.bench import tables
+from mbkern.bench.models import MODELS
+from mbkern.bench.problem import Plan
+
+SHORT = ("cross_entropy", "pointwise", "rows", "linear_cross_entropy", "accumulate", "flush",
+         "overhead")  # fmt: skip
+MISSING = "mbkern bench: {what} needs {module}, which is not installed: pip install 'mbkern[bench]'"
+
+
+def _threads(text: str) -> tuple[int, ...]:
+    counts = tuple(int(part) for part in text.split(","))
+    if min(counts) < 1:
+        raise ValueError
+    return counts
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from mbkern.bench.suites import SUITES
+
+    add = parser.add_argument
+    add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}, or all")
+    add("--short", action="store_true", help="few and small cases: five minutes on two cores")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=_threads, help="numbers of threads, as in 1,2 (default: 1 and all)")
+    add("--allocators", type=_names, help="default,recycled: states to measure in (CPU)")
+    add("--seconds", type=float, help="measuring time of a case (default 1; short 0.3)")
+    add("--repeats", type=int, help="samples of each provider, instead of a time")
+    add("--compile", action="store_true", help="torch.compile, too; it compiles for 10 s a case")
+    add("--cache", choices=("warm", "cold"), default="warm", help="cold: swept before each run")
+    add("--providers", type=_names, default=(), help="only those whose names contain one of these")
+    add("--model", choices=tuple(MODELS), default="", help="only this model's sizes")
+    add("--loss", default="cross_entropy", help="of the suites minibatch and scaling")
+    add("--directions", type=_names, default=(), help="only these of both,forward,backward")
+    add("--suite-file", type=Path, metavar="FILE", help="Python with SUITES of your own, by name")
+
+
+def _plan(args: argparse.Namespace, default: Sequence[str]) -> Plan:
+    from mbkern.bench.suites import SUITES
+
+    cpus = len(os.sched_getaffinity(0))
+    suites = tuple(args.suites) or tuple(default)
+    if "all" in suites:
+        suites = tuple(SUITES)
+    threads = args.threads or ((cpus,) if args.short else tuple(sorted({1, cpus})))
+    if args.device == "cuda":
+        threads = (1,)
+    seconds = args.seconds or (0.3 if args.short else 1.0)
+    return Plan(
+        suites, args.device, "default", threads, args.short, seconds, min(0.3, seconds / 4),
+        5 if args.short else 7, args.repeats, args.compile, args.cache, args.providers, args.model,
+        args.loss, args.directions, str(args.suite_file.resolve()) if args.suite_file else "",
+    )  # fmt: skip
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mbkern bench",
+        description="Measure the losses of mbkern beside torch's, other libraries', and the "
+        "machine's own limits.",
+        epilog="Other commands: bench compare, bench ab, bench report; each has --help.",
+    )
+    _add_plan(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append rows as JSON lines")
+    args = parser.parse_args(argv)
+    plan = _plan(args, SHORT)
+    from mbkern.bench import run, suites
+
+    unknown = [s for s in plan.suites if s not in suites.SUITES]
+    if unknown and not plan.suite_file:
+        parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(suites.SUITES)}, all")
+    if plan.device == "cuda" and not _has_cuda():
+        parser.error("--device cuda: torch sees no GPU here")
+    if not tables.HAS_RICH:
+        print(MISSING.format(what="a drawn table", module="rich"), file=sys.stderr)
+    recorder = run.Recorder(args.output)
+    run.run(plan, args.allocators or run.states(plan), recorder)
+    run.show(recorder.rows, shlex.join(["python", "-m", "mbkern", "bench", *argv]))
+    return run.status(recorder)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _compare(argv: Sequence[str]) -> int:
+    from mbkern.bench import compare
+
+    parser = argparse.ArgumentParser(
+        prog="python -m mbkern bench compare", description=compare.__doc__
+    )
+    parser.add_argument("a", type=Path, metavar="A.jsonl")
+    parser.add_argument("b", type=Path, metavar="B.jsonl")
+    parser.add_argument(
+        "--fail-if", metavar="slower:5%", default="", help="the status is 1 if a case is that"
+    )
+    args = parser.parse_args(argv)
+    try:
+        rule = compare.Rule.parse(args.fail_if) if args.fail_if else compare.Rule()
+        (a, b), warnings = compare.read((args.a, args.b))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    warnings += compare.differences(a, b)
+    return _judge(a, b, rule if args.fail_if else None, rule.threshold, warnings)
+
+
+def _judge(a: list, b: list, rule: object, threshold: float, warnings: Sequence[str]) -> int:  # type: ignore[type-arg]
+    from mbkern.bench import compare
+
+    found = compare.compare(a, b, threshold)
+    tables.show(compare.table(found, threshold))
+    for text in warnings:
+        print(f"warning: {text}")
+    counts = {v: sum(c.verdict == v for c in found) for v in
+              (compare.FASTER, compare.SLOWER, compare.SAME, compare.UNDECIDED)}  # fmt: skip
+    print(", ".join(f"{n} {v}" for v, n in counts.items()))
+    if not found:
+        print("nothing to compare: the files have no case and provider in common")
+        return 1
+    return int(isinstance(rule, compare.Rule) and bool(compare.failing(found, rule)))
+
+
+def _ab(argv: Sequence[str]) -> int:
+    from mbkern.bench import ab, compare, run, session
+
+    parser = argparse.ArgumentParser(prog="python -m mbkern bench ab", description=ab.__doc__)
+    parser.add_argument("--a", required=True, metavar="PYTHON", help="with the one build of mbkern")
+    parser.add_argument("--b", required=True, metavar="PYTHON", help="with the other")
+    parser.add_argument("--output-a", type=Path, default=Path("a.jsonl"))
+    parser.add_argument("--output-b", type=Path, default=Path("b.jsonl"))
+    parser.add_argument(
+        "--processes", type=int, default=ab.PROCESSES, help="of each build, in turn"
+    )
+    parser.add_argument("--fail-if", metavar="slower:5%", default="")
+    _add_plan(parser)
+    args = parser.parse_args(argv)
+    plan = _plan(args, ("cross_entropy", "overhead"))
+    try:
+        rule = compare.Rule.parse(args.fail_if) if args.fail_if else compare.Rule()
+        for name, python in (("A", args.a), ("B", args.b)):
+            print(f"{name}: {session.interpreter(python)}", file=sys.stderr)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    pair = secrets.token_hex(6)
+    recorders = [run.Recorder(path, pair) for path in (args.output_a, args.output_b)]
+    ab.run(plan, (args.a, args.b), recorders, args.processes)
+    a, b = (recorder.rows for recorder in recorders)
+    status = _judge(a, b, rule if args.fail_if else None, rule.threshold, ())
+    return run.INTERRUPTED if recorders[0].interrupted else status
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mbkern bench report",
+        description="One self-contained HTML page with interactive plots, the plots as PNG and "
+        "SVG, and Markdown tables, of files that bench --output wrote.",
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("report"), metavar="FOLDER")
+    parser.add_argument("--title", default="Benchmarks of mbkern")
+    args = parser.parse_args(argv)
+    for module, what in (("plotly", "the page"), ("matplotlib", "a picture")):
+        if find_spec(module) is None:
+            print(MISSING.format(what=what, module=module), file=sys.stderr)
+            return 2
+    from mbkern.bench.report.write import report
+
+    try:
+        written, warnings = report(args.files, args.output, args.title)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
+    print(f"{written[0]}, and {len(written) - 1} other files beside it")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "compare": _compare, "ab": _ab, "report": _report,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run suites, or one of the commands."""
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    return _run(argv)

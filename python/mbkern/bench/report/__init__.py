@@ -1,0 +1,1 @@
+"""From rows to pictures and pages: ``python -m mbkern bench report``."""

@@ -1,0 +1,235 @@
+"""What is drawn, before it is drawn: points with intervals, for both the page and the pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mbkern.bench import conclusions, statistics
+from mbkern.bench.display import speedup
+from mbkern.bench.rows import Row, grouped
+
+#: Readable on white and on black; the baseline is grey, limits are dashed.
+_COLOURS = {
+    "torch": "#858b94", "torch.compile": "#b98a00", "mbkern autograd": "#3c83de",
+    "mbkern in place": "#149c77", "mbkern": "#3c83de",
+}  # fmt: skip
+_MORE = ("#c2609f", "#8d68d8", "#d4702a", "#5a9f2e", "#2b9db3", "#a0705a")
+_LIMIT = "#cf5a48"
+
+
+@dataclass
+class Line:
+    """Points of one provider; ``x`` may be labels. ``low`` and ``high`` are ends of intervals."""
+
+    name: str
+    x: list[float] | list[str]
+    y: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    limit: bool = False
+    mark: float | None = None  # an x that is pointed out
+    colour: str = ""
+
+
+@dataclass
+class Figure:
+    """One picture.
+
+    Attributes:
+        key: part of its file name.
+        title, x, y: in words, with units.
+        lines: what is drawn.
+        kind: "line", "points" (x are values, y are labels in ``Line.x``) or "bars".
+        reference: a value that is drawn across: of y, or of x for points.
+        note: what to see.
+    """
+
+    key: str
+    title: str
+    x: str
+    y: str
+    lines: list[Line]
+    kind: str = "line"
+    reference: float | None = None
+    note: str = ""
+
+
+def colour(provider: str, limit: bool, names: Sequence[str]) -> str:
+    """The colour of a provider, the same in every picture of a report."""
+    if limit:
+        return _LIMIT
+    if provider in _COLOURS:
+        return _COLOURS[provider]
+    others = [n for n in names if n not in _COLOURS]
+    return _MORE[others.index(provider) % len(_MORE)] if provider in others else _MORE[0]
+
+
+def all_of(rows: Sequence[Row]) -> list[Figure]:
+    """Every picture that these rows have points for."""
+    figures = [*_minibatch(rows), *_scaling(rows)]
+    for suite in dict.fromkeys(r.suite for r in rows):
+        if suite in ("minibatch", "scaling"):
+            continue
+        mine = [r for r in rows if r.suite == suite]
+        figures += [*_speedups(suite, mine), *_sizes(suite, mine), *_roofline(suite, mine),
+                    *_memory(suite, mine)]  # fmt: skip
+    names = sorted({r.provider for r in rows if not r.limit})
+    for figure in figures:
+        for line in figure.lines:
+            line.colour = colour(line.name.split(" · ")[0], line.limit, names)
+    return figures
+
+
+def _place(row: Row) -> str:
+    return f"{row.allocator} allocator, {row.threads} threads"
+
+
+def _minibatch(rows: Sequence[Row]) -> list[Figure]:
+    found: dict[str, list[Line]] = {}
+    for s in conclusions.series(rows, "minibatch"):
+        intervals = [r.interval_s or [0.0, 0.0] for r in s.rows]
+        line = Line(
+            s.provider, s.sizes, s.per_sample,
+            [low / r.size for (low, _), r in zip(intervals, s.rows, strict=True)],
+            [high / r.size for (_, high), r in zip(intervals, s.rows, strict=True)], mark=s.knee,
+        )  # fmt: skip
+        found.setdefault(f"{s.name}, {s.allocator} allocator, {s.threads} threads", []).append(line)
+    return [
+        Figure(
+            f"minibatch-{k}", f"Time a sample: {title}", "micro-batch [samples]",
+            "time a sample [s]", lines,
+            note="Marked is the knee: the smallest micro-batch within 10 % of the best time.",
+        )
+        for k, (title, lines) in enumerate(found.items())
+    ]  # fmt: skip
+
+
+def _line_over_size(
+    name: str, rows: Sequence[Row], by: Callable[[Row], float] = lambda _: 1.0
+) -> Line:
+    """Median times over sizes, with intervals, divided by what ``by`` says."""
+    ordered = sorted(rows, key=lambda r: r.size)
+    ends = [r.interval_s or [r.median_s or 0.0] * 2 for r in ordered]
+    return Line(
+        name, [r.size for r in ordered], [(r.median_s or 0.0) / by(r) for r in ordered],
+        [low / by(r) for (low, _), r in zip(ends, ordered, strict=True)],
+        [high / by(r) for (_, high), r in zip(ends, ordered, strict=True)], ordered[0].limit,
+    )  # fmt: skip
+
+
+def _scaling(rows: Sequence[Row]) -> list[Figure]:
+    found: dict[tuple[str, str, str], list[Line]] = {}
+    for s in conclusions.series(rows, "scaling"):
+        line = _line_over_size(s.provider, s.rows)
+        growth = statistics.growth(s.sizes, [r.samples_s for r in s.rows])
+        if growth:
+            line.name += f" · slope {growth.slope:.2f}"
+        found.setdefault((s.name, s.rows[0].axis, s.allocator), []).append(line)
+    return [
+        Figure(f"scaling-{axis}-{state}", f"Growth: {title}, {state} allocator", axis, "time [s]",
+               lines, note="Expected is a slope of 1, of -1 for threads.")
+        for (title, axis, state), lines in found.items()
+    ]  # fmt: skip
+
+
+def _timed(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows with a number, by where they were measured."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.ranked and row.median_s:
+            found.setdefault(_place(row), []).append(row)
+    return found
+
+
+def _label(row: Row) -> str:
+    direction = "" if row.direction == "both" else f" {row.direction}"
+    return f"{row.case} {row.dtype}{direction}"
+
+
+def _speedups(suite: str, rows: Sequence[Row]) -> list[Figure]:
+    figures: list[Figure] = []
+    for place, timed in _timed(rows).items():
+        lines: dict[str, Line] = {}
+        for group in grouped(timed).values():
+            base = next((r for r in group if r.provider == r.baseline), None)
+            for row in group:
+                ratio = speedup(row, base)
+                if ratio is None or row.limit:
+                    continue
+                line = lines.setdefault(row.provider, Line(row.provider, [], []))
+                line.x = [*map(str, line.x), _label(row)]
+                line.y.append(ratio.median)
+                line.low.append(ratio.low)
+                line.high.append(ratio.high)
+        if lines:
+            title = f"Speed-up over the baseline: {suite}, {place}"
+            figures.append(
+                Figure(f"speedup-{suite}-{len(figures)}", title, "times faster", "",
+                       list(lines.values()), "points", 1.0, "With 95 % intervals of the ratio.")
+            )  # fmt: skip
+    return figures
+
+
+def _sizes(suite: str, rows: Sequence[Row]) -> list[Figure]:
+    """Time an element over the number of classes, where a provider has at least three."""
+    figures: list[Figure] = []
+    for place, timed in _timed(rows).items():
+        found: dict[str, dict[str, list[Row]]] = {}
+        for row in timed:
+            what = f"{row.dtype} {row.direction}, over {row.axis}"
+            found.setdefault(what, {}).setdefault(row.provider, []).append(row)
+        for what, providers in found.items():
+            lines = [
+                _line_over_size(name, members, lambda row: float(math.prod(row.shape)))
+                for name, members in providers.items()
+                if len({r.size for r in members}) >= 3
+            ]
+            if lines and suite == "cross_entropy":
+                title = f"Time against size: {suite} {what}, {place}"
+                axis = next(iter(providers.values()))[0].axis
+                key = f"size-{suite}-{len(figures)}"
+                figures.append(Figure(key, title, axis, "time an element [s]", lines))
+    return figures
+
+
+def _roofline(suite: str, rows: Sequence[Row]) -> list[Figure]:
+    """How fast bytes move, or products are made, beside what the machine does at best."""
+    figures: list[Figure] = []
+    for place, timed in _timed(rows).items():
+        for what, unit, scale in (("bytes", "GB/s", 1e9), ("flops", "TFLOP/s", 1e12)):
+            lines: dict[str, Line] = {}
+            for row in timed:
+                amount = getattr(row, what)
+                if amount and row.median_s:
+                    line = lines.setdefault(row.provider, Line(row.provider, [], []))
+                    line.limit = row.limit
+                    line.x = [*map(float, line.x), amount]
+                    line.y.append(amount / row.median_s / scale)
+            if lines and any(line.limit for line in lines.values()):
+                title = f"Roofline: {suite}, {place}"
+                axis = "bytes that must move" if what == "bytes" else "operations of the products"
+                figures.append(
+                    Figure(f"roofline-{suite}-{len(figures)}", title, axis, unit,
+                           list(lines.values()), "scatter",
+                           note="The limits were measured beside the providers.")
+                )  # fmt: skip
+    return figures
+
+
+def _memory(suite: str, rows: Sequence[Row]) -> list[Figure]:
+    lines: dict[str, Line] = {}
+    measured = [r for r in rows if r.peak_bytes and r.direction == "both"]
+    threads = max((r.threads for r in measured), default=0)
+    for row in measured:
+        if row.threads == threads and row.allocator == "default":
+            line = lines.setdefault(row.provider, Line(row.provider, [], []))
+            line.x = [*map(str, line.x), _label(row)]
+            line.y.append((row.peak_bytes or 0) / 2**20)
+    if not lines:
+        return []
+    return [
+        Figure(f"memory-{suite}", f"Peak memory above the inputs: {suite}", "MiB", "",
+               list(lines.values()), "bars")
+    ]  # fmt: skip

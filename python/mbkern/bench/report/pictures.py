@@ -1,0 +1,77 @@
+"""Figures as PNG and SVG, by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from mbkern.bench.report.figures import Figure, Line
+
+
+def save(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Write each as PNG and SVG; returns the files. ImportError without matplotlib."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    files = []
+    for figure in figures:
+        labels = list(dict.fromkeys(str(x) for line in figure.lines for x in line.x))
+        flat = figure.kind in ("points", "bars")
+        height = max(3.0, 1.2 + 0.5 * len(labels)) if flat else 4.5
+        drawing, axes = pyplot.subplots(figsize=(8, height), layout="constrained")
+        (_flat if flat else _curves)(axes, figure, labels)
+        axes.set_title("\n".join(wrap(figure.title, 70)), fontsize=10)
+        axes.grid(alpha=0.3)
+        drawing.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        for suffix in ("png", "svg"):
+            path = folder / f"{figure.key}.{suffix}"
+            drawing.savefig(path, dpi=120)
+            files.append(path)
+        pyplot.close(drawing)
+    return files
+
+
+def _errors(line: Line) -> list[list[float]] | None:
+    if not line.low:
+        return None
+    below = [max(0.0, y - low) for y, low in zip(line.y, line.low, strict=True)]
+    above = [max(0.0, high - y) for y, high in zip(line.y, line.high, strict=True)]
+    return [below, above]
+
+
+def _curves(axes: Any, figure: Figure, _: Sequence[str]) -> None:
+    for line in figure.lines:
+        scatter = figure.kind == "scatter"
+        style = "none" if scatter else "--" if line.limit else "-"
+        axes.errorbar(
+            line.x, line.y, yerr=_errors(line), label=line.name, color=line.colour,
+            linestyle=style, marker="D" if line.limit else "o", markersize=4, capsize=2,
+        )  # fmt: skip
+        if line.mark is not None:
+            at = list(line.x).index(line.mark)
+            axes.plot([line.mark], [line.y[at]], "o", markersize=11, fillstyle="none",
+                      color=line.colour)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel=figure.x, ylabel=figure.y)
+
+
+def _flat(axes: Any, figure: Figure, labels: Sequence[str]) -> None:
+    share = 0.8 / max(1, len(figure.lines))
+    for k, line in enumerate(figure.lines):
+        shift = (k - (len(figure.lines) - 1) / 2) * share
+        at = [labels.index(str(x)) + shift for x in line.x]
+        if figure.kind == "bars":
+            axes.barh(at, line.y, share, label=line.name, color=line.colour)
+        else:
+            axes.errorbar(line.y, at, xerr=_errors(line), fmt="o", markersize=4, capsize=2,
+                          label=line.name, color=line.colour)  # fmt: skip
+    if figure.reference is not None:
+        axes.axvline(figure.reference, color="#888", linewidth=1)
+    if figure.kind == "points":
+        axes.set_xscale("log")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(figure.x)

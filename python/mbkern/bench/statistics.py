@@ -1,0 +1,151 @@
+"""What is read off samples: order statistics, bootstrap intervals, ratios, growth.
+
+Nothing here assumes a distribution: times are skewed to the right, and often have two modes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOISY = 0.10  # a distance of the quartiles above this share of the median is reported
+RESAMPLES = 2000
+LEVEL = 0.95
+
+Interval = tuple[float, float]
+Numbers = Sequence[float] | NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Order statistics of the samples; ``outliers`` are beyond 1.5 quartile distances."""
+
+    n: int
+    minimum: float
+    q1: float
+    median: float
+    q3: float
+    outliers: int = 0
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles as a share of the median."""
+        return (self.q3 - self.q1) / self.median if self.median else 0.0
+
+
+def summarise(samples: Numbers) -> Summary:
+    """Summarise at least one sample; ValueError without any."""
+    if len(samples) == 0:
+        raise ValueError("mbkern bench: there are no samples to summarise")
+    values = np.asarray(samples, dtype=np.float64)
+    q1, median, q3 = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+    reach = 1.5 * (q3 - q1)
+    outliers = int(np.count_nonzero((values < q1 - reach) | (values > q3 + reach)))
+    return Summary(len(values), float(values.min()), q1, median, q3, outliers)
+
+
+def _resampled(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Medians of RESAMPLES samples drawn with replacement, of at most 1000 values."""
+    random = np.random.default_rng(seed)
+    picked = random.integers(len(values), size=(RESAMPLES, len(values)))
+    return np.asarray(np.median(values[picked], axis=1), dtype=np.float64)
+
+
+def _thinned(samples: Numbers) -> NDArray[np.float64]:
+    """Every k-th sample where there are more than 1000, which would only cost time."""
+    values = np.asarray(samples, dtype=np.float64)
+    return values[:: -(-len(values) // 1000)] if len(values) > 1000 else values
+
+
+def _ends(statistics: NDArray[np.float64]) -> Interval:
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(statistics, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def median_interval(samples: Numbers) -> Interval:
+    """The bootstrap 95 % interval of the median (Efron 1979, percentiles); seeded, so repeatable.
+
+    With fewer than six samples all of them lie within it: no resampling knows better.
+    """
+    values = _thinned(samples)
+    if len(values) < 6:
+        return float(values.min()), float(values.max())
+    return _ends(_resampled(values, 0))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians, or the median of paired ratios, with its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+    of_minima: float
+
+
+def paired(above: Numbers, below: Numbers) -> Ratio | None:
+    """The median of ratios round by round; None without a round that both have."""
+    n = min(len(above), len(below))
+    a = np.asarray(above[:n], dtype=np.float64)
+    b = np.asarray(below[:n], dtype=np.float64)
+    ratios = a[b > 0] / b[b > 0]
+    if not len(ratios):
+        return None
+    low, high = median_interval(ratios)
+    of_minima = float(np.min(above) / np.min(below))
+    return Ratio(float(np.median(ratios)), low, high, len(ratios), of_minima)
+
+
+def unpaired(above: Numbers, below: Numbers) -> Ratio | None:
+    """The ratio of the medians of two independent sets of samples; None if one is empty."""
+    a, b = _thinned(above), _thinned(below)
+    if not len(a) or not len(b):
+        return None
+    of_medians = float(np.median(a) / np.median(b))
+    of_minima = float(a.min() / b.min())
+    if min(len(a), len(b)) < 6:
+        low, high = float(a.min() / b.max()), float(a.max() / b.min())
+    else:
+        low, high = _ends(_resampled(a, 1) / _resampled(b, 2))
+    return Ratio(of_medians, low, high, min(len(a), len(b)), of_minima)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Time grows as size ** slope, by least squares of the logarithms, with a 95 % interval."""
+
+    slope: float
+    low: float
+    high: float
+
+
+def growth(sizes: Sequence[float], samples: Sequence[Numbers]) -> Growth | None:
+    """The slope of log(median time) over log(size); None with fewer than three sizes.
+
+    The interval comes from resampling each size's samples, and from what the points miss the line
+    by (a t-quantile is not needed: the larger of both is taken at 1.96 standard errors).
+    """
+    if len(sizes) < 3:
+        return None
+    x = np.log(np.asarray(sizes, dtype=np.float64))
+    medians = np.log([float(np.median(s)) for s in samples])
+    x = x - x.mean()
+    slope = float(x @ medians / (x @ x))
+    missed = medians - medians.mean() - slope * x
+    error = math.sqrt(float(missed @ missed) / (len(x) - 2) / float(x @ x))
+    logs: Any = np.stack([np.log(_resampled(_thinned(s), k)) for k, s in enumerate(samples)])
+    low, high = _ends(x @ logs / (x @ x))
+    return Growth(slope, min(low, slope - 1.96 * error), max(high, slope + 1.96 * error))
+
+
+def knee(sizes: Sequence[float], per_item: Sequence[float], slack: float = 0.1) -> float:
+    """The smallest size whose time an item is within ``slack`` of the best; sizes ascend."""
+    best = min(per_item)
+    return next(s for s, t in zip(sizes, per_item, strict=True) if t <= best * (1 + slack))

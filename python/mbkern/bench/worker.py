@@ -1,0 +1,132 @@
+"""A process that measures: ``python -m mbkern.bench.worker``, started by :mod:`session`.
+
+Commands are JSON lines on the standard input, answers JSON lines on what was the standard output
+(which prints go away from, to the standard error, so that no library spoils an answer). The state
+of the allocator is that of a process, and chosen by its environment; so is the build of mbkern.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+import torch  # noqa: F401  before mbkern, which uses its OpenMP runtime
+
+from mbkern.bench import measure, suites
+from mbkern.bench.allocator import fill_reserve
+from mbkern.bench.problem import Case, Plan
+from mbkern.bench.results import Entry
+from mbkern.bench.rows import FAILED, Row
+from mbkern.bench.timing import once
+
+Answer = dict[str, Any]
+
+
+class Worker:
+    """Answers commands: plan, measure, open, round, close."""
+
+    def __init__(self, answers: IO[str]) -> None:
+        self._answers = answers
+        self._plan = Plan()
+        self._todo: list[tuple[Case, int]] = []
+        self._group: measure.Group | None = None
+
+    def serve(self, commands: Iterator[str]) -> None:
+        """Until the input ends."""
+        for line in commands:
+            command = json.loads(line)
+            try:
+                self._answer(getattr(self, command["do"])(**command.get("with", {})))
+            except KeyboardInterrupt:
+                self._answer({"interrupted": True})
+            except Exception as failure:  # the parent says what it was; the next command may work
+                self._answer({"failed": f"{type(failure).__name__}: {failure}"})
+
+    def _answer(self, answer: Answer) -> None:
+        self._answers.write(json.dumps(answer) + "\n")
+        self._answers.flush()
+
+    def plan(self, plan: str) -> Answer:
+        """Take the command line's choices; answer with what there is to measure."""
+        self._plan = Plan.from_json(plan)
+        fill_reserve(self._plan.allocator, (1 if self._plan.short else 3) << 30)
+        cases, reasons = suites.of(self._plan)
+        self._todo = [
+            (case, threads)
+            for case in cases
+            for threads in ((case.threads,) if case.threads else self._plan.threads)
+        ]
+        labels = [
+            [case.suite, case.name, case.dtype, case.direction, str(threads)]
+            for case, threads in self._todo
+        ]
+        return {"cases": labels, "skipped": reasons}
+
+    def measure(self, index: int) -> Answer:
+        """All of one case. Ctrl-C: what was measured of it, and ``interrupted``."""
+        case, threads = self._todo[index]
+        rows: list[Row] = []
+        interrupted = False
+        try:
+            measure.run(case, self._plan, threads, rows.extend)
+        except KeyboardInterrupt:
+            interrupted = True
+        except Exception as failure:  # of all providers at once: the case cannot be made
+            rows.append(self._failed(case, threads, failure))
+        return {"rows": [r.to_json() for r in rows], "interrupted": interrupted}
+
+    def _failed(self, case: Case, threads: int, failure: Exception) -> Row:
+        entry = Entry("(all)")
+        entry.fail(failure)
+        return Row(
+            case.suite, case.name, list(case.shape), case.dtype, case.direction, entry.name,
+            self._plan.device, "", threads, self._plan.allocator, self._plan.cache, FAILED,
+            entry.note,
+        )  # fmt: skip
+
+    def open(self, index: int) -> Answer:
+        """Prepare a case for rounds that the parent asks for one by one."""
+        case, threads = self._todo[index]
+        try:
+            self._group = measure.Group(case, self._plan, threads)
+        except Exception as failure:
+            return {"rows": [self._failed(case, threads, failure).to_json()]}
+        return {"ways": [w.name for w in self._group.ways]}
+
+    def round(self, record: bool = True) -> Answer:
+        """Run each way of the open case once."""
+        assert self._group is not None, "no case is open"
+        for way in self._group.ways:
+            row = self._group.rows[way.name]
+            try:
+                elapsed, _, _ = once(way, self._plan.device)
+            except Exception as failure:
+                entry = Entry(way.name)
+                entry.fail(failure)
+                row.status, row.reason = FAILED, entry.note
+                continue
+            if record:
+                row.samples_s.append(elapsed * 1e-9 / way.calls)
+        return {}
+
+    def close(self) -> Answer:
+        """The rows of the open case."""
+        assert self._group is not None, "no case is open"
+        group, self._group = self._group, None
+        return {"rows": [r.to_json() for r in group.finish()]}
+
+
+def main() -> None:
+    """Serve until the input ends; the parent's end ends it too."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    Worker(answers).serve(iter(sys.stdin.readline, ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""``python -m mbkern bench`` itself: is a known time found, is what is wrong shown as wrong?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bench_suite import SLEEP
+
+from mbkern.bench.rows import FAILED, MEASURED, SKIPPED, WRONG, Row, load
+from mbkern.bench.timing import Effort, Way, interleave, once
+
+SUITE_FILE = str(Path(__file__).with_name("bench_suite.py"))
+FIELDS = (
+    "suite", "case", "shape", "dtype", "direction", "provider", "device", "isa", "threads",
+    "median_s", "interval_s", "samples_s", "bytes", "error_vs_fp64", "peak_bytes", "environment",
+)  # fmt: skip
+
+
+def _bench(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mbkern", "bench", *words],
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def _fakes(suite: str, output: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return _bench(
+        suite, "--suite-file", SUITE_FILE, "--allocators", "default", "--threads", "1",
+        "--output", str(output), *words,
+    )  # fmt: skip
+
+
+def test_a_known_time_is_measured(tmp_path: Path) -> None:
+    """Within 2 %: a sleep is late by some 0.1 ms itself, which is taken off."""
+    late = []
+    for _ in range(25):
+        start = time.perf_counter()
+        time.sleep(SLEEP)
+        late.append(time.perf_counter() - start - SLEEP)
+    done = _fakes("sleeping", tmp_path / "rows.jsonl", "--repeats", "25")
+    assert done.returncode == 0, done.stderr
+    ((row,), warnings) = load(tmp_path / "rows.jsonl")
+    assert not warnings
+    assert row.median_s is not None
+    assert abs(row.median_s - statistics.median(late) - SLEEP) < 0.02 * SLEEP
+    assert row.interval_s is not None
+    assert row.interval_s[0] <= row.median_s <= row.interval_s[1]
+    assert len(row.samples_s) == 25
+    assert all(hasattr(row, name) for name in FIELDS)
+    assert {"cpu", "torch", "governor", "before", "after", "commit"} <= set(row.environment)
+
+
+def test_the_harness_costs_a_microsecond_a_sample() -> None:
+    """What it adds to a time, at the least: others may take the CPU meanwhile."""
+    way = Way("nothing", lambda: None)
+    assert min(once(way)[0] for _ in range(2000)) <= 1000
+
+
+def test_what_is_wrong_or_raises_or_dies_is_shown_and_the_run_goes_on(tmp_path: Path) -> None:
+    done = _fakes("mixed", tmp_path / "rows.jsonl", "--repeats", "9")
+    assert done.returncode == 1, done.stderr
+    rows = load(tmp_path / "rows.jsonl")[0]
+    found = {(r.case, r.provider): r for r in rows}
+    assert found["broken", "(all)"].reason == "MemoryError: too large"
+    assert "SIGKILL" in found["killed", "(all)"].reason
+    states = {r.provider: r.status for r in rows if r.case == "mixed"}
+    assert states == {
+        "torch": MEASURED, "wrong": WRONG, "nan": WRONG, "raises": FAILED, "raises later": FAILED,
+        "good": MEASURED, "absent": SKIPPED,
+    }  # fmt: skip
+    assert found["mixed", "raises"].reason == "RuntimeError: no such kernel"
+    assert len(found["mixed", "good"].samples_s) == 9
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "WRONG" in lines["wrong"]
+    assert "x (" not in lines["wrong"]  # not ranked
+    assert "x (" in lines["good"]
+    assert "skipped: absent: not installed" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr  # no terminal, no colours
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mbkern", "bench", "overhead", "sleeping", "--suite-file",
+         SUITE_FILE, "--allocators", "default", "--threads", "1", "--seconds", "30",
+         "--providers", "mbkern", "--output", str(output)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stdout is not None
+    assert "[1/" in process.stderr.readline()
+    time.sleep(3.0)
+    process.send_signal(signal.SIGINT)
+    shown = process.stdout.read()
+    assert process.wait(timeout=30) == 130
+    rows = load(output)[0]
+    process.stderr.close()
+    process.stdout.close()
+    assert rows
+    assert rows[0].samples_s
+    assert rows[0].provider in shown
+
+
+def test_a_way_that_raises_leaves_the_others_their_turns() -> None:
+    def fail() -> None:
+        raise RuntimeError("no")
+
+    entries = interleave([Way("a", lambda: None), Way("b", fail)], Effort(0.0, 0.0, least=3))
+    assert len(entries[0].samples) == 3
+    assert entries[1].failed
+    assert entries[1].note == "RuntimeError: no"
+
+
+def test_the_suites_are_right_and_complete(tmp_path: Path) -> None:
+    """Every kind of way, at tiny effort: correct, with its bytes, memory, and instruction set."""
+    path = tmp_path / "rows.jsonl"
+    done = _bench(
+        "cross_entropy", "overhead", "accumulate", "--short", "--model", "imagenet", "--repeats",
+        "2", "--allocators", "default,recycled", "--threads", "1", "--output", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = load(path)[0]
+    timed = [r for r in rows if r.status == MEASURED]
+    assert all(r.error_vs_fp64 is not None for r in timed if not r.limit)
+    assert {r.allocator for r in timed} == {"default", "recycled"}
+    ours = [r for r in timed if r.provider.startswith("mbkern in place")]
+    assert len({r.isa for r in ours}) == len(ours) / 2
+    assert all(r.bytes and r.bandwidth_share for r in ours)
+    assert any(r.limit and "exp" in r.provider for r in timed)
+    assert all(r.reason for r in rows if r.status == SKIPPED)
+
+
+def test_two_builds_take_turns_and_a_planted_slowdown_is_found(tmp_path: Path) -> None:
+    slow = tmp_path / "python-slow"
+    slow.write_text(f'#!/bin/sh\nMBKERN_TEST_SLOWER=1.3 exec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    done = _bench(
+        "ab", "--a", sys.executable, "--b", str(slow), "slower", "--suite-file", SUITE_FILE,
+        "--threads", "1", "--repeats", "40", "--processes", "1", "--fail-if", "slower:5%",
+        "--output-a", files[0], "--output-b", files[1],
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "SLOWER" in done.stdout
+    assert _bench("compare", *files, "--fail-if", "slower:5%").returncode == 1
+    assert _bench("compare", *files, "--fail-if", "slower:60%").returncode == 0
+    back = _bench("compare", *reversed(files), "--fail-if", "slower:5%")
+    assert "FASTER" in back.stdout
+    assert back.returncode == 0
+    rows: list[list[Row]] = [load(Path(f))[0] for f in files]
+    assert rows[0][0].pair == rows[1][0].pair != ""
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("no_such_suite",), "unknown suite"),
+        (("compare", "no.jsonl", "such.jsonl"), "No such file"),
+        (("ab", "--a", "/no/python", "--b", sys.executable), "cannot run /no/python"),
+        (("--threads", "0"), "--threads"),
+    ],
+)
+def test_what_is_not_understood_is_said(words: tuple[str, ...], text: str) -> None:
+    done = _bench(*words)
+    assert done.returncode == 2
+    assert text in done.stderr

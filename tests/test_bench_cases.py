@@ -1,0 +1,68 @@
+"""The benchmark measures the losses of the case list, and its baselines compute what that says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cases import CASES, Case
+from row_cases import ROW_CASES, RowCase
+
+from mbkern.bench import suites
+from mbkern.bench.formulas import FORMULAS, tensors
+from mbkern.bench.problem import Plan
+
+ALL: dict[str, Case | RowCase] = {case.name: case for case in CASES}
+ALL |= {case.name: case for case in ROW_CASES if case.registered}  # others are made of these
+
+
+def test_every_loss_of_the_case_list_is_measured_and_no_other() -> None:
+    assert sorted(FORMULAS) == sorted(ALL)
+    found, reasons = suites.of(Plan(("cross_entropy", "pointwise", "rows")))
+    assert not reasons
+    measured = {c.name.split()[0] for c in found if c.suite != "cross_entropy"}
+    assert measured | {"cross_entropy"} == set(ALL)
+
+
+def _reference(case: Case | RowCase, given: list[torch.Tensor], options: dict) -> torch.Tensor:
+    named = dict(zip(FORMULAS[case.name].loss.arguments, given, strict=False))
+    if isinstance(case, RowCase):
+        return case.reference(**named, **options)
+    input, target = (named.pop(name) for name in tuple(named)[:2])
+    return case.reference(input, target, **named, **options)
+
+
+@pytest.mark.parametrize("case", ALL.values(), ids=list(ALL))
+@pytest.mark.filterwarnings("ignore:reduction:UserWarning")  # of torch's kl_div
+def test_baselines_are_the_formulas_of_the_case_list(case: Case | RowCase) -> None:
+    """In fp64, loss and gradient, at the options that mbkern is measured with."""
+    formula = FORMULAS[case.name]
+    shape = (7,) if formula.loss.kind == "pointwise" else (7, 5)
+    x, *others = tensors(formula, shape, torch.float64)
+    options = dict(formula.options)
+    results = []
+    for function in (
+        formula.torch, formula.ours, lambda *given: _reference(case, list(given), options),
+    ):  # fmt: skip
+        leaf = x.clone().requires_grad_()
+        value = function(leaf, *others)
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    for found in results[:2]:
+        for a, b in zip(found, results[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("suite", ["linear_cross_entropy", "minibatch", "scaling", "overhead"])
+def test_suites_have_cases_short_and_full(suite: str) -> None:
+    plan = Plan((suite,))
+    full, _ = suites.of(plan)
+    short, _ = suites.of(dataclasses.replace(plan, short=True))
+    assert 0 < len(short) <= len(full)
+
+
+def test_suites_that_this_build_has_no_functions_for_say_so() -> None:
+    cases, reasons = suites.of(Plan(("accumulate", "flush")))
+    there = {c.suite for c in cases}
+    assert there | set(reasons) == {"accumulate", "flush"}
+    assert all("has no" in reason for reason in reasons.values())

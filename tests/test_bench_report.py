@@ -1,0 +1,146 @@
+"""The report: a page that draws itself, pictures, tables; what it says without libraries."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("plotly")
+pytest.importorskip("matplotlib")
+
+from mbkern.bench import cli
+from mbkern.bench.measure import summarise
+from mbkern.bench.report import figures
+from mbkern.bench.report.write import report
+from mbkern.bench.rows import Row, append
+
+CHROMIUM = next(
+    (c for c in ("chromium", "chromium-browser", "google-chrome") if shutil.which(c)), None
+)
+FRAME = """<!doctype html><body><iframe id="f" src="report.html#THEME" width="390" height="800">
+</iframe><script>
+const frame = document.getElementById("f");
+setInterval(() => {
+  const inner = frame.contentDocument.body;
+  Object.assign(document.body.dataset, inner.dataset);
+  document.body.dataset.ink = frame.contentWindow.getComputedStyle(inner).color;
+}, 100);
+</script></body>"""
+
+
+def _row(suite: str, provider: str, size: int, seconds: float, **facts: object) -> Row:
+    row = Row(suite, f"case </script> {size}", [size], "float32", "both", provider, "cpu", "", 2)
+    row.samples_s = [seconds * (1 + 0.01 * (k % 3)) for k in range(9)]
+    row.environment = {"cpu": "a CPU", "before": {"load": 0.1}}
+    row.size, row.axis, row.baseline, row.error_vs_fp64 = size, "elements", "torch", 1e-7
+    for name, value in facts.items():
+        setattr(row, name, value)
+    summarise(row)
+    return row
+
+
+def _rows() -> list[Row]:
+    found = []
+    for size in (1, 8, 64):
+        for provider, speed in (("torch", 3e-6), ("mbkern in place", 1e-6)):
+            found.append(
+                _row("minibatch", provider, size, 1e-5 + speed * size, axis="micro-batch",
+                     extra={"series": "loss gradient", "bits_different": 0, "loss_error": 0.0})
+            )  # fmt: skip
+            found.append(
+                _row("scaling", provider, size, speed * size, axis="rows",
+                     extra={"series": "loss over rows"})
+            )  # fmt: skip
+            found.append(
+                _row("cross_entropy", provider, size, speed * size, bytes=12 * size,
+                     peak_bytes=4 << 20, axis="classes")
+            )  # fmt: skip
+        found.append(
+            _row("cross_entropy", "limit: bare pass", size, 5e-7 * size, bytes=8 * size, limit=True)
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("report")
+    append(made / "rows.jsonl", _rows())
+    assert cli.main(["report", str(made / "rows.jsonl"), "--output", str(made)]) == 0
+    return made
+
+
+def test_every_kind_of_figure_is_drawn() -> None:
+    drawn = {f.key.split("-")[0]: f for f in figures.all_of(_rows())}
+    assert set(drawn) == {"minibatch", "scaling", "speedup", "size", "roofline", "memory"}
+    knee = {line.name: line.mark for line in drawn["minibatch"].lines}
+    assert knee == {"torch": 64, "mbkern in place": 64}
+    slopes = [line.name.split()[-1] for line in drawn["scaling"].lines]
+    assert slopes == ["1.00", "1.00"]
+    (ours,) = drawn["speedup"].lines
+    assert ours.y == pytest.approx([3.0, 3.0, 3.0])
+    assert all(low <= y <= high for low, y, high in zip(ours.low, ours.y, ours.high, strict=True))
+
+
+def test_the_page_is_self_contained(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    without_plotly = re.sub(r"<script>/\*\*.*?</script>", "", page, count=1, flags=re.DOTALL)
+    assert not re.search(r"""(?:src|href)=["']https?:""", without_plotly)
+    assert page.count("class='plot'") == len(figures.all_of(_rows()))
+    assert "case </script>" not in page
+    assert (folder / "report.md").read_text().count("## ") == 6
+    for figure in figures.all_of(_rows()):
+        for suffix in ("png", "svg"):
+            assert (folder / f"{figure.key}.{suffix}").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_browser_draws_the_page_at_a_phones_width(folder: Path, theme: str) -> None:
+    assert CHROMIUM is not None
+    frame = folder / f"{theme}.html"
+    frame.write_text(FRAME.replace("THEME", theme))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+         "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    body = re.search(r"<body[^>]*>", done.stdout)
+    assert body is not None
+    facts = dict(re.findall(r'data-(\w+)="([^"]*)"', body[0]))
+    assert facts["errors"] == ""
+    assert int(facts["drawn"]) == len(figures.all_of(_rows()))
+    assert int(facts["overflow"]) == 0
+    red = int(re.findall(r"\d+", facts["ink"])[0])
+    assert red > 200 if theme == "dark" else red < 60
+
+
+def test_what_is_missing_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    assert cli.main(["report", str(folder / "rows.jsonl")]) == 2
+    assert "pip install 'mbkern[bench]'" in capsys.readouterr().err
+
+
+def test_without_a_measured_row_there_is_no_report(tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("cut off\n")
+    with pytest.raises(ValueError, match="no row"):
+        report([path], tmp_path, "t")
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(path), "--output", str(tmp_path)])
+
+
+def test_a_broken_command_line_needs_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mbkern", "bench", "report", "no-such-file.jsonl"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,128 @@
+"""What the benchmark reads off samples, on samples whose truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mbkern.bench import statistics
+from mbkern.bench.compare import FASTER, SAME, SLOWER, UNDECIDED, Rule, compare, failing, judge
+from mbkern.bench.rows import Row, append, load
+from mbkern.bench.statistics import Ratio
+
+RUNS = range(20)
+
+
+def _times(random: np.random.Generator, n: int, scale: float) -> list[float]:
+    """As a busy machine gives them: 5 % of noise, to the right, and every tenth an outlier."""
+    noise = random.lognormal(0.0, 0.05, n) * np.where(random.random(n) < 0.1, 2.0, 1.0)
+    return list(1e-3 * scale * noise)
+
+
+def _row(samples: list[float], pair: str = "") -> Row:
+    row = Row("s", "c", [1], "float32", "both", "mbkern", "cpu", "avx2", 1, pair=pair)
+    row.samples_s = samples
+    return row
+
+
+def test_intervals_of_medians_hold_the_truth_as_often_as_they_say() -> None:
+    random = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        low, high = statistics.median_interval(random.lognormal(0.0, 0.3, 25))
+        held += low <= 1.0 <= high
+    assert 180 <= held <= 199
+
+
+def test_few_samples_have_the_whole_range_as_interval() -> None:
+    assert statistics.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    with pytest.raises(ValueError, match="no samples"):
+        statistics.summarise([])
+
+
+def test_outliers_are_counted() -> None:
+    found = statistics.summarise([1.0, 1.1, 0.9, 1.0, 1.05, 9.0])
+    assert (found.outliers, found.n, found.minimum) == (1, 6, 0.9)
+
+
+@pytest.mark.parametrize("seed", RUNS)
+@pytest.mark.parametrize("pair", ["", "p"])
+def test_a_planted_slowdown_is_caught_and_a_twin_is_not_flagged(seed: int, pair: str) -> None:
+    random = np.random.default_rng(seed)
+    drift = 1 + 0.1 * np.sin(np.arange(150) / 20)  # slow, and the same for both that take turns
+    a, b, twin = (np.array(_times(random, 150, s)) * drift for s in (1.0, 1.1, 1.0))
+    old = _row(list(a), pair)
+    (slow,) = compare([old], [_row(list(b), pair)], 0.05)
+    (same,) = compare([old], [_row(list(twin), pair)], 0.05)
+    assert slow.ratio is not None
+    assert slow.ratio.low < 1.1 * 1.01 < slow.ratio.high * 1.05
+    assert slow.verdict == SLOWER
+    assert same.verdict in (SAME, UNDECIDED)
+    assert failing([slow, same], Rule(SLOWER, 0.05)) == [slow]
+
+
+def test_verdicts_go_by_the_interval() -> None:
+    def of(low: float, high: float) -> str:
+        return judge(Ratio((low + high) / 2, low, high, 9, 1.0), 0.05)
+
+    assert of(1.06, 1.2) == SLOWER
+    assert of(0.8, 0.94) == FASTER
+    assert of(0.96, 1.04) == SAME
+    assert of(1.04, 1.2) == of(0.94, 1.04) == UNDECIDED
+
+
+def test_rules_are_read() -> None:
+    assert Rule.parse("slower:2.5%") == Rule(SLOWER, 0.025)
+    with pytest.raises(ValueError, match="slower:5%"):
+        Rule.parse("worse:5%")
+
+
+def test_a_row_that_is_no_longer_right_fails_a_comparison() -> None:
+    wrong = _row([1e-3] * 9)
+    wrong.status = "wrong"
+    found = compare([_row([1e-3] * 9)], [wrong], 0.05)
+    assert failing(found, Rule()) == found
+    assert not compare([_row([1e-3])], [], 0.05)
+
+
+def test_growth_finds_the_exponent() -> None:
+    random = np.random.default_rng(3)
+    sizes = [2.0**k for k in range(6, 14)]
+    found = statistics.growth(sizes, [_times(random, 30, s) for s in sizes])
+    assert found is not None
+    assert found.low <= 1.0 <= found.high
+    assert found.high - found.low < 0.1
+    square = statistics.growth(sizes, [_times(random, 30, s * s) for s in sizes])
+    assert square is not None
+    assert abs(square.slope - 2) < 0.05
+    assert statistics.growth(sizes[:2], [[1.0], [2.0]]) is None
+
+
+def test_the_knee_is_where_larger_is_no_longer_faster() -> None:
+    assert statistics.knee([1, 2, 4, 8, 16], [8.0, 4.0, 2.1, 2.0, 2.05]) == 4
+
+
+def test_files_grow_and_a_cut_line_costs_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append(path, [_row([1.0]), _row([2.0])])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    append(path, [_row([3.0])])
+    rows, warnings = load(path)
+    assert [r.samples_s for r in rows] == [[1.0], [3.0]]
+    assert len(warnings) == 1
+    assert "line 2" in warnings[0]
+
+
+def test_rows_survive_a_file_and_unknown_fields(tmp_path: Path) -> None:
+    row = _row([1.0, 2.0])
+    row.error_vs_fp64, row.extra = float("nan"), {"samples": 3}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row.to_json()[:-1] + ', "of_the_future": 1}\n')
+    (found,), warnings = load(path)
+    assert not warnings
+    assert found.error_vs_fp64 != found.error_vs_fp64
+    found.error_vs_fp64 = row.error_vs_fp64 = 0.0
+    assert found == row
