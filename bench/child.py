@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch  # before mbkern, which uses its OpenMP runtime
-from settings import Settings
+from suite_settings import Settings
 
 from mbkern.bench.allocator import fill_reserve
 from mbkern.bench.machine import OtherLoad

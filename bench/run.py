@@ -21,7 +21,7 @@ from typing import Any
 import torch  # noqa: F401  before mbkern, which uses its OpenMP runtime
 from goals import judge
 from report import as_markdown, goal_table, machine_table, suite_table, warnings
-from settings import COMPILE, LONG_ROWS, Settings
+from suite_settings import COMPILE, LONG_ROWS, Settings
 
 from mbkern.bench import machine, tables
 from mbkern.bench.allocator import environment

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from settings import Settings, progress
+from suite_settings import Settings, progress
 from torch import Tensor
 
 import mbkern

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from settings import ALL, NONE, Settings, progress
+from suite_settings import ALL, NONE, Settings, progress
 from torch import Tensor
 
 import mbkern

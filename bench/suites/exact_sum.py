@@ -10,7 +10,7 @@ elements written as well, to fresh memory.
 from __future__ import annotations
 
 import torch
-from settings import Settings, progress
+from suite_settings import Settings, progress
 
 import mbkern
 from mbkern._launch_pointwise import PointwiseCall

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from settings import NONE, Settings, progress
+from suite_settings import NONE, Settings, progress
 from torch import Tensor
 
 import mbkern

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from settings import Settings, progress
+from suite_settings import Settings, progress
 from torch import Tensor
 
 import mbkern

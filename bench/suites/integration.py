@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from settings import Settings, progress
+from suite_settings import Settings, progress
 
 import mbkern
 from mbkern.bench.allocator import DEFAULT, RECYCLED

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
-from settings import NONE, Settings, progress
+from suite_settings import NONE, Settings, progress
 
 from mbkern.bench.allocator import DEFAULT, environment
 from mbkern.bench.results import Entry, Group

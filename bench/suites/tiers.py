@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from settings import Settings, progress
+from suite_settings import Settings, progress
 
 from mbkern import _C
 from mbkern.bench.allocator import DEFAULT

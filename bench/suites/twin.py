@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from settings import Settings, progress
+from suite_settings import Settings, progress
 
 from mbkern import _C
 from mbkern.bench.allocator import DEFAULT
