@@ -96,8 +96,10 @@ class Row:
         return self.status == MEASURED and bool(self.samples_s)
 
     def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self), allow_nan=True)
+        """One line; samples with six digits, which is finer than the clock."""
+        data = asdict(self)
+        data["samples_s"] = [float(f"{sample:.6g}") for sample in self.samples_s]
+        return json.dumps(data, allow_nan=True)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Row:
