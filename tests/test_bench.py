@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from bench_suite import SLEEP
 
+from mbkern.bench import cli
 from mbkern.bench.rows import FAILED, MEASURED, SKIPPED, WRONG, Row, load
 from mbkern.bench.timing import Effort, Way, interleave, once
 
@@ -137,7 +138,9 @@ def test_the_suites_are_right_and_complete(tmp_path: Path) -> None:
     assert all(r.reason for r in rows if r.status == SKIPPED)
 
 
-def test_two_builds_take_turns_and_a_planted_slowdown_is_found(tmp_path: Path) -> None:
+def test_two_builds_take_turns_and_a_planted_slowdown_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slow = tmp_path / "python-slow"
     slow.write_text(f'#!/bin/sh\nMBKERN_TEST_SLOWER=1.3 exec {sys.executable} "$@"\n')
     slow.chmod(0o755)
@@ -149,11 +152,11 @@ def test_two_builds_take_turns_and_a_planted_slowdown_is_found(tmp_path: Path) -
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "SLOWER" in done.stdout
-    assert _bench("compare", *files, "--fail-if", "slower:5%").returncode == 1
-    assert _bench("compare", *files, "--fail-if", "slower:60%").returncode == 0
-    back = _bench("compare", *reversed(files), "--fail-if", "slower:5%")
-    assert "FASTER" in back.stdout
-    assert back.returncode == 0
+    assert cli.main(["compare", *files, "--fail-if", "slower:5%"]) == 1
+    assert cli.main(["compare", *files, "--fail-if", "slower:60%"]) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", *reversed(files), "--fail-if", "slower:5%"]) == 0
+    assert "1 FASTER" in capsys.readouterr().out
     rows: list[list[Row]] = [load(Path(f))[0] for f in files]
     assert rows[0][0].pair == rows[1][0].pair != ""
 

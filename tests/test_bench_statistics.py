@@ -63,6 +63,33 @@ def test_a_planted_slowdown_is_caught_and_a_twin_is_not_flagged(seed: int, pair:
     assert failing([slow, same], Rule(SLOWER, 0.05)) == [slow]
 
 
+@pytest.mark.parametrize("seed", RUNS)
+def test_twins_whose_processes_differ_are_not_flagged(seed: int) -> None:
+    """Each process is off by some percent, and whoever is second in a round is faster by 10 %."""
+    random = np.random.default_rng(100 + seed)
+    second = np.where(np.arange(600) % 2, 0.9, 1.0)
+
+    def samples(scale: float, order: np.ndarray, off: float) -> list[float]:
+        found: list[float] = []
+        for _ in range(5):
+            luck = random.lognormal(0.0, off)
+            found += list(np.array(_times(random, 600, scale * luck)) * order)
+        return found
+
+    def row(*arguments: object) -> Row:
+        made = _row(samples(*arguments), "p")  # type: ignore[arg-type]
+        made.blocks = [600] * 5
+        return made
+
+    first = 0.9 / second
+    (twin,) = compare([row(1.0, second, 0.04)], [row(1.0, first, 0.04)], 0.05)
+    assert twin.verdict in (SAME, UNDECIDED)
+    assert twin.ratio is not None
+    assert twin.ratio.low <= twin.ratio.median <= twin.ratio.high
+    (slow,) = compare([row(1.0, second, 0.01)], [row(1.1, first, 0.01)], 0.05)
+    assert slow.verdict == SLOWER
+
+
 def test_verdicts_go_by_the_interval() -> None:
     def of(low: float, high: float) -> str:
         return judge(Ratio((low + high) / 2, low, high, 9, 1.0), 0.05)

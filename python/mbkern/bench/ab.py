@@ -17,7 +17,7 @@ from mbkern.bench.rows import Key, Row
 from mbkern.bench.run import Recorder
 from mbkern.bench.session import Session
 
-PROCESSES = 3
+PROCESSES = 5
 
 
 def run(
@@ -85,6 +85,7 @@ def _case(
             if row.limit:
                 continue
             known = rows.setdefault(row.key, row)
+            known.blocks.append(len(row.samples_s))
             if known is not row:
                 known.samples_s += row.samples_s
                 known.status = row.status if row.status != "measured" else known.status

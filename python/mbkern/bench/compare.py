@@ -1,7 +1,8 @@
 """Two files, case by case: FASTER, SLOWER, SAME or UNDECIDED, by an interval and not by a number.
 
-The ratio of B's time to A's has a 95 % interval: of paired rounds where A and B took turns
-(``bench ab``), of medians else. SLOWER: all of it lies above 1 + threshold. FASTER: all of it lies
+The ratio of B's time to A's has a 95 % interval: of rounds where A and B took turns (``bench ab``),
+with the differences between processes; of medians else.
+SLOWER: all of it lies above 1 + threshold. FASTER: all of it lies
 below 1 - threshold. SAME: all of it lies between. UNDECIDED: it reaches across one of these ends,
 and more samples are needed.
 """
@@ -74,8 +75,10 @@ def compare(a: Sequence[Row], b: Sequence[Row], threshold: float) -> list[Compar
                 found.append(Comparison(before, after, None, NOT_COMPARED, states))
             continue
         paired = bool(before.pair) and before.pair == after.pair
-        ratio = (statistics.paired if paired else statistics.unpaired)(
-            after.samples_s, before.samples_s
+        ratio = (
+            statistics.in_turns(after.samples_s, before.samples_s, before.blocks)
+            if paired and before.blocks == after.blocks
+            else statistics.unpaired(after.samples_s, before.samples_s)
         )
         if ratio is not None:
             found.append(Comparison(before, after, ratio, judge(ratio, threshold)))

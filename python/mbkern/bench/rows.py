@@ -36,6 +36,7 @@ class Row:
         baseline: the provider that others are compared with.
         size, axis: what it is plotted over.
         run: of one command; ``pair``: rows of two files with one ``pair`` took turns.
+        blocks: of ``bench ab``: samples of each process, in order.
         environment: the machine, the software, the load before and after.
         extra: particular to a suite.
     """
@@ -74,6 +75,7 @@ class Row:
     axis: str = ""
     run: str = ""
     pair: str = ""
+    blocks: list[int] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
