@@ -181,6 +181,21 @@ def test_interrupted() -> None:
     assert elapsed < 1.0
 
 
+INTERRUPTED_IN_EXEC = """
+import sys
+from mbkern import _cli, _selftest
+_selftest._run = lambda *arguments: exec("raise KeyboardInterrupt")
+sys.exit(_cli.main(["selftest"]))
+"""
+
+
+def test_interrupted_in_exec() -> None:
+    """CPython would end the process by the signal, although the interrupt was handled."""
+    command = [sys.executable, "-c", INTERRUPTED_IN_EXEC]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "\ninterrupted\n", "")
+
+
 # Without torch, which takes seconds to load.
 ISA = """
 import importlib.util, sys

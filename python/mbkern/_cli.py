@@ -1,6 +1,7 @@
 """The command line, ``python -m mbkern <command>``: what is installed here, and does it work?
 
-Exit status: 0 all is well, 1 a check failed, 2 the command line was not understood.
+Exit status: 0 all is well, 1 a check failed, 2 the command line was not understood, 130
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+
+INTERRUPTED = 130  # the exit status, as shells have it
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -47,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["bench"]:  # which has commands and options of its own
         from mbkern.bench import cli
 
-        return cli.main(words[1:])
-    args = _parser().parse_args(words)
-    status: int = args.run(args)
+        status: int = cli.main(words[1:])
+    else:
+        args = _parser().parse_args(words)
+        status = args.run(args)
+    if status == INTERRUPTED:
+        # A Ctrl-C that falls into exec() or eval() of a string (dataclasses, namedtuples) is on
+        # record in CPython as not handled until the next exec(); the exit would be by the signal.
+        exec("")
     return status

@@ -23,6 +23,7 @@ from torch import Tensor
 from mbkern import _C, _cuda
 from mbkern import _selftest_head as head
 from mbkern import _selftest_lists as lists
+from mbkern._cli import INTERRUPTED
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
@@ -278,7 +279,7 @@ def run(write_golden: bool = False, device: str | None = None) -> int:
         return _run(write_golden, found)
     except KeyboardInterrupt:
         print("\ninterrupted")
-        return 130
+        return INTERRUPTED
     finally:
         _C.set_isa(isa)
         torch.set_num_threads(threads)

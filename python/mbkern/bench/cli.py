@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from mbkern._cli import INTERRUPTED
 from mbkern.bench import tables
 from mbkern.bench.models import MODELS
 from mbkern.bench.problem import Plan
@@ -168,7 +169,7 @@ def _ab(argv: Sequence[str]) -> int:
     ab.run(plan, (args.a, args.b), recorders, args.processes)
     a, b = (recorder.rows for recorder in recorders)
     status = _judge(a, b, rule if args.fail_if else None, rule.threshold, ())
-    return run.INTERRUPTED if recorders[0].interrupted else status
+    return INTERRUPTED if recorders[0].interrupted else status
 
 
 def _report(argv: Sequence[str]) -> int:

@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mbkern._cli import INTERRUPTED
 from mbkern.bench import conclusions, display, tables
 from mbkern.bench.problem import Plan
 from mbkern.bench.rows import FAILED, SKIPPED, WRONG, Row, append
 from mbkern.bench.session import Died, Session
-
-INTERRUPTED = 130  # the exit status, as shells have it
 
 
 class Recorder:
