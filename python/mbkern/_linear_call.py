@@ -178,13 +178,18 @@ class LinearCall:
         if on_cuda(target) or target.numel() == 0:
             return
         t = target.reshape(-1)
-        bad = ((t < 0) | (t >= self.classes)) & (t != self.options.row.ignore_index)
+        classes = self._number_of_classes()
+        bad = ((t < 0) | (t >= classes)) & (t != self.options.row.ignore_index)
         if bool(bad.any()):
             at = int(torch.nonzero(bad)[0])
             raise IndexError(
-                f"mbkern: target {int(t[at])} of item {at} is not a class in [0, {self.classes}) "
+                f"mbkern: target {int(t[at])} of item {at} is not a class in [0, {classes}) "
                 f"and not ignore_index={self.options.row.ignore_index}"
             )
+
+    def _number_of_classes(self) -> int:
+        """How many classes targets are of."""
+        return self.classes
 
     @property
     def count(self) -> int:

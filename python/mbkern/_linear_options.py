@@ -47,8 +47,10 @@ def linear_options(
     sample_weight: Tensor | None = None,
     num_valid: int | None = None,
     filter_eps: float | str | None = None,
+    classes: int | None = None,
 ) -> LinearOptions:
-    """Check everything that needs no address, and gather it."""
+    """Check everything that needs no address, and gather it. ``classes``: if not as many as
+    ``linear_weight`` has, being one of several parts."""
     for name, value in (
         ("input", input), ("linear_weight", linear_weight), ("target", target),
         ("linear_bias", linear_bias), ("weight", weight), ("sample_weight", sample_weight),
@@ -71,7 +73,8 @@ def linear_options(
             f"mbkern: input and linear_weight must be floating, not {input.dtype} and "
             f"{linear_weight.dtype}"
         )
-    features, classes = input.shape[-1], linear_weight.shape[0]
+    features = input.shape[-1]
+    classes = linear_weight.shape[0] if classes is None else classes
     batch, inner = input.shape[:-1], linear_weight.shape[1:-1]
     if linear_weight.shape[-1] != features:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mbkern import _linear_buffers as buffers
+from mbkern import _linear_parallel as parallel
 from mbkern import _traced
 from mbkern._arguments import Number, compute_dtype, hint_value, result_dtype
 from mbkern._linear_call import Gradients, LinearCall, LinearOptions
@@ -46,6 +47,7 @@ def linear_cross_entropy(
     filter_eps: float | str | None = None,
     return_stats: bool = False,
     loss_dtype: torch.dtype | None = None,
+    process_group: Any = None,
 ) -> Any:
     """Cross-entropy of ``linear(input, linear_weight, linear_bias)``, without the logits.
 
@@ -98,6 +100,16 @@ def linear_cross_entropy(
             accuracy, predictions, and of every item the log-probability of its target, entropy and
             log-sum-exp, which can be differentiated. Looks at the logits as they pass, at the cost
             of about five passes over them.
+        process_group: the classes are cut over these processes, in the order of their ranks, in
+            parts of any size: ``linear_weight`` and ``linear_bias`` are this rank's; target,
+            ``weight`` (of all classes) and the rest are the same on all ranks. The input is the
+            same on all ranks, or each rank's part of its first dimension (sequence-parallel); its
+            gradient comes back as the input came, a sum over ranks in float32. A ``linear_weight``
+            that is a DTensor with Shard(0) says all this by itself, if the input is one, too. Class
+            indices only; four products; no tracers, and not with ``split_invariant``. One
+            all-gather of three numbers an item in forward, one all-reduce of the input's gradient;
+            the sizes of the parts are asked for in every call, which waits for the device: DTensors
+            know them.
 
     Returns:
         The loss: 0-dim, or one an item; with ``return_stats`` a pair.
@@ -112,6 +124,17 @@ def linear_cross_entropy(
     by chunk. Under torch.func and export, for tensor subclasses, where class probabilities require
     grad, and for statistics in any of these, the formula runs unfused, all logits at once.
     """
+    if process_group is not None or parallel.is_dtensor(linear_weight):
+        _refuse_other_gradients(weight, sample_weight, denominator)
+        return parallel.linear_cross_entropy(
+            input, linear_weight, target, linear_bias, process_group=process_group,
+            accumulate_into=accumulate_into, return_stats=return_stats, loss_dtype=loss_dtype,
+            logit_scale=logit_scale, split_invariant=split_invariant, weight=weight,
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            options=options, z_loss=z_loss, softcap=softcap, denominator=denominator, shift=shift,
+            chunk_bytes=chunk_bytes, sample_weight=sample_weight, num_valid=num_valid,
+            filter_eps=filter_eps,
+        )  # fmt: skip
     head = linear_options(
         input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
         ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,

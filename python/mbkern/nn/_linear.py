@@ -22,11 +22,11 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     Args:
         in_features: size of each input sample.
-        num_classes: number of classes, C.
+        num_classes: number of classes, C; with ``process_group`` those of this rank.
         out_features: (d1, ...) for a loss of each of d1, ...; the linear layer has C * d1 * ...
             rows.
         bias: whether the linear layer has one.
-        weight: one weight a class, (C).
+        weight: one weight a class, (C); with ``process_group`` of the classes of all ranks.
         ignore_index: None is -100.
     """
 
@@ -58,8 +58,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         filter_eps: float | str | None = None,
         return_stats: bool = False,
         loss_dtype: torch.dtype | None = None,
+        process_group: Any = None,
     ) -> None:
-        if weight is not None and weight.shape != (num_classes,):
+        if process_group is None and weight is not None and weight.shape != (num_classes,):
             raise ValueError(
                 f"mbkern: weight must have one entry for each of the {num_classes} classes, not "
                 f"shape {tuple(weight.shape)}"
@@ -88,6 +89,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.filter_eps = filter_eps
         self.return_stats = return_stats
         self.loss_dtype = loss_dtype
+        self.process_group = process_group
 
     def extra_repr(self) -> str:
         """What is not the linear layer's."""
@@ -136,4 +138,5 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             filter_eps=self.filter_eps,
             return_stats=self.return_stats,
             loss_dtype=self.loss_dtype,
+            process_group=self.process_group,
         )

@@ -1,0 +1,335 @@
+"""The fused head with ``process_group=`` or a DTensor weight: what comes in, and autograd."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern import _linear_buffers as buffers
+from mbkern import _traced
+from mbkern._arguments import Number, result_dtype
+from mbkern._launch import scalar_argument
+from mbkern._linear_loss import (
+    LinearRequest,
+    _destinations,
+    _save,
+    _saved,
+    as_argument,
+)
+from mbkern._linear_options import linear_options, product_dtype
+from mbkern._linear_shards import Shard, ShardCall, all_gather
+from mbkern._linear_stats import LinearStats
+from mbkern.autograd import _is_legacy_batched
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, without an import that takes long."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+class Enter(torch.autograd.Function):
+    """``Enter.apply(tensor, group, sizes, dim)``: what all ranks of a group compute with.
+
+    Args:
+        tensor: the same on all ranks; or with ``sizes`` each rank's part along ``dim``.
+        sizes: of each rank's part, or None.
+
+    The gradient is the sum over ranks, added up in float32 (float64); of a part, its part of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, group: Any, sizes: Sequence[int] | None, dim: int
+    ) -> Tensor:
+        ctx.group, ctx.sizes, ctx.dim = group, sizes, dim
+        if sizes is None:
+            return tensor.view_as(tensor)
+        most = max(sizes)
+        mine = tensor.movedim(dim, 0)
+        padded = mine.new_zeros((most, *mine.shape[1:]))
+        padded[: mine.shape[0]] = mine
+        parts = zip(all_gather(padded, group), sizes, strict=True)
+        return torch.cat([part[:size] for part, size in parts]).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
+        total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
+        if total.numel():
+            torch.distributed.all_reduce(total, group=ctx.group)
+        if ctx.sizes is not None:
+            rank = torch.distributed.get_rank(ctx.group)
+            total = total.narrow(ctx.dim, sum(ctx.sizes[:rank]), ctx.sizes[rank])
+        return total.to(grad.dtype), None, None, None
+
+
+class ShardLoss(torch.autograd.Function):
+    """``ShardLoss.apply(input, weight, bias, scale, target, request, shard, with_stats)``: loss,
+    and with ``with_stats`` the log-sum-exp of every item and the statistics.
+
+    Four products: the logits of this rank's classes are computed again in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        target: Tensor,
+        request: LinearRequest,
+        shard: Shard,
+        with_stats: bool,
+    ) -> Any:
+        call = _call((input, weight, bias, scale, target), request, shard)
+        divisor = ctx.divisor = call.divisor()
+        items, stats = call.exchange(with_stats)
+        loss = call.loss(items, divisor, request.loss_dtype)
+        _save(ctx, (input, weight, bias, scale, target), items.saved(), request)
+        ctx.shard = shard
+        ctx.set_materialize_grads(False)
+        if stats is None:
+            return loss
+        found = _of_all_items(call, stats)
+        plain = found[:-1]
+        ctx.mark_non_differentiable(*plain)
+        return (loss, found.lse, *plain)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor | None, *more: Tensor | None) -> Any:
+        of_lse = more[0] if more else None
+        if torch.is_grad_enabled() or any(
+            g is not None and _is_legacy_batched(g) for g in (incoming, of_lse)
+        ):
+            raise RuntimeError(
+                "mbkern: linear_cross_entropy over several processes gives no gradient that can "
+                "itself be differentiated (create_graph=True), or taken for many incoming "
+                "gradients at once"
+            )
+        tensors, saved, request = _saved(ctx)
+        input, bias, scale = tensors[0], tensors[2], tensors[3]
+        call = _call(tensors, request, ctx.shard)
+        into, sums = _destinations(ctx, call, tensors, request)
+        factor = item_scale = None
+        divisor = ctx.divisor
+        if incoming is not None and request.options.row.reduction == "none":
+            item_scale, divisor = call.of_kept(incoming), 1.0
+        elif incoming is not None:
+            factor = scalar_argument(incoming, "the incoming gradient")
+        if of_lse is not None:
+            of_lse = call.of_kept(of_lse).reshape(-1)
+        call.gradients(into, saved, divisor, factor, item_scale, of_lse)
+        into.weight = None
+        grad_weight = sums.finish() if sums is not None else None
+        return (
+            as_argument(into.input, input), grad_weight, as_argument(into.bias, bias),
+            as_argument(into.scale, scale), *(None,) * 4,
+        )  # fmt: skip
+
+
+def _call(tensors: tuple[Any, ...], request: LinearRequest, shard: Shard) -> ShardCall:
+    input, weight, bias, scale, target = tensors
+    return ShardCall(
+        input, weight, bias, target, scale, request.options, request.dtype, shard=shard
+    )
+
+
+def _of_all_items(call: ShardCall, stats: LinearStats) -> LinearStats:
+    """Statistics in the shape of the unreduced loss, of rows that were not computed, too."""
+
+    def spread(values: Tensor, fill: int = 0) -> Tensor:
+        values = values.view(-1, call.items)
+        if call.kept is not None:
+            whole = values.new_full((call.loss_rows, call.items), fill)
+            values = whole.index_copy_(0, call.kept, values)
+        return values.reshape(call.shape)
+
+    return LinearStats(
+        stats.items, stats.accuracy, spread(stats.predictions, -1), spread(stats.log_prob),
+        spread(stats.entropy), spread(stats.lse),
+    )  # fmt: skip
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    *,
+    process_group: Any,
+    accumulate_into: Tensor | str | None,
+    return_stats: bool,
+    loss_dtype: torch.dtype | None,
+    logit_scale: Number | None,
+    split_invariant: bool,
+    **options: Any,
+) -> Any:
+    """See :func:`mbkern.functional.linear_cross_entropy`."""
+    if split_invariant:
+        raise NotImplementedError(
+            "mbkern: split_invariant=True does not go with a vocabulary that is cut over processes"
+        )
+    tensors = [input, linear_weight, target, linear_bias, logit_scale, accumulate_into]
+    group, sizes, shard = process_group, None, None
+    dim = 0
+    if any(is_dtensor(t) for t in (*tensors, *options.values())):
+        local = _Local(linear_weight, group)
+        group, shard = local.group, local.shard
+        input, sizes, dim = local.input(input)
+        target, logit_scale = local.whole(target), local.whole(logit_scale)
+        linear_bias = local.part(linear_bias, "linear_bias")
+        accumulate_into = local.part(accumulate_into, "accumulate_into")
+        linear_weight = local.part(linear_weight, "linear_weight")
+        options = {name: local.whole(value) for name, value in options.items()}
+    if shard is None:
+        sizes, shard = _ask(input, linear_weight, target, group)
+    scale = logit_scale if isinstance(logit_scale, Tensor) else None
+    if any(_traced.is_needed(input, t) for t in (linear_weight, linear_bias, scale, target)):
+        raise RuntimeError(
+            "mbkern: linear_cross_entropy over several processes cannot be traced: not under "
+            "torch.compile and torch.func, in dispatch and function modes, with tensor subclasses"
+        )
+    if target.is_floating_point():
+        raise NotImplementedError(
+            "mbkern: over several processes the target must be class indices, not probabilities"
+        )
+    joined = Enter.apply(input, group, sizes, dim)  # type: ignore[no-untyped-call]
+    head = linear_options(
+        joined, linear_weight, target, linear_bias, logit_scale=logit_scale,
+        classes=shard.total, **options,
+    )  # fmt: skip
+    if scale is not None:
+        scale = Enter.apply(scale, group, None, 0)  # type: ignore[no-untyped-call]
+    dtype = product_dtype(joined, linear_weight)
+    has_graph = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (joined, linear_weight, linear_bias, scale)
+    )
+    if accumulate_into is not None:
+        others = (joined, linear_bias, target, scale, head.row.weight, head.row.sample_weight)
+        buffers.check(accumulate_into, linear_weight, others)
+        if has_graph and not linear_weight.requires_grad:
+            raise ValueError(
+                "mbkern: accumulate_into is given, and linear_weight does not require grad: "
+                "nothing would be added"
+            )
+    request = LinearRequest(
+        head, dtype, result_dtype(loss_dtype, dtype, joined), None, accumulate_into
+    )
+    found = ShardLoss.apply(  # type: ignore[no-untyped-call]
+        joined, linear_weight, linear_bias, scale, target, request, shard, return_stats
+    )
+    if not return_stats:
+        return found
+    loss, lse, count, accuracy, predictions, log_prob, entropy = found
+    return loss, LinearStats(count, accuracy, predictions, log_prob, entropy, lse)
+
+
+def _ask(
+    input: Tensor, weight: Tensor, target: Tensor, group: Any
+) -> tuple[tuple[int, ...] | None, Shard]:
+    """What the ranks have: the sizes of their parts of the input (None: all of it) and classes."""
+    rows = input.shape[0] if input.dim() > 1 else 1
+    mine = torch.tensor([weight.shape[0], rows], device=weight.device)
+    ranks = all_gather(mine, group).tolist()
+    shard = Shard(group, tuple(classes for classes, _ in ranks))
+    sizes = tuple(size for _, size in ranks)
+    wanted = target.shape[0] if input.dim() > 1 and target.dim() else 1
+    if all(size == wanted for size in sizes):
+        return None, shard
+    if sum(sizes) != wanted:
+        raise ValueError(
+            f"mbkern: the ranks' inputs have {', '.join(map(str, sizes))} rows; the target, which "
+            f"has {wanted}, goes with as many on every rank, or with as many on all of them"
+        )
+    return sizes, shard
+
+
+class _Local:
+    """The parts of DTensors that are here, of a weight with its classes over one mesh dimension."""
+
+    def __init__(self, weight: Any, group: Any) -> None:
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor import Shard as Cut
+
+        if not is_dtensor(weight):
+            raise TypeError(
+                "mbkern: linear_weight is a plain tensor, and another argument a DTensor; over "
+                "several processes the weight must be one, too"
+            )
+        self.mesh, self.placements = weight.device_mesh, tuple(weight.placements)
+        cuts = [k for k, p in enumerate(self.placements) if p == Cut(0)]
+        others = [p for k, p in enumerate(self.placements) if k not in cuts]
+        if len(cuts) != 1 or any(p != Replicate() for p in others):
+            raise NotImplementedError(
+                f"mbkern: linear_weight is placed {self.placements}; it must be Shard(0), its "
+                "classes cut, over one mesh dimension and replicated over the others"
+            )
+        self.at = cuts[0]
+        self.group = self.mesh.get_group(self.at)
+        self.given = group
+        classes, world = weight.shape[0], self.mesh.size(self.at)
+        self.world = world
+        self.shard = Shard(self.group, _chunks(classes, world))
+
+    def input(self, input: Any) -> tuple[Tensor, tuple[int, ...] | None, int]:
+        """The input that is here, the sizes of its parts (None: it is all here), and their dim."""
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor import Shard as Cut
+
+        if not is_dtensor(input):
+            if self.given is None:
+                raise TypeError(
+                    "mbkern: linear_weight is a DTensor, and the input a plain tensor, which does "
+                    "not say whether all ranks have the same: pass a DTensor, or process_group= if "
+                    "they do"
+                )
+            return input, None, 0
+        if input.device_mesh != self.mesh:
+            raise ValueError("mbkern: input and linear_weight are on different meshes")
+        wanted: list[Any] = [Replicate()] * len(self.placements)
+        placement = input.placements[self.at]
+        sizes, dim = None, 0
+        # Not a subclass, which cuts otherwise; and not along the features.
+        if type(placement) is Cut and placement.dim % input.dim() < input.dim() - 1:
+            dim = placement.dim % input.dim()
+            wanted[self.at] = Cut(dim)
+            sizes = _chunks(input.shape[dim], self.world)
+        if tuple(input.placements) != tuple(wanted):
+            input = input.redistribute(self.mesh, wanted)
+        return input.to_local(grad_placements=wanted), sizes, dim
+
+    def part(self, value: Any, name: str) -> Any:
+        """This rank's part of what is cut as the weight is."""
+        if isinstance(value, str):
+            raise ValueError(
+                f"mbkern: {name}={value!r} goes with a plain weight; of a DTensor, pass the buffer"
+            )
+        if not is_dtensor(value):
+            return value
+        if tuple(value.placements) != self.placements:
+            if name == "accumulate_into":
+                raise ValueError(f"mbkern: {name} is placed {tuple(value.placements)}, and the "
+                                 f"weight {self.placements}")  # fmt: skip
+            value = value.redistribute(self.mesh, self.placements)
+        return value.to_local(grad_placements=self.placements)
+
+    def whole(self, value: Any) -> Any:
+        """What all ranks have."""
+        from torch.distributed.tensor import Replicate
+
+        if not is_dtensor(value):
+            return value
+        every = [Replicate()] * value.device_mesh.ndim
+        return value.redistribute(value.device_mesh, every).to_local(grad_placements=every)
+
+
+def _chunks(size: int, world: int) -> tuple[int, ...]:
+    """How DTensor cuts a dimension."""
+    step = -(-size // world)
+    return tuple(max(0, min(step, size - rank * step)) for rank in range(world))

@@ -1,0 +1,331 @@
+"""One rank of test_linear_parallel.py: ``distributed_shards.py RANK WORLD STORE``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import mbkern.nn
+from mbkern import functional as F
+
+FEATURES = 8
+SIZES = {2: (30, 7), 4: (3, 16, 0, 18)}  # of the ranks' classes: uneven, one empty
+Case = dict[str, Any]
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Names, and the options of each call."""
+    yield "mean", {}
+    yield "sum", {"reduction": "sum"}
+    yield "none", {"reduction": "none"}
+    yield "bias", {"bias": True}
+    yield "float64", {"dtype": torch.float64, "bias": True, "label_smoothing": 0.1}
+    yield "bfloat16", {"dtype": torch.bfloat16, "bias": True}
+    yield "float16", {"dtype": torch.float16}
+    yield "smoothing", {"label_smoothing": 0.2}
+    yield "class weights", {"weighted": True}
+    yield "class weights, smoothing", {"weighted": True, "label_smoothing": 0.3, "bias": True}
+    yield "z-loss", {"z_loss": 0.02, "weighted": True, "label_smoothing": 0.1}
+    yield "soft cap", {"softcap": 2.0}
+    yield "soft cap, everything", {
+        "softcap": 3.0, "weighted": True, "label_smoothing": 0.1, "z_loss": 0.01, "bias": True,
+        "sampled": True, "reduction": "none",
+    }  # fmt: skip
+    yield "scale", {"logit_scale": 0.7, "bias": True}
+    yield "learnt scale", {"scale": True, "bias": True}
+    yield "sample weights", {"sampled": True}
+    yield "denominator", {"denominator": 3.5}
+    yield "chunks", {"chunk_bytes": 500}
+    yield "three dimensions, shift", {"shape": (2, 6), "shift": 1}
+    yield "inner dimensions", {"shape": (6,), "inner": (3,), "chunk_bytes": 300}
+    yield "one item", {"shape": ()}
+    yield "no item", {"shape": (0,), "reduction": "sum"}
+    yield "all ignored", {"ignored": True, "reduction": "sum"}
+    yield "certain", {"gain": 60.0}
+    yield "an ignored class", {"ignore_index": 4}
+
+
+def make(case: Case) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """The tensors and the options of a call in one process, the same on every rank."""
+    g = torch.Generator().manual_seed(5)
+    options = dict(case)
+    dtype = options.pop("dtype", torch.float32)
+    shape, inner = options.pop("shape", (12,)), options.pop("inner", ())
+    gain = options.pop("gain", 1.0)
+    classes = sum(SIZES[2])
+    x = torch.randn(*shape, FEATURES, generator=g)
+    w = torch.randn(classes, *inner, FEATURES, generator=g) * gain
+    target = torch.randint(classes, (*shape, *inner), generator=g)
+    if target.numel() > 2:
+        target.view(-1)[1] = options.get("ignore_index", -100)
+    if options.pop("ignored", False):
+        target.fill_(-100)
+    tensors: dict[str, Tensor | None] = {
+        "input": x.to(dtype), "linear_weight": w.to(dtype), "linear_bias": None,
+        "logit_scale": None, "target": target,
+    }  # fmt: skip
+    if options.pop("bias", False):
+        tensors["linear_bias"] = torch.randn(classes, *inner, generator=g).to(dtype)
+    if options.pop("scale", False):
+        tensors["logit_scale"] = torch.tensor(1.3, dtype=dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    if options.pop("weighted", False):
+        options["weight"] = torch.rand(classes, generator=g).to(wide)
+    if options.pop("sampled", False):
+        options["sample_weight"] = torch.rand(target.shape, generator=g).to(wide)
+    return tensors, options
+
+
+def run(
+    tensors: dict[str, Tensor | None], options: dict[str, Any], **more: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """Loss and gradients by name; and the statistics, if there are."""
+    leaves: dict[str, Any] = {
+        name: t if t is None or not t.is_floating_point() else t.detach().requires_grad_()
+        for name, t in tensors.items()
+    }
+    arguments = {name: t for name, t in leaves.items() if t is not None}
+    result = F.linear_cross_entropy(**arguments, **options, **more)
+    loss, stats = result if isinstance(result, tuple) else (result, None)
+    generator = torch.Generator().manual_seed(6)
+    incoming = torch.rand(loss.shape, generator=generator).to(loss.dtype)
+    value = (loss * incoming).sum()
+    if stats is not None:
+        value = value + (stats.lse.float() ** 2).sum() * 0.1
+    value.backward()
+    found = {name: t.grad for name, t in leaves.items() if t is not None and t.requires_grad}
+    return {"loss": loss.detach(), **found}, stats
+
+
+def part(tensor: Tensor | None, rank: int, world: int) -> Tensor | None:
+    """A rank's classes."""
+    if tensor is None:
+        return None
+    first = sum(SIZES[world][:rank])
+    return tensor[first : first + SIZES[world][rank]].clone()
+
+
+def close(name: str, found: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """Two results of one sum in another order."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2,
+                 torch.float16: 2e-3}[dtype]  # fmt: skip
+    scale = float(want.detach().abs().nan_to_num().max()) if want.numel() else 0.0
+    torch.testing.assert_close(
+        found,
+        want,
+        rtol=tolerance,
+        atol=tolerance * max(scale, 1e-3),
+        equal_nan=True,
+        msg=lambda m: f"{name}: {m}",
+    )
+
+
+def check_cases(rank: int, world: int) -> None:
+    """Each case against one process."""
+    for name, case in cases():
+        for with_stats in (False, True):
+            tensors, options = make(case)
+            want, all_stats = run(tensors, options, return_stats=with_stats)
+            mine = dict(tensors)
+            for key in ("linear_weight", "linear_bias"):
+                mine[key] = part(tensors[key], rank, world)
+                if tensors[key] is not None:
+                    grad = part(want[key], rank, world)
+                    assert grad is not None
+                    want[key] = grad
+            found, stats = run(
+                mine, options, return_stats=with_stats, process_group=dist.group.WORLD
+            )
+            dtype = case.get("dtype", torch.float32)
+            assert found.keys() == want.keys()
+            for key, value in want.items():
+                close(f"{name}, {key}", found[key], value, dtype)
+                assert found[key].dtype is value.dtype
+            if stats is None:
+                continue
+            for field, a, b in zip(stats._fields, stats, all_stats, strict=True):
+                if field in ("items", "predictions"):
+                    assert torch.equal(a, b), (name, field, a, b)
+                else:
+                    wide = torch.float64 if dtype is torch.float64 else torch.float32
+                    loose = dtype in (torch.bfloat16, torch.float16)
+                    close(f"{name}, {field}", a.to(b.dtype), b, dtype if loose else wide)
+
+
+def check_special_values(rank: int, world: int) -> None:
+    """NaN and infinite logits: NaN in their row, and in no other."""
+    for value in (float("nan"), float("inf"), -float("inf")):
+        tensors, options = make({"reduction": "none"})
+        x = tensors["input"]
+        assert x is not None
+        x[3, 0] = value
+        want, _ = run(tensors, options)
+        mine = tensors | {"linear_weight": part(tensors["linear_weight"], rank, world)}
+        found, _ = run(mine, options, process_group=dist.group.WORLD)
+        for key in ("loss", "input"):
+            torch.testing.assert_close(found[key], want[key], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def check_sequence_parallel(rank: int, world: int) -> None:
+    """Each rank has some of the rows, unevenly, one none of them."""
+    cut = {2: (5, 7), 4: (0, 1, 4, 7)}[world]
+    for case in ({}, {"scale": True, "bias": True}, {"dtype": torch.bfloat16}):
+        tensors, options = make(case)
+        want, _ = run(tensors, options)
+        rows = slice(sum(cut[:rank]), sum(cut[: rank + 1]))
+        x = tensors["input"]
+        assert x is not None
+        mine = {
+            name: part(t, rank, world) if name.startswith("linear") else t
+            for name, t in tensors.items()
+        } | {"input": x[rows].clone()}
+        found, _ = run(mine, options, process_group=dist.group.WORLD)
+        dtype = case.get("dtype", torch.float32)
+        close("loss", found["loss"], want["loss"], dtype)
+        close("input", found["input"], want["input"][rows], dtype)
+        grad = part(want["linear_weight"], rank, world)
+        assert grad is not None
+        close("weight", found["linear_weight"], grad, dtype)
+        if "logit_scale" in want:
+            close("scale", found["logit_scale"], want["logit_scale"], dtype)
+
+
+def check_dtensors(rank: int, world: int) -> None:
+    """The weight cut over the mesh; the input replicated, cut along its rows, or its features."""
+    mesh = dist.init_device_mesh("cpu", (world,))
+    for shape, placement in (
+        ((12,), Replicate()), ((12,), Shard(0)), ((2, 7), Shard(1)), ((12,), Shard(1)),
+    ):  # fmt: skip
+        tensors, options = make({"shape": shape, "bias": True, "weighted": True})
+        want, _ = run(tensors, options)
+        mine = {
+            "input": distribute_tensor(tensors["input"], mesh, [placement]),
+            "linear_weight": distribute_tensor(tensors["linear_weight"], mesh, [Shard(0)]),
+            "linear_bias": distribute_tensor(tensors["linear_bias"], mesh, [Shard(0)]),
+            "target": distribute_tensor(tensors["target"], mesh, [Replicate()]),
+            "logit_scale": None,
+        }
+        found, _ = run(mine, options)
+        for key, value in want.items():
+            got = found[key]
+            if isinstance(got, DTensor):
+                assert got.placements == mine[key].placements
+                got = got.full_tensor()
+            close(f"DTensor {placement}, {key}", got, value, torch.float32)
+        plain = mine | {"input": tensors["input"], "target": tensors["target"]}
+        refused(TypeError, partial(run, plain, options), "pass a DTensor, or process_group=")
+        found, _ = run(plain, options, process_group=mesh.get_group())
+        close("plain input", found["input"], want["input"], torch.float32)
+    tensors, options = make({})
+    w = distribute_tensor(tensors["linear_weight"], mesh, [Shard(1)])
+    x = distribute_tensor(tensors["input"], mesh, [Replicate()])
+    refused(
+        NotImplementedError, lambda: F.linear_cross_entropy(x, w, tensors["target"]), "Shard(0)"
+    )
+    buffer = distribute_tensor(torch.zeros(tensors["linear_weight"].shape), mesh, [Shard(0)])
+    w = distribute_tensor(tensors["linear_weight"], mesh, [Shard(0)]).requires_grad_()
+    F.linear_cross_entropy(x, w, tensors["target"], accumulate_into=buffer).backward()
+    assert w.grad is None
+    want, _ = run(tensors, options)
+    generator = torch.Generator().manual_seed(6)
+    incoming = torch.rand((), generator=generator)
+    close("buffer", buffer.full_tensor() * incoming, want["linear_weight"], torch.float32)
+
+
+def check_buffers(rank: int, world: int) -> None:
+    """Two micro-batches into this rank's buffer; its module; nothing is kept of a forward alone."""
+    tensors, options = make({"reduction": "sum", "bias": True})
+    weight, bias = (
+        part(tensors["linear_weight"], rank, world),
+        part(tensors["linear_bias"], rank, world),
+    )
+    assert weight is not None
+    assert bias is not None
+    head = mbkern.nn.LinearCrossEntropyLoss(
+        FEATURES, weight.shape[0], bias=True, process_group=dist.group.WORLD, **options
+    )
+    head.load_state_dict({"linear.weight": weight, "linear.bias": bias})
+    buffer = torch.zeros_like(weight)
+    head.accumulate_into = buffer
+    x, target = tensors["input"], tensors["target"]
+    assert x is not None
+    assert target is not None
+    head(x, target)
+    assert not buffer.any()
+    for rows in (slice(0, 4), slice(4, None)):
+        head(x[rows], target[rows]).backward()
+    assert head.linear.weight.grad is None
+    leaf = tensors["linear_weight"]
+    assert leaf is not None
+    leaf = leaf.clone().requires_grad_()
+    F.linear_cross_entropy(
+        x, leaf, target, linear_bias=tensors["linear_bias"], **options
+    ).backward()
+    assert leaf.grad is not None
+    want = part(leaf.grad, rank, world)
+    assert want is not None
+    close("buffer", buffer, want, torch.float32)
+
+
+def refused(kind: type[Exception], call: Callable[[], Any], text: str) -> None:
+    """What must be an error, on every rank."""
+    with pytest.raises(kind, match=re.escape(text)):
+        call()
+
+
+def check_refusals(rank: int, world: int) -> None:
+    """Errors that name the values."""
+    group = dist.group.WORLD
+    tensors, _ = make({})
+    x, w, target = tensors["input"], part(tensors["linear_weight"], rank, world), tensors["target"]
+    assert x is not None
+    assert w is not None
+    assert target is not None
+
+    def call(**changed: Any) -> Any:
+        arguments = {"input": x, "linear_weight": w, "target": target, "process_group": group}
+        return F.linear_cross_entropy(**(arguments | changed))
+
+    refused(IndexError, lambda: call(target=torch.full_like(target, 37)), "[0, 37)")
+    refused(ValueError, lambda: call(weight=torch.ones(30)), "37 classes")
+    refused(ValueError, lambda: call(input=x[: 5 + rank]), "the target, which has 12")
+    refused(NotImplementedError, lambda: call(target=torch.rand(12, 37)), "class indices")
+    refused(NotImplementedError, lambda: call(split_invariant=True), "split_invariant")
+    refused(ValueError, lambda: call(accumulate_into=torch.zeros(3, 3)), "accumulate_into")
+    refused(RuntimeError, lambda: torch.func.grad(lambda t: call(input=t))(x), "cannot be traced")
+    leaf = x.clone().requires_grad_()
+    loss = call(input=leaf)
+    refused(
+        RuntimeError, lambda: torch.autograd.grad(loss, leaf, create_graph=True), "create_graph"
+    )
+
+
+def main() -> None:
+    """Run every check."""
+    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    check_cases(rank, world)
+    check_special_values(rank, world)
+    check_sequence_parallel(rank, world)
+    check_dtensors(rank, world)
+    check_buffers(rank, world)
+    check_refusals(rank, world)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
