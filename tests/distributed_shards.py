@@ -99,6 +99,9 @@ def run(
     loss, stats = result if isinstance(result, tuple) else (result, None)
     generator = torch.Generator().manual_seed(6)
     incoming = torch.rand(loss.shape, generator=generator).to(loss.dtype)
+    if options.get("split_invariant") or more.get("split_invariant"):
+        # One process forms the gradients in forward, and multiplies them again, and rounds.
+        incoming = torch.ones_like(loss) if loss.dim() == 0 else incoming
     value = (loss * incoming).sum()
     if stats is not None:
         value = value + (stats.lse.float() ** 2).sum() * 0.1
@@ -242,6 +245,50 @@ def check_dtensors(rank: int, world: int) -> None:
     close("buffer", buffer.full_tensor() * incoming, want["linear_weight"], torch.float32)
 
 
+BLOCKS = {2: (2048, 1030), 4: (1024, 1024, 0, 1030)}  # classes that begin at a block of 1024
+
+
+def check_bits(rank: int, world: int) -> None:
+    """Split-invariant: the bits of one process, whatever the threads."""
+    classes = sum(BLOCKS[world])
+    begin = sum(BLOCKS[world][:rank])
+    mine = slice(begin, begin + BLOCKS[world][rank])
+    g = torch.Generator().manual_seed(9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for options in (
+            {}, {"reduction": "none"}, {"softcap": 4.0, "z_loss": 1e-3, "logit_scale": 1.7},
+            {"inner": True}, {"reduction": "sum", "shift": 1, "chunk_bytes": 50_000},
+        ):  # fmt: skip
+            more = dict(options)
+            inner = (2,) if more.pop("inner", False) else ()
+            x = torch.randn(3, 7, FEATURES, generator=g).to(dtype)
+            w = torch.randn(classes, *inner, FEATURES, generator=g).to(dtype)
+            bias = torch.randn(classes, *inner, generator=g).to(dtype)
+            target = torch.randint(classes, (3, 7, *inner), generator=g)
+            target[1, 3] = -100
+            x[0, 1] *= 30  # nearly certain, right or wrong
+            tensors = {
+                "input": x, "linear_weight": w, "linear_bias": bias, "target": target,
+                "logit_scale": None,
+            }  # fmt: skip
+            more["sample_weight"] = torch.rand(target.shape, generator=g).to(
+                torch.float64 if dtype is torch.float64 else torch.float32
+            )
+            if "shift" in more:
+                more["sample_weight"] = more["sample_weight"][:, 1:]
+            want, _ = run(tensors, more, split_invariant=True)
+            tensors |= {"linear_weight": w[mine].clone(), "linear_bias": bias[mine].clone()}
+            torch.set_num_threads(1 + rank % 2)
+            found, _ = run(tensors, more, split_invariant=True, process_group=dist.group.WORLD)
+            torch.set_num_threads(1)
+            for key, value in want.items():
+                part_of = value[mine] if key.startswith("linear") else value
+                if key == "loss" and dtype is torch.float64:  # added up in another order
+                    torch.testing.assert_close(found[key], part_of)
+                else:
+                    assert torch.equal(found[key], part_of), (dtype, options, key)
+
+
 def check_buffers(rank: int, world: int) -> None:
     """Two micro-batches into this rank's buffer; its module; nothing is kept of a forward alone."""
     tensors, options = make({"reduction": "sum", "bias": True})
@@ -300,7 +347,10 @@ def check_refusals(rank: int, world: int) -> None:
     refused(ValueError, lambda: call(weight=torch.ones(30)), "37 classes")
     refused(ValueError, lambda: call(input=x[: 5 + rank]), "the target, which has 12")
     refused(NotImplementedError, lambda: call(target=torch.rand(12, 37)), "class indices")
-    refused(NotImplementedError, lambda: call(split_invariant=True), "split_invariant")
+    exact = partial(call, split_invariant=True)
+    refused(ValueError, exact, "not a multiple of 1024")
+    refused(NotImplementedError, partial(exact, label_smoothing=0.1), "label_smoothing")
+    refused(NotImplementedError, partial(exact, weight=torch.ones(37)), "weight")
     refused(ValueError, lambda: call(accumulate_into=torch.zeros(3, 3)), "accumulate_into")
     refused(RuntimeError, lambda: torch.func.grad(lambda t: call(input=t))(x), "cannot be traced")
     leaf = x.clone().requires_grad_()
@@ -322,6 +372,7 @@ def main() -> None:
     check_special_values(rank, world)
     check_sequence_parallel(rank, world)
     check_dtensors(rank, world)
+    check_bits(rank, world)
     check_buffers(rank, world)
     check_refusals(rank, world)
     dist.destroy_process_group()

@@ -10,6 +10,9 @@ import distributed_shards as worker
 import pytest
 import torch
 
+from mbkern._launch import exact_add, exact_result
+from mbkern._linear_shards_exact import exact_sum
+
 pytestmark = [
     pytest.mark.cpu,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
@@ -27,3 +30,19 @@ def test_same_as_one_process(world: int, tmp_path: Path) -> None:
     ]  # fmt: skip
     errors = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * world, errors
+
+
+def test_exact_sum() -> None:
+    """Rounded once, as the kernels' own exact sums are: half-way cases and a wide range, too."""
+    g = torch.Generator().manual_seed(3)
+    values = torch.rand(400, 130, generator=g)
+    values[:200] *= torch.exp2(torch.randint(-130, 10, (200, 130), generator=g).float())
+    values[200:300] = (values[200:300] < 0.1) * 2.0**-30
+    values[200:300, 5] = 1.0 + 2.0**-23
+    values[200:300, 77] = 2.0**-24  # half of the last place
+    values[300] = 0.0
+    found = exact_sum(values)
+    for row, value in zip(values, found, strict=True):
+        total = torch.zeros(12, dtype=torch.int64)
+        exact_add(total, row)
+        assert torch.equal(exact_result(total, None, torch.float32), value)

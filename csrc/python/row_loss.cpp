@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "core/row_items.h"
 #include "cpu/dispatch.h"
 #include "cpu/row_call.h"
 #include "python/fields.h"
@@ -96,6 +97,10 @@ py::object row_loss(const py::tuple& fields) {
 
 }  // namespace
 
-void add_row_loss(py::module_& m) { m.def("row_loss", &row_loss, py::arg("fields")); }
+void add_row_loss(py::module_& m) {
+  m.def("row_loss", &row_loss, py::arg("fields"));
+  m.attr("ROW_BLOCK") = MBK_ISA::kBlock;
+  m.attr("ROW_LANES") = MBK_ISA::kGroup;
+}
 
 }  // namespace mbk::python

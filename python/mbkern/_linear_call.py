@@ -214,12 +214,16 @@ class LinearCall:
         return flat if self.kept is None else flat.index_select(0, self.kept)
 
     def _rows_of_chunk(self) -> int:
+        return self._rows_for(self.w.shape[0])
+
+    def _rows_for(self, width: int) -> int:
+        """Rows of a chunk of logits of that width."""
         if self.options.chunk_rows is not None:
             return self.options.chunk_rows
         asked = self.options.chunk_bytes
         if asked is None:
             asked = _CHUNK_BYTES_CUDA if on_cuda(self.x) else _CHUNK_BYTES
-        of_row = self.w.shape[0] * self.logits_dtype.itemsize
+        of_row = width * self.logits_dtype.itemsize
         most = max(1, asked // max(1, of_row))
         chunks = max(1, -(-self.count // most))
         return max(1, -(-self.count // chunks))

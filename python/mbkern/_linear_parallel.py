@@ -22,6 +22,7 @@ from mbkern._linear_loss import (
 )
 from mbkern._linear_options import linear_options, product_dtype
 from mbkern._linear_shards import Shard, ShardCall, all_gather
+from mbkern._linear_shards_exact import ExactShardCall
 from mbkern._linear_stats import LinearStats
 from mbkern.autograd import _is_legacy_batched
 
@@ -33,20 +34,20 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 class Enter(torch.autograd.Function):
-    """``Enter.apply(tensor, group, sizes, dim)``: what all ranks of a group compute with.
+    """``Enter.apply(tensor, group, sizes, dim, adds)``: what all ranks of a group compute with.
 
     Args:
         tensor: the same on all ranks; or with ``sizes`` each rank's part along ``dim``.
         sizes: of each rank's part, or None.
-
-    The gradient is the sum over ranks, added up in float32 (float64); of a part, its part of it.
+        adds: whether the gradient that comes back is this rank's part of a sum over ranks, which is
+            then added up in float32 (float64); else it is the sum.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, tensor: Tensor, group: Any, sizes: Sequence[int] | None, dim: int
+        ctx: Any, tensor: Tensor, group: Any, sizes: Sequence[int] | None, dim: int, adds: bool
     ) -> Tensor:
-        ctx.group, ctx.sizes, ctx.dim = group, sizes, dim
+        ctx.group, ctx.sizes, ctx.dim, ctx.adds = group, sizes, dim, adds
         if sizes is None:
             return tensor.view_as(tensor)
         most = max(sizes)
@@ -58,14 +59,16 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
-        total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
-        if total.numel():
-            torch.distributed.all_reduce(total, group=ctx.group)
+        total = grad
+        if ctx.adds:
+            wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
+            total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
+            if total.numel():
+                torch.distributed.all_reduce(total, group=ctx.group)
         if ctx.sizes is not None:
             rank = torch.distributed.get_rank(ctx.group)
             total = total.narrow(ctx.dim, sum(ctx.sizes[:rank]), ctx.sizes[rank])
-        return total.to(grad.dtype), None, None, None
+        return total.to(grad.dtype), None, None, None, None
 
 
 class ShardLoss(torch.autograd.Function):
@@ -135,9 +138,8 @@ class ShardLoss(torch.autograd.Function):
 
 def _call(tensors: tuple[Any, ...], request: LinearRequest, shard: Shard) -> ShardCall:
     input, weight, bias, scale, target = tensors
-    return ShardCall(
-        input, weight, bias, target, scale, request.options, request.dtype, shard=shard
-    )
+    kind = ExactShardCall if request.options.split_invariant else ShardCall
+    return kind(input, weight, bias, target, scale, request.options, request.dtype, shard=shard)
 
 
 def _of_all_items(call: ShardCall, stats: LinearStats) -> LinearStats:
@@ -171,10 +173,6 @@ def linear_cross_entropy(
     **options: Any,
 ) -> Any:
     """See :func:`mbkern.functional.linear_cross_entropy`."""
-    if split_invariant:
-        raise NotImplementedError(
-            "mbkern: split_invariant=True does not go with a vocabulary that is cut over processes"
-        )
     tensors = [input, linear_weight, target, linear_bias, logit_scale, accumulate_into]
     group, sizes, shard = process_group, None, None
     dim = 0
@@ -199,13 +197,14 @@ def linear_cross_entropy(
         raise NotImplementedError(
             "mbkern: over several processes the target must be class indices, not probabilities"
         )
-    joined = Enter.apply(input, group, sizes, dim)  # type: ignore[no-untyped-call]
+    joined = Enter.apply(input, group, sizes, dim, not split_invariant)  # type: ignore[no-untyped-call]
     head = linear_options(
         joined, linear_weight, target, linear_bias, logit_scale=logit_scale,
-        classes=shard.total, **options,
+        classes=shard.total,
+        split_invariant=split_invariant, **options,
     )  # fmt: skip
     if scale is not None:
-        scale = Enter.apply(scale, group, None, 0)  # type: ignore[no-untyped-call]
+        scale = Enter.apply(scale, group, None, 0, True)  # type: ignore[no-untyped-call]
     dtype = product_dtype(joined, linear_weight)
     has_graph = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (joined, linear_weight, linear_bias, scale)

@@ -49,33 +49,26 @@ class Shard:
 
 @dataclass(slots=True)
 class Items:
-    """Of every item, (n) float64: what all ranks know after the exchange.
+    """Of every item, (n): float64: what all ranks know after the exchange.
 
     Attributes:
         max: of the logits of all classes, m.
         rest: sum of exp(c_j - m) over all classes but the target.
         logit: the target's, c_t.
         distance: sum of w_j (m - c_j); with label smoothing only.
+        uncapped: the target's logit before the soft cap; where backward starts from it.
     """
 
     max: Tensor
     rest: Tensor
     logit: Tensor
     distance: Tensor | None = None
-
-    @property
-    def term(self) -> Tensor:
-        """exp(c_t - m)."""
-        return torch.exp(self.logit - self.max)
-
-    @property
-    def log_sum(self) -> Tensor:
-        """log of the sum of all exp(c_j - m); exact where the target is nearly certain."""
-        return torch.log1p((self.rest - 1.0) + self.term)
+    uncapped: Tensor | None = None
 
     def saved(self) -> Tensor:
         """What backward needs, (3, n)."""
-        return torch.stack((self.max, self.rest, self.logit))
+        logit = self.logit if self.uncapped is None else self.uncapped
+        return torch.stack((self.max, self.rest, logit))
 
 
 class ShardCall(LinearCall):
@@ -105,6 +98,14 @@ class ShardCall(LinearCall):
 
     def _number_of_classes(self) -> int:
         return self.shard.total
+
+    def _term(self, items: Items) -> Tensor:
+        """exp(c_t - m)."""
+        return torch.exp(items.logit - items.max)
+
+    def _log_sum(self, items: Items) -> Tensor:
+        """log of the sum of all exp(c_j - m); exact where the target is nearly certain."""
+        return torch.log1p((items.rest - 1.0) + self._term(items))
 
     # ---- forward ----
 
@@ -180,7 +181,8 @@ class ShardCall(LinearCall):
     def _stats(self, items: Items, predicted: Tensor, sums: Tensor) -> LinearStats:
         """As :func:`mbkern._linear_stats.gather`; (n) each."""
         counts, target = self._counts, self.target.reshape(-1)
-        mass, term, log_sum = items.rest + items.term, items.term, items.log_sum
+        term, log_sum = self._term(items), self._log_sum(items)
+        mass = items.rest + term
         entropy = log_sum - (sums + _times(term, items.logit - items.max)) / mass
         count = counts.sum()
         return LinearStats(
@@ -193,7 +195,7 @@ class ShardCall(LinearCall):
 
     def loss(self, items: Items, divisor: float | Tensor, dtype: torch.dtype) -> Tensor:
         """The reduced loss; or one an item."""
-        rows, log_sum = self.options.row, items.log_sum
+        rows, log_sum = self.options.row, self._log_sum(items)
         loss = self._target_weight * self._keep_share * ((items.max - items.logit) + log_sum)
         if items.distance is not None:
             loss = loss + self._spread_share * (self._weight_sum * log_sum + items.distance)
@@ -248,8 +250,9 @@ class ShardCall(LinearCall):
         certain = self._target_weight * self._keep_share
         pull = torch.full_like(items.max, 0.0) + self._spread_share * self._weight_sum
         if rows.z_loss:
-            pull = pull + (2 * rows.z_loss) * (items.max + items.log_sum)
-        mass, term = items.rest + items.term, items.term
+            pull = pull + (2 * rows.z_loss) * (items.max + self._log_sum(items))
+        term = self._term(items)
+        mass = items.rest + term
         extra = torch.zeros_like(factor) if of_lse is None else of_lse.double()
         every = (factor * (certain + pull) + extra) / mass
         at_target = (factor * (pull * term - certain * items.rest) + extra * term) / mass

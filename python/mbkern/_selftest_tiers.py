@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbkern import _C, _cuda
+from mbkern import _C
+from mbkern._elementary import elementary
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,7 @@ class Tier:
 
     def elementary(self, name: str, x: np.ndarray[Any, Any]) -> Tensor:
         """An elementary function of an array of float32 or float64."""
-        double = x.dtype == np.float64
-        if not self.on_cuda:
-            y = np.empty_like(x)
-            _C.elementary(self.isa, name, double, x.ctypes.data, y.ctypes.data, len(x))
-            return torch.from_numpy(y)
-        moved = self.move(torch.from_numpy(x))
-        out = torch.empty_like(moved)
-        if not _C.cuda_elementary(name, (moved, out, _cuda.current_stream(moved))):
-            raise ValueError(f"mbkern: no elementary function {name!r} on CUDA")
-        return out.cpu()
+        return elementary(name, self.move(torch.from_numpy(x)), self.isa or None).cpu()
 
 
 def find_tiers(device: str | None, thread_counts: Callable[[], list[int]]) -> list[Tier]:

@@ -106,10 +106,13 @@ def linear_cross_entropy(
             same on all ranks, or each rank's part of its first dimension (sequence-parallel); its
             gradient comes back as the input came, a sum over ranks in float32. A ``linear_weight``
             that is a DTensor with Shard(0) says all this by itself, if the input is one, too. Class
-            indices only; four products; no tracers, and not with ``split_invariant``. One
-            all-gather of three numbers an item in forward, one all-reduce of the input's gradient;
-            the sizes of the parts are asked for in every call, which waits for the device: DTensors
-            know them.
+            indices only; four products; no tracers. One all-gather of three numbers an item in
+            forward, one all-reduce of the input's gradient; the sizes of the parts are asked for in
+            every call, which waits for the device: DTensors know them. With ``split_invariant`` the
+            bits are those of one process where every rank's classes begin at a multiple of 1024;
+            not with ``label_smoothing``, ``weight``, ``return_stats`` or a tensor as
+            ``logit_scale``. The ranks' parts of the input's gradient are then added up one after
+            the other, and the sums of 1024 logits each are exchanged.
 
     Returns:
         The loss: 0-dim, or one an item; with ``return_stats`` a pair.
