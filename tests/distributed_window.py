@@ -76,7 +76,13 @@ def main() -> None:
     mode = "known" if kind == "known" else "deferred"
     if kind == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
-        accumulator = mbkern.GradAccumulator(model, max_norm=0.5)
+        with pytest.warns(UserWarning, match="stay this rank's"):
+            mbkern.GradAccumulator(list(model.parameters())).close()
+        accumulator = mbkern.GradAccumulator(
+            torch.compile(torch.nn.Sequential(model)), max_norm=0.5
+        )
+        with pytest.raises(ValueError, match="given to the constructor"):
+            mbkern.GradAccumulator([], process_group=False).add(model)
         with pytest.raises(RuntimeError, match="no_sync"):
             accumulator.backward(torch.ones((), requires_grad=True), count=1)
         model.zero_grad()

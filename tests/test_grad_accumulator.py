@@ -459,8 +459,10 @@ def test_grad_scaler_misuse(monkeypatch: pytest.MonkeyPatch) -> None:
         acc.flush(scaler=scaler)
     with pytest.raises(TypeError, match=r"must be a torch\.amp\.GradScaler"):
         acc.flush(scaler=3, optimizer=optimizer)
+    acc.backward(net(torch.ones(2, 6)).sum(), 2)
     with pytest.raises(RuntimeError, match="has scaled no loss"):
         acc.flush(scaler=scaler, optimizer=optimizer)
+    acc.reset()
     acc.backward(scaler.scale(net(torch.ones(2, 6)).sum()), 2)
     acc.flush(scaler=scaler, optimizer=optimizer)
     with pytest.raises(RuntimeError, match="has unscaled this optimizer"):

@@ -36,7 +36,7 @@ class List {
   // The first view sets the shape of each tensor.
   void add(std::int64_t k, const Tensor& x, ListView view, bool written) {
     if (view == kBuffer) tensors_.emplace_back();
-    if (k >= count() || x.kind > Kind::floating) return refuse();
+    if (!good || k >= count() || x.kind > Kind::floating) return refuse();
     ListTensor& t = tensors_[static_cast<std::size_t>(k)];
     if (!x) return view == kBuffer ? refuse() : void();
     if (view == kBuffer) {
@@ -53,8 +53,10 @@ class List {
     std::copy(x.strides, x.strides + dims, v.strides);
     if (!t.size) return;
     const View& buffer = t.views[kBuffer];
-    const bool in_place = view == kListGrad && v.data == buffer.data && v.dtype == buffer.dtype &&
-                          std::equal(v.strides, v.strides + dims, buffer.strides);
+    bool in_place = view == kListGrad && v.data == buffer.data && v.dtype == buffer.dtype;
+    for (int d = 0; d < dims; ++d)
+      in_place = in_place && (t.shape[d] == 1 || v.strides[d] == buffer.strides[d]);
+    if (written && meets_itself(t, v)) return refuse();
     if (in_place && written) {  // the buffer's own elements: they are written, and read before
       buffers_[static_cast<std::size_t>(k)].written = true;
       return;
@@ -70,7 +72,6 @@ class List {
     } else {
       others_.push_back(bytes);
     }
-    if (written && meets_itself(t, v)) refuse();
   }
 
   // A number that the device reads while it writes.

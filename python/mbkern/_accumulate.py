@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,8 +40,10 @@ def as_tensors(given: Any, name: str, *, written: bool = False) -> list[Any]:
 
     What is no tensor stays, for the launch to refuse.
     """
-    if type(given) is list and _PLAIN.issuperset(map(type, given)):
-        return given
+    if type(given) is list:
+        own = list(given)  # another thread may change the caller's while the kernel runs
+        if _PLAIN.issuperset(map(type, own)):
+            return own
     if isinstance(given, Tensor) or hasattr(given, "__array_interface__"):
         given = (given,)
     if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
@@ -53,10 +57,13 @@ def as_tensors(given: Any, name: str, *, written: bool = False) -> list[Any]:
 def _as_tensor(item: Any, name: str, written: bool) -> Any:
     if isinstance(item, Tensor) or not hasattr(item, "__array_interface__"):
         return item
-    if written and not item.flags.writeable:
+    array = np.asarray(item)  # whatever has the interface
+    if written and not array.flags.writeable:
         raise ValueError(f"mbkern: {name} is a read-only array")
     try:
-        return torch.from_numpy(item)
+        with warnings.catch_warnings():  # of arrays that are not writeable: they are only read
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(array)
     except (TypeError, ValueError) as error:
         raise type(error)(f"mbkern: {name}: {error}") from None
 

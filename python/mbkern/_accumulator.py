@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +15,18 @@ from torch import Tensor
 
 from mbkern import _accumulator_scaler, _accumulator_state
 from mbkern._accumulator_collect import Collector, Measurement
-from mbkern._accumulator_counts import Count, reciprocal
+from mbkern._accumulator_counts import Count, check_count, reciprocal
 from mbkern._accumulator_flush import FlushOptions, WindowStats, prepare, write
-from mbkern._accumulator_hooks import discard, hook, release, require_no_gradients, unhook
-from mbkern._accumulator_parameters import Slot, allocate, read_parameters
-from mbkern._accumulator_ranks import is_ddp, reduce_window, require_no_sync
+from mbkern._accumulator_hooks import (
+    discard,
+    put_hooks,
+    release,
+    require_no_gradients,
+    require_none_left,
+    unhook,
+)
+from mbkern._accumulator_parameters import Slot, allocate, penalty, read_parameters
+from mbkern._accumulator_ranks import check_group, find_ddp, reduce_window, require_no_sync
 from mbkern._arguments import Number
 
 _MODES = ("deferred", "streaming", "known")
@@ -75,7 +85,9 @@ class GradAccumulator:
             gradient is that of all ranks' items together, in shares of any size. A
             ``DistributedDataParallel`` module given as ``parameters`` brings its own group, and its
             micro-batches must run under its ``no_sync()``. In "known" mode the totals are those of
-            all ranks. Parameters without a gradient get zeros then.
+            all ranks. Parameters without a gradient on any rank get zeros then, and their penalty's
+            gradient. Without a group, where there are several ranks, a warning says that sums stay
+            this rank's; False says that this is meant.
 
     Raises:
         TypeError: complex or integer parameters, or not parameters at all.
@@ -108,42 +120,92 @@ class GradAccumulator:
                 raise ValueError(f"mbkern: {name} must be one of {', '.join(allowed)}: {value!r}")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"mbkern: dtype is {dtype}; buffers are float32 or float64")
-        if not pre_scale > 0:
-            raise ValueError(f"mbkern: pre_scale is {pre_scale}; it must be positive")
+        if not (pre_scale > 0 and math.isfinite(pre_scale)):
+            raise ValueError(f"mbkern: pre_scale is {pre_scale}; it must be positive and finite")
+        if isinstance(denominators, str) or len(set(denominators)) != len(tuple(denominators)):
+            raise ValueError(
+                f"mbkern: denominators must be a sequence of different names, not {denominators!r}"
+            )
         self.mode, self.max_norm, self.measure = mode, max_norm, measure
-        self._module = parameters if is_ddp(parameters) else None
-        self._group = parameters.process_group if is_ddp(parameters) else process_group
-        if self._group is not None and mode == "streaming":
+        self._module = find_ddp(parameters)
+        if self._module is not None:
+            process_group = self._module.process_group
+        if process_group not in (None, False) and mode == "streaming":
             raise ValueError(
                 "mbkern: mode='streaming' promises a gradient after each micro-batch, which would "
                 "be an all-reduce each; use 'deferred' with a process_group"
             )
+        self._group = check_group(process_group)
         self._dtype, self._flat, self._into = dtype, layout == "flat", into
         self._pre_scale, self._densify = float(pre_scale), sparse == "densify"
-        self._l1, self._l2 = float(l1), float(l2)
+        self._l1, self._l2 = penalty(l1, "l1"), penalty(l2, "l2")
         self._names = tuple(denominators) or ("",)
         self._slots: list[Slot] = []
         self._collector: Collector | None = None
         self._counts: dict[str, Count] = {}
         self._totals: dict[str, Number] | None = None
         self._measurements: list[Measurement] = []
-        self._sizes: list[Number] = []
+        self._sizes: dict[int, Number] = {}
+        self._measured_whole, self._repeated = True, False
+        self._lent: dict[str, tuple[Tensor, int]] = {}  # and their versions
+        self._omitted: set[str] = set()  # denominators of micro-batches that gave no count
+        self._failed: tuple[str, Count] | None = None  # of a micro-batch that was added in part
+        self._open = threading.Lock()
         self._micro_batches = 0
         self._broken: str | None = None
         self.add(parameters)
 
     def add(self, parameters: Any) -> None:
         """Take more parameters, in any of the constructor's forms; known ones are passed over."""
+        self._require_closed("add()")
+        module = find_ddp(parameters)
+        if module is not None and module is not self._module:
+            raise ValueError(
+                "mbkern: a DistributedDataParallel module is given to the constructor: it brings "
+                "its process group"
+            )
         new = read_parameters(parameters, self._l1, self._l2, self._slots)
         sets = 1 if self.mode == "known" else len(self._names)
         allocate(new, self._dtype, self._flat, sets)
         prepare(new, self._into)
         self._slots += new
-        hook(new, weakref.ref(self))
+        put_hooks(new, weakref.ref(self))
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
         unhook(self._slots)
+
+    @property
+    def max_norm(self) -> float | None:
+        """What the gradient is clipped to; may be set between windows."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        if value is not None and not float(value) >= 0:
+            raise ValueError(f"mbkern: max_norm is {value}; it must be at least 0, or None")
+        self._max_norm = None if value is None else float(value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradAccumulator:
+        """A copy with buffers of its own, of the parameters' copies; of the same process group."""
+        self._require_closed("a deepcopy")
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        for name, value in self.__dict__.items():
+            shared = name in ("_group", "_module")
+            if name == "_open":
+                other.__dict__[name] = threading.Lock()
+            else:
+                other.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+        put_hooks(other._slots, weakref.ref(other))
+        return other
+
+    def __reduce__(self) -> Any:
+        """Refuse: its parameters are others' when it is loaded."""
+        raise TypeError(
+            "mbkern: a GradAccumulator is not pickled: save state_dict(), and load it into one of "
+            "the loaded parameters"
+        )
 
     # ---- a window ---------------------------------------------------------------------------
 
@@ -155,12 +217,18 @@ class GradAccumulator:
         """
         if self.mode != "known":
             raise RuntimeError(f"mbkern: begin() is for mode='known', this is {self.mode!r}")
+        self._require_closed("begin()")
         if self._micro_batches:
             raise RuntimeError(f"mbkern: begin() after {self._micro_batches} micro-batches")
         totals = dict(total) if isinstance(total, Mapping) else {"": total}
         if set(totals) != set(self._names):
             raise ValueError(f"mbkern: total must name {sorted(self._names)}, not {sorted(totals)}")
-        self._totals = totals
+        for name, value in totals.items():
+            check_count(value, f"total {name}".strip())
+        self._totals = {
+            name: value.detach().clone() if isinstance(value, Tensor) else value
+            for name, value in totals.items()
+        }
 
     def backward(self, loss: Tensor, count: Number | None = None, denominator: str = "") -> None:
         """Add the gradient of one micro-batch's loss: a sum over items, not their mean.
@@ -176,7 +244,7 @@ class GradAccumulator:
                 "mbkern: loss must be a 0-dim tensor, a sum over the items of the micro-batch, not "
                 f"{tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
             )
-        with self.micro_batch(count, denominator):
+        with self._micro_batch(count, denominator):
             scaled = loss if self._pre_scale == 1 else loss * self._pre_scale
             scaled.backward()  # type: ignore[no-untyped-call]
 
@@ -184,19 +252,37 @@ class GradAccumulator:
     def micro_batch(self, count: Number | None = None, denominator: str = "") -> Iterator[None]:
         """Take the gradients of the backwards in the block. Arguments as for ``backward``.
 
+        Not with ``pre_scale``, by which only ``backward`` multiplies.
+
         If the block raises before a gradient was added, the window is as it was before. After that
         the window is refused until ``reset()`` drops it or ``keep_partial()`` accepts it.
         """
+        if self._pre_scale != 1:
+            raise RuntimeError(
+                f"mbkern: with pre_scale={self._pre_scale} use backward(loss, count), which "
+                "multiplies the loss by it; a backward in a block does not"
+            )
+        with self._micro_batch(count, denominator):
+            yield
+
+    @contextmanager
+    def _micro_batch(self, count: Number | None, denominator: str) -> Iterator[None]:
         self._require_whole()
-        if self._collector is not None:
-            raise RuntimeError("mbkern: micro-batches cannot be nested")
+        if not self._open.acquire(blocking=False):
+            raise RuntimeError("mbkern: micro-batches cannot be nested, or run in several threads")
+        try:
+            yield from self._collect(count, denominator)
+        finally:
+            self._open.release()
+
+    def _collect(self, count: Number | None, denominator: str) -> Iterator[None]:
         which = self._which(denominator)
         if count is None and self.mode != "known":
             raise ValueError(f"mbkern: mode {self.mode!r} needs the count of every micro-batch")
         counted = self._counts.get(denominator, Count()).copy()
         if count is not None:
             counted.add(count)
-        hook(self._slots, weakref.ref(self))
+        put_hooks(self._slots, weakref.ref(self))
         require_no_gradients(self._slots)
         release(self._slots, self._into)
         require_no_sync(self._module)
@@ -204,28 +290,41 @@ class GradAccumulator:
             which,
             self._alpha(denominator),
             self._micro_batches,
+            pre_scale=self._pre_scale,
             measure=self.measure,
             densify=self._densify,
         )
+        self._lent = {}
+        for slot in self._slots:
+            if slot.lent:
+                self._lend(slot)
         try:
             yield
             collector.finish()
+            require_none_left(self._slots)
         except BaseException as error:
             collector.drop()
-            if collector.added:
+            by_kernels = [n for n, (b, version) in self._lent.items() if b._version != version]
+            if collector.added or by_kernels:
                 self._broken = (
                     f"micro-batch {self._micro_batches} failed ({type(error).__name__}: {error}) "
-                    f"after {collector.added} of its gradients had been added"
+                    f"after {collector.added or 'some'} of its gradients had been added"
                 )
+                self._failed = (denominator, counted)
             discard(self._slots)
             raise
         finally:
             self._collector = None
         self._counts[denominator] = counted
         self._measurements += collector.measurements
-        if count is not None and self.measure:
+        self._measured_whole &= not any(slot.lent for slot in self._slots)
+        self._repeated |= collector.repeated
+        if count is None:
+            self._omitted.add(denominator)
+        elif self.measure:
             # As it is now: a count may live on.
-            self._sizes.append(count.clone() if isinstance(count, Tensor) else count)
+            as_now = count.detach().clone() if isinstance(count, Tensor) else count
+            self._sizes[self._micro_batches] = as_now
         self._micro_batches += 1
         if self.mode == "streaming":
             self._write(keep=True)
@@ -235,8 +334,14 @@ class GradAccumulator:
 
         Sums, zeros at the start of a window; the parameter counts as having a gradient from now on.
         ``measure`` does not see what a kernel adds. In "known" mode the kernel must divide by the
-        total. After ``flush`` ask again: the buffer may hold the gradient until then.
+        total. After ``flush`` ask again: the buffer may hold the gradient until then. Not with
+        ``pre_scale``, which a kernel does not divide out.
         """
+        if self._pre_scale != 1:
+            raise RuntimeError(
+                f"mbkern: buffer() does not go with pre_scale={self._pre_scale}: a kernel that "
+                "adds into it does not divide that out"
+            )
         which = self._which(denominator)
         for slot in self._slots:
             if slot.parameter is parameter:
@@ -244,6 +349,8 @@ class GradAccumulator:
                     release([slot], self._into)
                     slot.buffers[which].zero_()
                     slot.received[which] = True
+                slot.lent = True
+                self._lend(slot)
                 return slot.buffers[which]
         raise KeyError("mbkern: this accumulator does not have that parameter")
 
@@ -254,14 +361,19 @@ class GradAccumulator:
             scaler: a ``torch.amp.GradScaler`` whose ``scale(loss)`` was given to ``backward``. Its
                 scale is divided out and an overflow is recorded, so ``scaler.step(optimizer)``
                 neither unscales again nor misses it; do not call ``unscale_``.
-            optimizer: the one of ``scaler.step``.
+            optimizer: the one of ``scaler.step``; a list, if several step these parameters.
 
         Returns:
             A :class:`WindowStats`. Parameters without a gradient in this window have None.
         """
+        self._require_closed("flush()")
         self._require_whole()
         self._check_known()
-        grad_scale = 1.0 if scaler is None else _accumulator_scaler.scale_of(scaler, optimizer)
+        grad_scale: Number = 1.0
+        if scaler is not None:
+            grad_scale = _accumulator_scaler.scale_of(
+                scaler, optimizer, self._slots, self._micro_batches
+            )
         if self._group is not None:
             known = self.mode == "known"
             reduce_window(self._slots, self._counts, self._names, known, self._group)
@@ -273,19 +385,31 @@ class GradAccumulator:
 
     def reset(self) -> None:
         """Drop the window: nothing of it is left."""
+        self._require_closed("reset()")
+        if self.mode == "streaming" and self._micro_batches:
+            release(self._slots, self._into)  # it was of this window
         self._forget()
 
     def keep_partial(self) -> None:
-        """Go on with a window whose last micro-batch failed, with what of it had been added."""
-        self._broken = None
+        """Go on with a window whose last micro-batch failed: what of it had been added stays, and
+        its items count."""
+        self._require_closed("keep_partial()")
+        if self._failed is not None:
+            name, counted = self._failed
+            self._counts[name] = counted
+            self._micro_batches += 1
+            self._measured_whole = False
+        self._broken = self._failed = None
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, between two micro-batches: copies of all sums, and the counts."""
+        self._require_closed("state_dict()")
         self._require_whole()
         return _accumulator_state.save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned: the window goes on with the same bits."""
+        self._require_closed("load_state_dict()")
         _accumulator_state.load(self, state)
 
     # ---- inside ------------------------------------------------------------------------------
@@ -311,13 +435,26 @@ class GradAccumulator:
             return
         for name, count in self._counts.items():
             announced = (self._totals or {}).get(name)
-            if self.mode != "known" or count.tensor is not None or isinstance(announced, Tensor):
+            if self.mode != "known" or count.tensor is not None or announced is None:
                 continue
-            if count.number and count.number != announced:
+            if isinstance(announced, Tensor):
+                continue
+            if name in self._omitted or not count.number:
+                continue
+            if not math.isclose(count.number, announced, rel_tol=1e-6):  # sums of weights round
                 raise ValueError(
                     f"mbkern: begin() announced a total of {announced} {name}, and {count.number} "
                     "were counted; reset() drops the window"
                 )
+
+    def _lend(self, slot: Slot) -> None:
+        """Remember what a buffer was like before kernels may add to it."""
+        for which, buffer in enumerate(slot.buffers):
+            self._lent.setdefault(f"{slot.name} {which}", (buffer, buffer._version))
+
+    def _require_closed(self, what: str) -> None:
+        if self._collector is not None:
+            raise RuntimeError(f"mbkern: {what} inside a micro-batch, before its gradients are in")
 
     def _require_whole(self) -> None:
         if self._broken:
@@ -332,14 +469,18 @@ class GradAccumulator:
         options = FlushOptions(self._into, keep, grad_scale, self.max_norm)
         stats, norms = write(self._slots, totals, options)
         head = (stats.norm, stats.clip_factor, stats.found_inf, stats.penalty, norms)
-        plain = not (known or scaled or any(slot.l1 or slot.l2 for slot in self._slots))
+        plain = self._measured_whole and not self._repeated
+        plain &= not (known or scaled or any(slot.l1 or slot.l2 for slot in self._slots))
         return WindowStats(
-            *head, self._micro_batches, counts, list(self._measurements), list(self._sizes),
-            stats.norm.square() if plain else None,
+            *head, self._micro_batches, counts, list(self._measurements), dict(self._sizes),
+            stats.norm.square() if plain else None, self._repeated,
         )  # fmt: skip
 
     def _forget(self) -> None:
         for slot in self._slots:
             slot.received = [False] * len(slot.received)
+            slot.lent = False
         self._counts, self._totals, self._broken = {}, None, None
-        self._measurements, self._sizes, self._micro_batches = [], [], 0
+        self._measurements, self._sizes, self._micro_batches = [], {}, 0
+        self._measured_whole, self._repeated, self._failed = True, False, None
+        self._omitted, self._lent = set(), {}

@@ -31,16 +31,26 @@ class Collector:
         which: the set of buffers.
         alpha: multiplies every gradient as it is added.
         micro_batch: its number in the window.
+        pre_scale: what the gradients were multiplied by, for their norms.
         measure: whether to keep the gradients' squared norms.
         densify: whether a sparse gradient is made dense, instead of refused.
     """
 
     def __init__(
-        self, which: int, alpha: Number, micro_batch: int, *, measure: bool, densify: bool
+        self,
+        which: int,
+        alpha: Number,
+        micro_batch: int,
+        *,
+        pre_scale: float,
+        measure: bool,
+        densify: bool,
     ) -> None:
         self.which, self.alpha, self.micro_batch = which, alpha, micro_batch
-        self.measure, self.densify = measure, densify
+        self.pre_scale, self.measure, self.densify = pre_scale, measure, densify
         self.added = 0  # gradients
+        self.repeated = False  # whether a parameter had two: their norms are not that of the sum
+        self._seen: set[int] = set()
         self.measurements: list[Measurement] = []
         self._bucket: dict[int, tuple[Slot, Tensor]] = {}
         self._bytes = 0
@@ -49,9 +59,20 @@ class Collector:
     def take(self, slot: Slot) -> None:
         """Take over the gradient that autograd has just put into ``.grad``."""
         grad = slot.parameter.grad
-        if grad is None:  # a kernel has added it into the buffer itself
+        if grad is None and slot.lent:  # a kernel has added it into the buffer itself
             return
+        if grad is None:
+            raise RuntimeError(
+                f"mbkern: the gradient of {slot.name} went elsewhere before it came here: two "
+                "accumulators at work on one parameter, or a kernel that adds into a buffer of its "
+                "own (pass it GradAccumulator.buffer(parameter))"
+            )
         slot.parameter.grad = None
+        if getattr(slot.parameter, "grad_added_to_main_grad", False):
+            raise RuntimeError(
+                f"mbkern: the gradient of {slot.name} was added to its main_grad, not to this "
+                "accumulator: pass accumulate_into=GradAccumulator.buffer(parameter)"
+            )
         if grad.layout is not torch.strided:
             if not self.densify:
                 raise TypeError(
@@ -63,6 +84,8 @@ class Collector:
         size = grad.numel() * grad.element_size()
         with self._lock:
             twice = id(slot) in self._bucket  # two backwards in one micro-batch
+            self.repeated |= id(slot) in self._seen
+            self._seen.add(id(slot))
             if twice or self._bytes + size > BUCKET_BYTES:
                 self._empty()
             self._bucket[id(slot)] = (slot, grad)
@@ -95,7 +118,8 @@ class Collector:
             if self.measure:
                 found = accumulate_(buffers, grads, self.alpha, beta, measure=True)
                 names = [slot.name for slot, _ in members]
-                self.measurements.append(Measurement(self.micro_batch, names, found.squared_norms))
+                squares = found.squared_norms / self.pre_scale**2
+                self.measurements.append(Measurement(self.micro_batch, names, squares))
             else:
                 accumulate_(buffers, grads, self.alpha, beta)
             for slot, _ in members:

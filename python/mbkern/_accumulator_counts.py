@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,10 @@ class Count:
 
     def add(self, count: Number) -> None:
         """Add a number or a 0-dim tensor."""
+        check_count(count, "count")
         if not isinstance(count, Tensor):
-            if not count >= 0:
-                raise ValueError(f"mbkern: count is {count}; it must be at least 0")
             self.number += float(count)
             return
-        if count.dim() != 0:
-            raise ValueError(
-                f"mbkern: count must be a number or a 0-dim tensor, not {tuple(count.shape)}"
-            )
         term = count.detach().to(torch.float64)
         self.tensor = term.clone() if self.tensor is None else self.tensor + term
 
@@ -38,6 +35,26 @@ class Count:
         other = Count()
         other.number, other.tensor = self.number, self.tensor
         return other
+
+
+def check_count(count: Number, name: str) -> None:
+    """Raise if a count is none; what a device holds is not looked at."""
+    if isinstance(count, Tensor):
+        if count.dim() != 0 or count.is_complex():
+            raise ValueError(
+                f"mbkern: {name} must be a number or a real 0-dim tensor, not {count.dtype} of "
+                f"shape {tuple(count.shape)}"
+            )
+        if not count.is_cpu:
+            return
+        value = float(count.detach())
+    else:
+        try:
+            value = math.nan if isinstance(count, str) else float(count)
+        except (TypeError, ValueError):
+            value = math.nan
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"mbkern: {name} is {count!r}; it must be a finite number, at least 0")
 
 
 def reciprocal(total: Number) -> Number:

@@ -32,9 +32,10 @@ class WindowStats:
         micro_batches: int.
         counts: for each denominator, what was counted: a float, or a float64 tensor.
         measurements: with ``measure=True``, the squared norms of every micro-batch's gradients.
-        sizes: what each micro-batch counted.
+        sizes: by micro-batch, what it counted.
         sum_squared_norm: of the window's mean gradient, before clipping; None where a penalty or a
-            scale is in it.
+            scale is in it, or a micro-batch was not measured whole.
+        repeated: whether a parameter had two gradients in one micro-batch.
     """
 
     norm: Tensor
@@ -45,19 +46,24 @@ class WindowStats:
     micro_batches: int
     counts: dict[str, Number]
     measurements: list[Measurement] = field(default_factory=list, repr=False)
-    sizes: list[Number] = field(default_factory=list, repr=False)
+    sizes: dict[int, Number] = field(default_factory=dict, repr=False)
     sum_squared_norm: Tensor | None = field(default=None, repr=False)
+    repeated: bool = field(default=False, repr=False)
 
     def update(self, noise_scale: NoiseScale) -> None:
         """Take this window into a running estimate of the gradient noise scale.
 
         Needs ``measure=True``, one denominator, gradients that were not scaled by a GradScaler,
-        and no penalty.
+        and no penalty. A window without micro-batches says nothing. Over several processes each
+        rank sees its own micro-batches and the window of all: the estimates are each rank's own.
         """
+        if self.micro_batches == 0:
+            return
         if not self.measurements or len(self.counts) != 1 or self.sum_squared_norm is None:
             raise ValueError(
                 "mbkern: the noise scale needs GradAccumulator(measure=True) with one denominator, "
-                "without penalties, outside known mode"
+                "without penalties, outside known mode, and every gradient measured: none added by "
+                "a kernel, none of a micro-batch that failed, no two of one parameter at once"
             )
         (total,) = self.counts.values()
         sizes = [self.sizes[k] for k in sorted({m.micro_batch for m in self.measurements})]
@@ -66,6 +72,11 @@ class WindowStats:
 
     def micro_batch_norms(self) -> list[Tensor]:
         """The norm of each micro-batch's summed gradient; needs ``measure=True``."""
+        if self.repeated:
+            raise RuntimeError(
+                "mbkern: a parameter had two gradients in one micro-batch (two backwards, or a "
+                "reentrant checkpoint); the norm of their sum was not measured"
+            )
         sums: dict[int, Tensor] = {}
         for m in self.measurements:
             part = m.squared_norms.sum()
@@ -75,13 +86,9 @@ class WindowStats:
     def non_finite(self) -> list[tuple[int, str]]:
         """(micro-batch, parameter) of every gradient with a NaN or an infinity.
 
-        Waits for the device. Needs ``measure=True``; without it only the parameters of the sums are
-        known, and the micro-batch is -1.
+        Waits for the device. Needs ``measure=True``; without it, and where only a sum overflows,
+        the parameters of the sums are known, and the micro-batch is -1.
         """
-        if not self.measurements:
-            names = list(self.squared_norms)
-            finite = torch.stack(list(self.squared_norms.values())).isfinite().tolist()
-            return [(-1, name) for name, good in zip(names, finite, strict=True) if not good]
         found = []
         for m in self.measurements:
             finite = m.squared_norms.isfinite().tolist()
@@ -90,7 +97,12 @@ class WindowStats:
                 for name, good in zip(m.names, finite, strict=True)
                 if not good
             ]
-        return found
+        if found or not self.squared_norms:
+            return found
+        # Not measured, or finite gradients whose sum is not.
+        names = list(self.squared_norms)
+        finite = torch.stack(list(self.squared_norms.values())).isfinite().tolist()
+        return [(-1, name) for name, good in zip(names, finite, strict=True) if not good]
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ def write(
         list(sums.values()),
         denominator=denominator,
         grad_scale=options.grad_scale,
-        parameters=[slot.parameter.detach() for slot in sums],
+        parameters=[s.parameter.detach() if s.l1 or s.l2 else None for s in sums],
         l1=[slot.l1 for slot in sums],
         l2=[slot.l2 for slot in sums],
         max_norm=options.max_norm,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mbkern._accumulator_parameters import Slot
+from mbkern._accumulator_parameters import Given, Slot
 
 if TYPE_CHECKING:
     from mbkern._accumulator import GradAccumulator
@@ -22,19 +22,25 @@ class _Hook:
 
     def __init__(self, accumulator: weakref.ref[GradAccumulator], slot: Slot) -> None:
         self._accumulator, self._slot = accumulator, weakref.ref(slot)
+        self.handle: Any = None
 
     def __call__(self, _: Tensor) -> None:
         accumulator, slot = self._accumulator(), self._slot()
-        if accumulator is not None and slot is not None and accumulator._collector is not None:
+        if accumulator is None or slot is None:
+            self.handle.remove()
+        elif accumulator._collector is not None:
             accumulator._collector.take(slot)
+        else:
+            slot.stray = True
 
 
-def hook(slots: list[Slot], accumulator: weakref.ref[GradAccumulator]) -> None:
+def put_hooks(slots: list[Slot], accumulator: weakref.ref[GradAccumulator]) -> None:
     """Put a hook on every parameter that requires grad and has none yet."""
     for slot in slots:
         if slot.handle is None and slot.parameter.requires_grad:
             register = slot.parameter.register_post_accumulate_grad_hook
-            slot.handle = register(_Hook(accumulator, slot))  # type: ignore[no-untyped-call]
+            hook = _Hook(accumulator, slot)
+            slot.handle = hook.handle = register(hook)  # type: ignore[no-untyped-call]
 
 
 def unhook(slots: list[Slot]) -> None:
@@ -51,15 +57,15 @@ def set_gradient(slot: Slot, grad: Tensor | None, into: str) -> None:
         slot.parameter.main_grad = grad  # type: ignore[attr-defined]
     else:
         slot.parameter.grad = grad
-    slot.given = grad
+    slot.given = None if grad is None else Given(grad)
+    slot.stray = False
 
 
 def release(slots: list[Slot], into: str) -> None:
     """Take back what was handed out: it may lie in a buffer, and autograd would add to it."""
     for slot in slots:
         if slot.given is not None:
-            held = slot.parameter.grad
-            if into == "main_grad" or held is slot.given:
+            if into == "main_grad" or slot.given.is_(slot.parameter.grad):
                 set_gradient(slot, None, into)
             slot.given = None
 
@@ -68,10 +74,26 @@ def require_no_gradients(slots: list[Slot]) -> None:
     """Raise if a parameter has a gradient that was not handed out here: it would be counted."""
     for slot in slots:
         grad = slot.parameter.grad
-        if grad is not None and grad is not slot.given:
+        if grad is None:
+            slot.stray = False
+            continue
+        own = slot.given is not None and slot.given.is_(grad)
+        if not own or slot.stray:
             raise RuntimeError(
-                f"mbkern: {slot.name} has a gradient that is not this accumulator's; clear it "
-                "(optimizer.zero_grad()) before a micro-batch, or it would be counted"
+                f"mbkern: {slot.name} has a gradient that is not this accumulator's"
+                f"{', added to the one that flush() left' if own else ''}; clear it "
+                "(optimizer.zero_grad(set_to_none=True)) before a micro-batch, or it would be "
+                f"{'lost' if own else 'counted'}"
+            )
+
+
+def require_none_left(slots: list[Slot]) -> None:
+    """Raise if a micro-batch has left gradients that no hook has seen."""
+    for slot in slots:
+        if slot.parameter.grad is not None:
+            raise RuntimeError(
+                f"mbkern: {slot.name} was given a gradient in this micro-batch that no hook saw: "
+                ".grad was assigned, or requires_grad set, inside the block"
             )
 
 

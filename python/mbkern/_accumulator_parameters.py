@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mbkern._tensors import describe
 
 _ALIGNMENT = 64  # bytes
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Given:
+    """A gradient that was handed out, recognised without keeping its memory alive."""
+
+    def __init__(self, grad: Tensor) -> None:
+        self._storage = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
+        self._at = grad.data_ptr()
+
+    def is_(self, grad: Tensor | None) -> bool:
+        """Whether ``grad`` lies in the same memory."""
+        return (
+            grad is not None
+            and grad.layout is torch.strided
+            and grad.untyped_storage()._cdata == self._storage.cdata
+            and grad.data_ptr() == self._at
+        )
 
 
 @dataclass(eq=False)
@@ -27,7 +46,9 @@ class Slot:
         received: for each set, whether its buffer holds sums of this window; else its contents mean
             nothing, and the first gradient overwrites them.
         handle: of its hook; None while it does not require grad.
-        given: the gradient that was last handed out in ``.grad``.
+        given: the memory of the gradient that was last handed out in ``.grad``.
+        lent: whether ``GradAccumulator.buffer`` has handed its buffer out in this window.
+        stray: whether a backward outside a micro-batch has given it a gradient since.
     """
 
     parameter: Tensor
@@ -37,15 +58,23 @@ class Slot:
     buffers: list[Tensor] = field(default_factory=list)
     received: list[bool] = field(default_factory=list)
     handle: Any = None
-    given: Tensor | None = None
+    given: Given | None = None
+    stray: bool = False
+    lent: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hook yet: hooks stay with the parameter."""
+        return {**self.__dict__, "handle": None, "given": None}
 
 
 def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()) -> list[Slot]:
     """Slots for a module, parameters, (name, parameter) pairs or groups; one for each parameter.
 
-    A group is a dict with ``params`` and perhaps ``l1`` and ``l2`` of its own.
+    A group is a dict with ``params`` and perhaps ``l1`` and ``l2`` of its own. Names are told
+    apart: state and statistics go by them.
     """
     slots: list[Slot] = []
+    names = {slot.name for slot in known}
     seen = {id(slot.parameter) for slot in known}
     for tensors, group_l1, group_l2 in _groups(given, l1, l2):
         for item in tensors:
@@ -57,7 +86,8 @@ def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            name = name or f"parameter {len(seen) - 1}"
+            name = _unused(name or f"parameter {len(seen) - 1}", names)
+            names.add(name)
             _check(tensor, name)
             first = next(iter((*known, *slots)), None)
             if first is not None and tensor.device != first.parameter.device:
@@ -67,6 +97,22 @@ def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()
                 )
             slots.append(Slot(tensor, name, group_l1, group_l2))
     return slots
+
+
+def _unused(name: str, names: set[str]) -> str:
+    number, found = 1, name
+    while found in names:
+        number += 1
+        found = f"{name} ({number})"
+    return found
+
+
+def penalty(value: Any, name: str) -> float:
+    """A penalty's factor."""
+    number = float(value)
+    if not (number >= 0 and math.isfinite(number)):
+        raise ValueError(f"mbkern: {name} is {number}; it must be finite and at least 0")
+    return number
 
 
 def _groups(given: Any, l1: float, l2: float) -> Iterable[tuple[Any, float, float]]:
@@ -83,7 +129,8 @@ def _groups(given: Any, l1: float, l2: float) -> Iterable[tuple[Any, float, floa
             raise TypeError('mbkern: groups are dicts with "params"; all of them or none')
         tensors = group["params"]
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        found.append((tensors, float(group.get("l1", l1)), float(group.get("l2", l2))))
+        of_group = penalty(group.get("l1", l1), "l1"), penalty(group.get("l2", l2), "l2")
+        found.append((tensors, *of_group))
     return found
 
 
@@ -93,6 +140,12 @@ def _check(tensor: Tensor, name: str) -> None:
             f"mbkern: {name} is {tensor.dtype}; complex parameters are not supported: keep the "
             "real view (torch.view_as_real) as the parameter"
         )
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise TypeError(f"mbkern: {name} is a {type(tensor).__name__}; only plain parameters")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise TypeError(f"mbkern: {name} is {describe(tensor)}; only dense parameters with memory")
+    if tensor.dim() > 8:
+        raise ValueError(f"mbkern: {name} has {tensor.dim()} dimensions; at most 8 are supported")
     if tensor.dtype not in _TYPES:
         raise TypeError(f"mbkern: {name} is {describe(tensor)}; it must be a floating parameter")
     if not tensor.is_leaf:

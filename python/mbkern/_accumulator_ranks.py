@@ -6,6 +6,7 @@ torch.distributed's, over whole buffers in their own fp32 (fp64).
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -24,9 +25,39 @@ def require_no_sync(module: Any) -> None:
         )
 
 
-def is_ddp(module: Any) -> bool:
-    """Whether a module averages gradients in backward."""
-    return isinstance(module, torch.nn.parallel.DistributedDataParallel)
+def find_ddp(given: Any) -> Any:
+    """The module that averages gradients in backward: ``given``, or what it wraps; or None."""
+    if not isinstance(given, torch.nn.Module):
+        return None
+    found = [m for m in given.modules() if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
+    if len(found) > 1:
+        raise ValueError(
+            f"mbkern: the module contains {len(found)} DistributedDataParallel modules; give each "
+            "an accumulator"
+        )
+    return found[0] if found else None
+
+
+def check_group(group: Any) -> Any:
+    """A group that this rank is of; None for False, and with a warning where that looks wrong."""
+    if group is False or not torch.distributed.is_available():
+        return None
+    if not torch.distributed.is_initialized():
+        if group is None:
+            return None
+        raise ValueError("mbkern: process_group is given, and torch.distributed not initialised")
+    if group is not None:
+        if torch.distributed.get_rank(group) < 0:
+            raise ValueError("mbkern: this rank is not of the process_group given")
+        return group
+    if torch.distributed.get_world_size() > 1:
+        warnings.warn(
+            f"mbkern: torch.distributed has {torch.distributed.get_world_size()} ranks, and the "
+            "sums of this GradAccumulator stay this rank's: give it the DistributedDataParallel "
+            "module or process_group=, or process_group=False if that is meant",
+            stacklevel=4,
+        )
+    return None
 
 
 def reduce_window(
@@ -44,6 +75,8 @@ def reduce_window(
         for buffer in slot.buffers:
             memory = buffer if buffer._base is None else buffer._base
             memories.setdefault(memory.data_ptr(), memory)
+    if not slots:
+        return
     device = slots[0].parameter.device
     totals = torch.zeros(len(names), dtype=torch.float64, device=device)
     for k, name in enumerate(names):

@@ -103,7 +103,18 @@ def flush_(
         scale = (factor, denominator, grad_scale)
         _launch_lists.flush(of, target, scale, math.inf if max_norm is None else float(max_norm))
     norm, clip_factor, found_inf, penalty = stats.unbind()
-    return FlushStats(norm, clip_factor, found_inf.float(), penalty, squares)
+    found = found_inf.float()
+    # What is finite may not be so in a type with a smaller range: fp16, or fp32 of fp64.
+    narrower = [
+        grad
+        for grad, buffer in zip(to, of, strict=True)
+        if grad is not None
+        and grad.numel()
+        and torch.finfo(grad.dtype).max < torch.finfo(buffer.dtype).max / 2
+    ]
+    for grad in narrower:
+        found = torch.maximum(found, (~grad.isfinite()).any().float())
+    return FlushStats(norm, clip_factor, found, penalty, squares)
 
 
 def _as_long(name: str, given: Any, of: list[Any], *, written: bool = False) -> list[Any]:
@@ -119,7 +130,7 @@ def _as_long(name: str, given: Any, of: list[Any], *, written: bool = False) -> 
 
 
 def _penalty(value: Any, name: str, parameters: list[Any]) -> float | list[float]:
-    several = not isinstance(value, (int, float))
+    several = isinstance(value, Sequence) or (hasattr(value, "ndim") and value.ndim > 0)
     numbers = [float(x) for x in value] if several else [float(value)]
     if several and len(numbers) != len(parameters):
         raise ValueError(
