@@ -3,6 +3,7 @@
 // Runs every case on the scalar and AVX2 tiers, on one thread, and prints their names in order. Of
 // each, `measured` is entered once: a tool that counts inside it counts the call and nothing else.
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <functional>
@@ -10,13 +11,20 @@
 #include <vector>
 
 #include "core/environment.h"
+#include "core/product_args.h"
 #include "cpu/dispatch.h"
+#include "cpu/list_call.h"
 #include "cpu/multirow_call.h"
 #include "cpu/pointwise_call.h"
 #include "cpu/row_call.h"
 #include "losses/all.h"
 
-extern "C" __attribute__((noinline)) void measured(const std::function<void()>* call) { (*call)(); }
+#if defined(__clang__)
+#define MBK_ALONE __attribute__((noinline))
+#else
+#define MBK_ALONE __attribute__((noipa))  // no copy of it for one caller, under another name
+#endif
+extern "C" MBK_ALONE void measured(const std::function<void()>* call) { (*call)(); }
 
 namespace {
 
@@ -119,6 +127,60 @@ void multirow(const mbk::Backend& tier, const std::string& name, int inputs, int
   measured(&call);
 }
 
+// c += a^T b, in the order that fast mode or split-invariant mode takes.
+void product(const mbk::Backend& tier, DType type, mbk::ProductOrder order) {
+  constexpr int64_t kRows = 96, kColumns = 64, kDepth = 300;
+  const std::vector<float> a = numbers(kDepth * kRows, 6), b = numbers(kDepth * kColumns, 7);
+  const std::vector<uint16_t> narrow = as_bf16(a);
+  std::vector<float> c((size_t)(kRows * kColumns));
+  void* const scratch = aligned_alloc(64, mbk::kProductScratch);
+  mbk::ProductArgs p{};
+  p.rows = kRows, p.columns = kColumns, p.depth = kDepth;
+  p.a = {type == DType::f32 ? (const void*)a.data() : narrow.data(), type, kRows, 1};
+  p.b = {b.data(), DType::f32, kColumns, 1};
+  p.c = c.data(), p.c_dtype = DType::f32, p.c_stride = kColumns;
+  p.order = order, p.threads = 1, p.scratch = (char*)scratch;
+  const std::function<void()> call = [&] {
+    if (!tier.product(p)) abort();
+  };
+  measured(&call);
+  free(scratch);
+}
+
+// Many small tensors: gradients into buffers, or buffers into gradients.
+void lists(const mbk::Backend& tier, DType type, bool flush) {
+  constexpr int64_t kTensors = 40, kSize = 700;
+  std::vector<float> buffer((size_t)(kTensors * kSize)), x = numbers(kTensors * kSize, 8);
+  std::vector<uint16_t> narrow = as_bf16(x);
+  std::vector<mbk::ListTensor> tensors((size_t)kTensors);
+  int64_t blocks = 0;
+  for (int64_t k = 0; k < kTensors; ++k) {
+    mbk::ListTensor& t = tensors[(size_t)k];
+    t.size = t.shape[0] = kSize, t.dims = 1, t.first_block = blocks;
+    blocks += mbk::list_blocks(kSize);
+    void* const grad =
+        type == DType::f32 ? (void*)(x.data() + k * kSize) : (void*)(narrow.data() + k * kSize);
+    t.views[mbk::kBuffer] = {buffer.data() + k * kSize, DType::f32, {1}};
+    t.views[mbk::kListGrad] = {grad, type, {1}};
+  }
+  std::vector<double> squares((size_t)kTensors);
+  double stats[mbk::kFlushStats];
+  const mbk::Scalar one{1, nullptr, DType::f64}, three{3, nullptr, DType::f64};
+  const mbk::TensorList list{tensors.data(), kTensors, blocks};
+  const std::function<void()> call = [&] {
+    if (flush) {
+      mbk::FlushArgs a{};
+      a.list = list, a.factor = a.grad_scale = one, a.denominator = three, a.threads = 1;
+      mbk::run_flush(tier, a, 1.0, stats, squares.data());
+    } else {
+      mbk::AccumulateArgs a{};
+      a.list = list, a.alpha = a.beta = one, a.threads = 1;
+      mbk::run_accumulate(tier, a, squares.data());
+    }
+  };
+  measured(&call);
+}
+
 void begin(const mbk::Backend& tier, const char* what) { printf("%s, %s\n", what, tier.name); }
 
 }  // namespace
@@ -145,5 +207,15 @@ int main() {
     multirow(*tier, "kl_div_with_logits", 2, 16, 1000);
     begin(*tier, "softmax_focal_loss (16, 1000)");
     multirow(*tier, "softmax_focal_loss", 1, 16, 1000);
+    begin(*tier, "product fp32, chain (300, 96, 64)");
+    product(*tier, DType::f32, mbk::ProductOrder::chain);
+    begin(*tier, "product bf16, blocks (300, 96, 64)");
+    product(*tier, DType::bf16, mbk::ProductOrder::blocks);
+    begin(*tier, "accumulate fp32, 40 tensors of 700");
+    lists(*tier, DType::f32, false);
+    begin(*tier, "accumulate bf16, 40 tensors of 700");
+    lists(*tier, DType::bf16, false);
+    begin(*tier, "flush to bf16, 40 tensors of 700");
+    lists(*tier, DType::bf16, true);
   }
 }
