@@ -9,8 +9,10 @@ import torch
 from cases import CASES, Case
 from row_cases import ROW_CASES, RowCase
 
+from mbkern import _C
 from mbkern.bench import suites
 from mbkern.bench.formulas import FORMULAS, tensors
+from mbkern.bench.loss_ways import loss_problem
 from mbkern.bench.problem import Plan
 
 ALL: dict[str, Case | RowCase] = {case.name: case for case in CASES}
@@ -66,3 +68,30 @@ def test_suites_that_this_build_has_no_functions_for_say_so() -> None:
     there = {c.suite for c in cases}
     assert there | set(reasons) == {"accumulate", "flush"}
     assert all("has no" in reason for reason in reasons.values())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["huber_loss", "kl_div_with_logits"])
+def test_every_instruction_set_is_a_provider(name: str) -> None:
+    problem = loss_problem(FORMULAS[name], (64, 130), "float32", Plan(("rows",)), tiers=True)
+    ours = {way.isa for way in problem.ways if way.name.startswith("mbkern in place")}
+    assert ours == set(_C.isas())
+    isa = _C.isa()
+    for way in problem.ways:
+        way.prepare()
+        result = way.run()
+        assert way.check is None or way.check(result) <= problem.tolerance, way.name
+    problem.close()
+    assert _C.isa() == isa
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cross_entropy", "huber_loss"])
+def test_torch_compile_is_a_provider(name: str) -> None:
+    plan = Plan(("rows",), compile=True)
+    problem = loss_problem(FORMULAS[name], (64, 130), "float32", plan, compiled=True)
+    (way,) = [w for w in problem.ways if w.name == "torch.compile"]
+    assert way.check is not None
+    for _ in range(2):
+        way.prepare()
+        assert way.check(way.run()) <= problem.tolerance

@@ -20,7 +20,7 @@ from mbkern import _C
 from mbkern.bench import peers
 from mbkern.bench.formulas import CROSS_ENTROPY, Formula, Function, tensors
 from mbkern.bench.problem import TOLERANCE, Plan, Problem, dtype_of, worse
-from mbkern.bench.timing import Way
+from mbkern.bench.timing import Way, replayed
 
 TORCH, COMPILED = "torch", "torch.compile"
 AUTOGRAD, IN_PLACE = "mbkern autograd", "mbkern in place"
@@ -192,6 +192,8 @@ def loss_problem(
     ways = [p.through_autograd(name, f, direction) for name, f in functions.items()]
     if direction == "both":
         ways.append(p.in_place())
+        if plan.device == "cuda":
+            ways.append(replayed(p.in_place()))
         if tiers and plan.device == "cpu":
             ways += [p.in_place(isa) for isa in _C.isas() if isa != _C.isa()]
         if limits:

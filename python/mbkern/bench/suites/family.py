@@ -31,9 +31,9 @@ def pointwise(plan: Plan) -> list[Case]:
         for dtype in ("float32", "bfloat16"):
             if dtype == "bfloat16" and (plan.short or formula.name in formulas.ROUGH_IN_BF16):
                 continue
-            found.append(_case("pointwise", formula, "large", (size,), dtype))
+            found.append(_case(plan, "pointwise", formula, "large", (size,), dtype))
         if formula.name in _AT:
-            found.append(_case("pointwise", formula, *_AT[formula.name], "float32"))
+            found.append(_case(plan, "pointwise", formula, *_AT[formula.name], "float32"))
     return [c for c in found if not plan.model or f" {plan.model} " in c.name]
 
 
@@ -44,13 +44,20 @@ def rows(plan: Plan) -> list[Case]:
         if plan.short and formula.name not in _SHORT_ROWS:
             continue
         count = 512 if plan.short else 4096
-        found.append(_case("rows", formula, IMAGENET.name, (count, IMAGENET.classes), "float32"))
+        found.append(
+            _case(plan, "rows", formula, IMAGENET.name, (count, IMAGENET.classes), "float32")
+        )
         if formula.name.endswith("_with_logits") and not plan.short:
-            found.append(_case("rows", formula, QWEN.name, (64, QWEN.classes), "float32"))
+            found.append(_case(plan, "rows", formula, QWEN.name, (64, QWEN.classes), "float32"))
     return [c for c in found if not plan.model or f" {plan.model} " in c.name]
 
 
-def _case(suite: str, formula: Formula, what: str, shape: tuple[int, ...], dtype: str) -> Case:
-    build = partial(loss_problem, formula, shape, dtype)
+def _case(
+    plan: Plan, suite: str, formula: Formula, what: str, shape: tuple[int, ...], dtype: str
+) -> Case:
+    build = partial(
+        loss_problem, formula, shape, dtype,
+        tiers=dtype == "float32" and not plan.short, compiled=True,
+    )  # fmt: skip
     size, axis = (shape[0], "elements") if len(shape) == 1 else (shape[1], "classes")
     return Case(suite, f"{formula.name} {what} {shape}", shape, dtype, build, size, axis)
