@@ -35,8 +35,8 @@ struct Chunk {
 template <class Loss, class T>
 void pointwise(const PointwiseArgs& a) {
   typedef Vector<T> V;
-  constexpr int kInputs = Loss::kInputs;
   auto body = [&a](int64_t begin, int64_t end, int thread) {
+    constexpr int kInputs = Loss::kInputs;  // here: clang 15 captures no constant of the function
     Chunk<T> chunk;
     const T factor = (T)(read(a.scale) / read(a.denominator));
     const typename Loss::template Call<T> call(a.parameters);

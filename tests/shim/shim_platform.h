@@ -32,7 +32,7 @@ class Barrier {
   void wait(unsigned parity, SHIM_WHERE) { shim::barrier_wait(this, parity, where); }
 
  private:
-  uint64_t word_;
+  [[maybe_unused]] uint64_t word_;
 };
 inline void bulk_load(void* to, const void* from, unsigned bytes, Barrier* barrier, SHIM_WHERE) {
   shim::bulk_load(to, from, bytes, barrier, where);
