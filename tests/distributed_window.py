@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import mbkern
 
@@ -44,22 +46,96 @@ def shares(rank: int, world: int) -> list[slice]:
 
 
 def train(
-    model: Any, accumulator: mbkern.GradAccumulator, rank: int, world: int, mode: str
+    model: Any,
+    accumulator: mbkern.GradAccumulator,
+    rank: int,
+    world: int,
+    mode: str,
+    sharded: str = "",
 ) -> list[Tensor]:
-    """The weights after all steps, and the last gradient norm."""
+    """The weights after all steps, and the last gradient norm.
+
+    ``sharded``: every rank runs as many micro-batches, "late": FSDP reduces in the last one only.
+    """
     parameters = [p for name, p in model.named_parameters() if not name.endswith("unused")]
     optimiser = torch.optim.SGD(parameters, lr=0.5)
     stats = None
     for x, target in batches():
         if mode == "known":
             accumulator.begin(total=ROWS)
-        for part in shares(rank, world):
+        parts = shares(rank, world)
+        if sharded:
+            most = max(len(shares(r, world)) for r in range(world))
+            parts += [slice(0, 0)] * (most - len(parts))
+        for k, part in enumerate(parts):
+            if sharded == "late":
+                model.set_requires_gradient_sync(k == len(parts) - 1)
             loss = F.cross_entropy(model(x[part]), target[part], reduction="sum")
             accumulator.backward(loss, count=part.stop - part.start)
         stats = accumulator.flush()
         optimiser.step()
     assert stats is not None
-    return [*(p.detach().clone() for p in parameters), stats.norm]
+    return [*(whole(p).clone() for p in parameters), stats.norm]
+
+
+def whole(parameter: Any) -> Tensor:
+    """All of a parameter."""
+    found: Tensor = parameter.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+def fsdp(kind: str, model: Any, rank: int, world: int) -> list[Tensor]:
+    """By FSDP2, or HSDP over 2 x 2 ranks."""
+    shape = (2, world // 2) if kind == "hsdp" else (world,)
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match="fully_shard has wrapped"):
+        mbkern.GradAccumulator(list(model.parameters()))
+    with pytest.raises(NotImplementedError, match="measure=True"):
+        mbkern.GradAccumulator(model, measure=True)
+    mode = "known" if kind == "fsdp known" else "deferred"
+    layout = "parameter" if kind == "fsdp known" else "flat"
+    accumulator = mbkern.GradAccumulator(model, max_norm=0.5, mode=mode, layout=layout)
+    with pytest.raises(NotImplementedError, match="is sharded"):
+        accumulator.buffer(next(model.parameters()))
+    if kind == "fsdp late":
+        model.set_requires_gradient_sync(False)
+        accumulator.backward(model(torch.ones(1, 5)).sum(), count=1)
+        with pytest.raises(RuntimeError, match="were not reduced"):
+            accumulator.flush()
+        accumulator.reset()
+    sharded = "late" if kind == "fsdp late" else "each"
+    result = train(model, accumulator, rank, world, mode, sharded)
+    # A penalty, without clipping; the state in mid-window.
+    model.set_requires_gradient_sync(True)
+    accumulator.close()
+    model.zero_grad()
+    plain = mbkern.GradAccumulator(model, l2=0.1, l1=0.01)
+    x, target = batches()[0]
+    for k, part in enumerate((slice(rank, rank + 1), slice(8 + rank, 9 + rank))):
+        loss = F.cross_entropy(model(x[part]), target[part], reduction="sum")
+        plain.backward(loss, count=1)
+        if k == 0:
+            plain.load_state_dict(plain.state_dict())
+    stats = plain.flush()
+    grads = [whole(p.grad) for n, p in model.named_parameters() if not n.endswith("unused")]
+    return [*result, *grads, stats.norm, stats.penalty]
+
+
+def fsdp_alone(model: Any, world: int) -> list[Tensor]:
+    """The end of ``fsdp``, by one process with all the items."""
+    model.zero_grad()
+    plain = mbkern.GradAccumulator(model, l2=0.1, l1=0.01)
+    x, target = batches()[0]
+    rows = torch.cat((torch.arange(world), torch.arange(8, 8 + world)))
+    loss = F.cross_entropy(model(x[rows]), target[rows], reduction="sum")
+    plain.backward(loss, count=len(rows))
+    stats = plain.flush()
+    return [
+        *(p.grad for n, p in model.named_parameters() if not n.endswith("unused")),
+        stats.norm, stats.penalty,
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -74,7 +150,9 @@ def main() -> None:
     if kind == "dead" and rank == 1:
         return  # without a word to the others
     mode = "known" if kind == "known" else "deferred"
-    if kind == "ddp":
+    if kind.startswith(("fsdp", "hsdp")):
+        result = fsdp(kind, model, rank, world)
+    elif kind == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
         with pytest.warns(UserWarning, match="stay this rank's"):
             mbkern.GradAccumulator(list(model.parameters())).close()

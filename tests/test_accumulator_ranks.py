@@ -50,6 +50,22 @@ def test_same_as_one_process(kind: str, world: int, tmp_path: Path) -> None:
             assert (a - b).abs().max() <= 1e-6 * b.abs().max() + 1e-7
 
 
+@pytest.mark.parametrize(
+    ("kind", "world"), [("fsdp", 2), ("fsdp late", 2), ("fsdp known", 4), ("hsdp", 4)]
+)
+def test_shards(kind: str, world: int, tmp_path: Path) -> None:
+    done = run(kind, world, tmp_path)
+    assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
+    alone = worker.new_model()
+    accumulator = mbkern.GradAccumulator(alone, max_norm=0.5)
+    want = worker.train(alone, accumulator, 0, 1, "deferred")
+    accumulator.close()
+    want += worker.fsdp_alone(alone, world)
+    for rank in range(world):
+        for a, b in zip(torch.load(tmp_path / f"out.{rank}"), want, strict=True):
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max() + 1e-7
+
+
 def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
     done = run("dead", 2, tmp_path)
     assert done[0].returncode != 0

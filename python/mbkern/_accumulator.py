@@ -27,6 +27,7 @@ from mbkern._accumulator_hooks import (
 )
 from mbkern._accumulator_parameters import Slot, allocate, penalty, read_parameters
 from mbkern._accumulator_ranks import check_group, find_ddp, reduce_window, require_no_sync
+from mbkern._accumulator_sharded import find_shards
 from mbkern._arguments import Number
 
 _MODES = ("deferred", "streaming", "known")
@@ -57,6 +58,13 @@ class GradAccumulator:
     Method: L = sum_i sum_j l_ij / sum_i n_i over micro-batches i and items j, plus the penalty
     sum_p l1 |p| + l2 / 2 p^2, whose gradient is added once.
 
+    FSDP2: give it the wrapped module (one mesh dimension of shards, perhaps one of replicas).
+    Either every micro-batch is reduced: a reduce-scatter each, and buffers of a shard's size; or
+    ``set_requires_gradient_sync(False)`` for all but the last: FSDP keeps whole gradients in its
+    ``reduce_dtype`` meanwhile (choose float32), one reduce-scatter a window. Every rank must run
+    every backward. What FSDP divides by is multiplied in again, in fp32. Over ranks go the counts
+    and the squares of the norms, one all-reduce each.
+
     Args:
         parameters: a module, parameters, (name, parameter) pairs, or groups as optimizers have them
             (dicts with ``params``, perhaps ``l1`` and ``l2``). All on one device; float32,
@@ -86,8 +94,8 @@ class GradAccumulator:
             ``DistributedDataParallel`` module given as ``parameters`` brings its own group, and its
             micro-batches must run under its ``no_sync()``. In "known" mode the totals are those of
             all ranks. Parameters without a gradient on any rank get zeros then, and their penalty's
-            gradient. Without a group, where there are several ranks, a warning says that sums stay
-            this rank's; False says that this is meant.
+            gradient. An FSDP2 module has its own mesh: see above. Without a group, where there are
+            several ranks, a warning says that sums stay this rank's; False says that it is meant.
 
     Raises:
         TypeError: complex or integer parameters, or not parameters at all.
@@ -130,6 +138,16 @@ class GradAccumulator:
         self._module = find_ddp(parameters)
         if self._module is not None:
             process_group = self._module.process_group
+        self._shards = find_shards(parameters)
+        if self._shards is not None and (mode == "streaming" or measure):
+            raise NotImplementedError(
+                "mbkern: mode='streaming' and measure=True do not go with FSDP modules: the norm "
+                "of a shard is not the parameter's"
+            )
+        if self._shards is not None:
+            if process_group not in (None, False):
+                raise ValueError("mbkern: an FSDP module has its own mesh; no process_group= then")
+            process_group = False
         if process_group not in (None, False) and mode == "streaming":
             raise ValueError(
                 "mbkern: mode='streaming' promises a gradient after each micro-batch, which would "
@@ -165,6 +183,13 @@ class GradAccumulator:
                 "its process group"
             )
         new = read_parameters(parameters, self._l1, self._l2, self._slots)
+        if self._shards is not None:
+            self._shards.check(self._slots + new)
+        elif any(slot.mesh is not None for slot in new):
+            raise ValueError(
+                "mbkern: the parameters are DTensors; give the constructor the module that "
+                "fully_shard has wrapped, not its parameters"
+            )
         sets = 1 if self.mode == "known" else len(self._names)
         allocate(new, self._dtype, self._flat, sets)
         prepare(new, self._into)
@@ -192,7 +217,7 @@ class GradAccumulator:
         other = object.__new__(type(self))
         memo[id(self)] = other
         for name, value in self.__dict__.items():
-            shared = name in ("_group", "_module")
+            shared = name in ("_group", "_module", "_shards")
             if name == "_open":
                 other.__dict__[name] = threading.Lock()
             else:
@@ -345,6 +370,11 @@ class GradAccumulator:
         which = self._which(denominator)
         for slot in self._slots:
             if slot.parameter is parameter:
+                if slot.mesh is not None:
+                    raise NotImplementedError(
+                        f"mbkern: {slot.name} is sharded; FSDP reduces its gradient, so no kernel "
+                        "can add it to the buffer of a shard"
+                    )
                 if not slot.received[which]:
                     release([slot], self._into)
                     slot.buffers[which].zero_()
@@ -368,12 +398,16 @@ class GradAccumulator:
         """
         self._require_closed("flush()")
         self._require_whole()
+        if self._shards is not None:
+            self._shards.require_reduced()
         self._check_known()
         grad_scale: Number = 1.0
         if scaler is not None:
             grad_scale = _accumulator_scaler.scale_of(
                 scaler, optimizer, self._slots, self._micro_batches
             )
+        if self._shards is not None and self.mode != "known":
+            self._shards.reduce_counts(self._slots, self._counts, self._names)
         if self._group is not None:
             known = self.mode == "known"
             reduce_window(self._slots, self._counts, self._names, known, self._group)
@@ -386,6 +420,8 @@ class GradAccumulator:
     def reset(self) -> None:
         """Drop the window: nothing of it is left."""
         self._require_closed("reset()")
+        if self._shards is not None:
+            self._shards.drop()
         if self.mode == "streaming" and self._micro_batches:
             release(self._slots, self._into)  # it was of this window
         self._forget()
@@ -431,7 +467,7 @@ class GradAccumulator:
 
     def _check_known(self) -> None:
         """In "known" mode, what was counted must be what was announced, where both are numbers."""
-        if self._group is not None:  # this rank has counted its share only
+        if self._group is not None or self._shards is not None:  # of this rank's share only
             return
         for name, count in self._counts.items():
             announced = (self._totals or {}).get(name)
@@ -466,7 +502,7 @@ class GradAccumulator:
         known, scaled = self.mode == "known", isinstance(grad_scale, Tensor) or grad_scale != 1.0
         counts = {name: self._counts.get(name, Count()).total() for name in self._names}
         totals: list[Number] = [1.0] if known else list(counts.values())
-        options = FlushOptions(self._into, keep, grad_scale, self.max_norm)
+        options = FlushOptions(self._into, keep, grad_scale, self.max_norm, self._shards)
         stats, norms = write(self._slots, totals, options)
         head = (stats.norm, stats.clip_factor, stats.found_inf, stats.penalty, norms)
         plain = self._measured_whole and not self._repeated

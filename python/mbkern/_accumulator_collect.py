@@ -68,6 +68,7 @@ class Collector:
                 "own (pass it GradAccumulator.buffer(parameter))"
             )
         slot.parameter.grad = None
+        grad = slot.local(grad)
         if getattr(slot.parameter, "grad_added_to_main_grad", False):
             raise RuntimeError(
                 f"mbkern: the gradient of {slot.name} was added to its main_grad, not to this "

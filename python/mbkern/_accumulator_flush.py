@@ -12,6 +12,7 @@ from mbkern._accumulator_collect import Measurement
 from mbkern._accumulator_counts import reciprocal
 from mbkern._accumulator_hooks import set_gradient
 from mbkern._accumulator_parameters import Slot
+from mbkern._accumulator_sharded import Shards
 from mbkern._arguments import Number
 from mbkern._flush import FlushStats, flush_
 from mbkern._noise_scale import NoiseScale
@@ -114,12 +115,14 @@ class FlushOptions:
         keep: the sums are still needed, so no gradient may lie in their memory.
         grad_scale: divided out.
         max_norm: None: not clipped.
+        shards: of FSDP modules, whose sums are parts of their parameters.
     """
 
     into: str
     keep: bool
     grad_scale: Number
     max_norm: float | None
+    shards: Shards | None = None
 
 
 def fold(slots: list[Slot], totals: list[Number], keep: bool) -> dict[Slot, Tensor]:
@@ -157,16 +160,26 @@ def write(
     else:
         sums = fold(slots, totals, options.keep)
     grads = [_target(slot, buffer, options) for slot, buffer in sums.items()]
+    buffers = list(sums.values())
+    shards = options.shards
+    later = None if shards is None else options.max_norm
     stats = flush_(
-        grads,
-        list(sums.values()),
+        grads if later is None else buffers,
+        buffers,
         denominator=denominator,
         grad_scale=options.grad_scale,
-        parameters=[s.parameter.detach() if s.l1 or s.l2 else None for s in sums],
+        factor=1.0 if shards is None else shards.divisor(slots),
+        parameters=[s.local() if s.l1 or s.l2 else None for s in sums],
         l1=[slot.l1 for slot in sums],
         l2=[slot.l2 for slot in sums],
-        max_norm=options.max_norm,
+        max_norm=options.max_norm if later is None else None,
     )
+    if shards is not None:
+        stats = shards.whole(slots, stats)
+    if later is not None:  # the norm is known only now
+        clip = torch.clamp(later / (stats.norm + 1e-6), max=1.0)
+        over = flush_(grads, buffers, factor=clip).found_inf
+        stats = stats._replace(clip_factor=clip, found_inf=torch.maximum(stats.found_inf, over))
     for slot in slots:
         set_gradient(slot, None, options.into)
     for slot, grad in zip(sums, grads, strict=True):

@@ -53,19 +53,26 @@ def unhook(slots: list[Slot]) -> None:
 
 def set_gradient(slot: Slot, grad: Tensor | None, into: str) -> None:
     """Put a gradient where the optimizer looks for it."""
+    whole = None if grad is None else slot.like_parameter(grad)
     if into == "main_grad":
-        slot.parameter.main_grad = grad  # type: ignore[attr-defined]
+        slot.parameter.main_grad = whole  # type: ignore[attr-defined]
     else:
-        slot.parameter.grad = grad
+        slot.parameter.grad = whole
     slot.given = None if grad is None else Given(grad)
     slot.stray = False
+
+
+def is_given(slot: Slot) -> bool:
+    """Whether the parameter's gradient is the one that was handed out."""
+    grad = slot.parameter.grad
+    return slot.given is not None and grad is not None and slot.given.is_(slot.local(grad))
 
 
 def release(slots: list[Slot], into: str) -> None:
     """Take back what was handed out: it may lie in a buffer, and autograd would add to it."""
     for slot in slots:
         if slot.given is not None:
-            if into == "main_grad" or slot.given.is_(slot.parameter.grad):
+            if into == "main_grad" or is_given(slot):
                 set_gradient(slot, None, into)
             slot.given = None
 
@@ -77,7 +84,7 @@ def require_no_gradients(slots: list[Slot]) -> None:
         if grad is None:
             slot.stray = False
             continue
-        own = slot.given is not None and slot.given.is_(grad)
+        own = is_given(slot)
         if not own or slot.stray:
             raise RuntimeError(
                 f"mbkern: {slot.name} has a gradient that is not this accumulator's"

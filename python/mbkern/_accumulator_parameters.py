@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mbkern._tensors import describe
+from mbkern._tensors import describe, is_dtensor
 
 _ALIGNMENT = 64  # bytes
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,11 +24,10 @@ class Given:
         self._storage = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
         self._at = grad.data_ptr()
 
-    def is_(self, grad: Tensor | None) -> bool:
+    def is_(self, grad: Tensor) -> bool:
         """Whether ``grad`` lies in the same memory."""
         return (
-            grad is not None
-            and grad.layout is torch.strided
+            grad.layout is torch.strided
             and grad.untyped_storage()._cdata == self._storage.cdata
             and grad.data_ptr() == self._at
         )
@@ -61,6 +60,33 @@ class Slot:
     given: Given | None = None
     stray: bool = False
     lent: bool = False
+
+    @property
+    def mesh(self) -> Any:
+        """The device mesh of a DTensor; None of a plain parameter."""
+        return getattr(self.parameter, "device_mesh", None)
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        """How a DTensor lies on its mesh."""
+        return tuple(getattr(self.parameter, "placements", ()))
+
+    def local(self, tensor: Tensor | None = None) -> Tensor:
+        """What of the parameter, or of a tensor like it, is in this process."""
+        tensor = self.parameter.detach() if tensor is None else tensor
+        found: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+        return found
+
+    def like_parameter(self, local: Tensor) -> Tensor:
+        """A local tensor as one of the parameter's kind."""
+        if self.mesh is None:
+            return local
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.parameter.shape,
+            stride=self.parameter.stride(),
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hook yet: hooks stay with the parameter."""
@@ -140,7 +166,7 @@ def _check(tensor: Tensor, name: str) -> None:
             f"mbkern: {name} is {tensor.dtype}; complex parameters are not supported: keep the "
             "real view (torch.view_as_real) as the parameter"
         )
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
+    if type(tensor) not in (Tensor, torch.nn.Parameter) and not is_dtensor(tensor):
         raise TypeError(f"mbkern: {name} is a {type(tensor).__name__}; only plain parameters")
     if tensor.layout is not torch.strided or tensor.is_meta:
         raise TypeError(f"mbkern: {name} is {describe(tensor)}; only dense parameters with memory")
@@ -166,11 +192,11 @@ def allocate(slots: list[Slot], dtype: torch.dtype, flat: bool, sets: int) -> No
         device = members[0].parameter.device
         unit = _ALIGNMENT // torch.empty((), dtype=wide).element_size()
         for _ in range(sets):
-            sizes = [-(-slot.parameter.numel() // unit) * unit for slot in members]
+            sizes = [-(-slot.local().numel() // unit) * unit for slot in members]
             memory = torch.empty(sum(sizes) if flat else 0, dtype=wide, device=device)
             at = 0
             for slot, size in zip(members, sizes, strict=True):
-                like = slot.parameter.detach()
+                like = slot.local()
                 strides = torch.empty_like(like, device="meta").stride()
                 if flat:
                     slot.buffers.append(memory.as_strided(like.shape, strides, at))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,13 +23,8 @@ from mbkern._linear_options import linear_options, product_dtype
 from mbkern._linear_shards import Shard, ShardCall, all_gather
 from mbkern._linear_shards_exact import ExactShardCall
 from mbkern._linear_stats import LinearStats
+from mbkern._tensors import is_dtensor
 from mbkern.autograd import _is_legacy_batched
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, without an import that takes long."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 class Enter(torch.autograd.Function):

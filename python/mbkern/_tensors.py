@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -180,6 +182,12 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     a0, a1 = byte_range(a)
     b0, b1 = byte_range(b)
     return a0 < b1 and b0 < a1
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, without an import that takes long."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def same_elements(a: Tensor, b: Tensor) -> bool:

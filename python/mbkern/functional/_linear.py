@@ -17,7 +17,7 @@ from mbkern._linear_loss import LinearLoss, LinearRequest, LogSumExp, unfused
 from mbkern._linear_ops import linear_loss
 from mbkern._linear_options import linear_options, product_dtype
 from mbkern._linear_stats import Collector, LinearStats, capped, gather, of_logits
-from mbkern._tensors import is_differentiated
+from mbkern._tensors import is_differentiated, is_dtensor
 from mbkern.functional._cross_entropy import cross_entropy
 from mbkern.functional._ends import _refuse_other_gradients
 
@@ -127,7 +127,7 @@ def linear_cross_entropy(
     by chunk. Under torch.func and export, for tensor subclasses, where class probabilities require
     grad, and for statistics in any of these, the formula runs unfused, all logits at once.
     """
-    if process_group is not None or parallel.is_dtensor(linear_weight):
+    if process_group is not None or is_dtensor(linear_weight):
         _refuse_other_gradients(weight, sample_weight, denominator)
         return parallel.linear_cross_entropy(
             input, linear_weight, target, linear_bias, process_group=process_group,
