@@ -25,6 +25,7 @@ from mbkern._linear_stats import LinearStats
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
 from mbkern._losses import losses
+from mbkern._micro_batches import MicroBatches, micro_batches
 from mbkern._noise_scale import NoiseScale
 from mbkern._patched import PatchReport, patch, patched, unpatch
 from mbkern._version import NUMERICS_VERSION, __version__
@@ -36,6 +37,7 @@ __all__ = [
     "LinearStats",
     "LossSum",
     "Measured",
+    "MicroBatches",
     "NoiseScale",
     "PatchReport",
     "TargetErrors",
@@ -47,6 +49,7 @@ __all__ = [
     "functional",
     "loss_and_grad",
     "losses",
+    "micro_batches",
     "nn",
     "patch",
     "patched",
