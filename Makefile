@@ -7,6 +7,7 @@
 #   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
 #   make shim        CUDA's kernels on the CPU   make shim-races  and their races
 #   make torches     one wheel under several torch versions
+#   make integrations   the training loops of other libraries
 #   make cuda-all    kernels for every architecture  make cuda-wheels  by nvcc from the package index
 #   make instructions   the cost of small calls against its budget, under valgrind
 #   make full        all checks a CPU can do
@@ -24,7 +25,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python 
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench bench-full gpu-check lint full instructions exhaustive sanitize shim shim-native shim-races clang aarch64 torches cuda-all cuda-wheels clean
+.PHONY: demo test slow bench bench-full gpu-check lint full instructions exhaustive sanitize shim shim-native shim-races clang aarch64 torches integrations cuda-all cuda-wheels clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -66,7 +67,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint instructions test slow sanitize shim clang aarch64 torches cuda-all cuda-wheels exhaustive
+full: lint instructions test slow sanitize shim clang aarch64 torches integrations cuda-all cuda-wheels exhaustive
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native
@@ -151,6 +152,16 @@ torches: $(PACKAGE)
 	  build/torch-$$version/bin/python -m mbkern selftest | tail -n 1; \
 	  build/torch-$$version/bin/python -m pytest -q $(BOUNDARY); \
 	done
+
+# Loops of Hugging Face's Trainer, Accelerate and Lightning, in an environment of their own.
+integrations: $(PACKAGE)
+	python -m pip wheel -q --no-deps . -w build/wheel
+	$(PYTHON) -m venv build/integrations
+	build/integrations/bin/python -m pip install -q $$(.venv/bin/python -c \
+	  'import torch; print("torch==" + torch.__version__.split("+")[0])') \
+	  numpy pytest hypothesis expecttest transformers accelerate lightning
+	build/integrations/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl
+	build/integrations/bin/python -m pytest -q -W default tests/test_integrations.py
 
 # The kernels for all architectures, and PTX of the first and of the last for what comes between and
 # after; then their machine code. make cuda-all FLAGS=--write renews the table of registers.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -50,7 +52,10 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "inner dimensions", {"shape": (6,), "inner": (3,), "chunk_bytes": 300}
     yield "one item", {"shape": ()}
     yield "no item", {"shape": (0,), "reduction": "sum"}
+    yield "no item, none", {"shape": (0,), "reduction": "none"}
     yield "all ignored", {"ignored": True, "reduction": "sum"}
+    yield "all ignored, none", {"ignored": True, "reduction": "none"}
+    yield "filter", {"filter_eps": 1e-9, "logit_scale": 1e-3, "chunk_bytes": 500}
     yield "certain", {"gain": 60.0}
     yield "an ignored class", {"ignore_index": 4}
 
@@ -289,6 +294,97 @@ def check_bits(rank: int, world: int) -> None:
                     assert torch.equal(found[key], part_of), (dtype, options, key)
 
 
+def check_certain(rank: int, world: int) -> None:
+    """The loss of a target that is nearly certain has its own precision."""
+    for gap in (10.0, 30.0, 36.0, 40.0, 60.0):
+        x = torch.zeros(1, FEATURES, dtype=torch.float64)
+        x[0, 0] = gap
+        w = torch.zeros(37, FEATURES, dtype=torch.float64)
+        w[3, 0] = 1
+        target = torch.tensor([3])
+        want = F.linear_cross_entropy(x, w, target)
+        mine = part(w, rank, world)
+        found = F.linear_cross_entropy(x, mine, target, process_group=dist.group.WORLD)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+
+
+def check_settings(rank: int, world: int) -> None:
+    """Autocast, a default device, a subgroup, frozen tensors, copies, what collectives leave."""
+    group = dist.group.WORLD
+    tensors, _ = make({})
+    x, w, target = tensors["input"], tensors["linear_weight"], tensors["target"]
+    assert x is not None
+    assert w is not None
+    assert target is not None
+    mine = part(w, rank, world)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = F.linear_cross_entropy(x, w, target, label_smoothing=0.3)
+        found = F.linear_cross_entropy(x, mine, target, label_smoothing=0.3, process_group=group)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=0)
+    with torch.device("cpu"):
+        F.linear_cross_entropy(x, mine, target, process_group=group)
+
+    # The input requires grad on one rank only: no rank waits for another.
+    leaf = x.clone().requires_grad_(rank == 0)
+    F.linear_cross_entropy(leaf, mine, target, process_group=group).backward()
+    want = x.clone().requires_grad_()
+    F.linear_cross_entropy(want, w, target).backward()
+    if rank == 0:
+        close("frozen elsewhere", leaf.grad, want.grad, torch.float32)
+
+    # The gradient of the log-sum-exp alone, with a filter.
+    leaf = x.clone().requires_grad_()
+    _, stats = F.linear_cross_entropy(
+        leaf, mine, target, filter_eps=1e-5, return_stats=True, process_group=group
+    )
+    (stats.lse.sum() * 1e-6).backward()
+    assert leaf.grad.abs().max() > 1e-8
+
+    # Ranks of a group are not ranks of all.
+    pairs = [list(range(k, world, max(1, world // 2))) for k in range(max(1, world // 2))]
+    groups = [dist.new_group(ranks[::-1]) for ranks in pairs]
+    for ranks, pair in zip(pairs, groups, strict=True):
+        if rank not in ranks:
+            continue
+        own = dist.get_rank(pair)
+        tall = torch.randn(2048, FEATURES, generator=torch.Generator().manual_seed(2))
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        share = tall[own * 1024 : own * 1024 + 1024].clone().requires_grad_()
+        F.linear_cross_entropy(leaves[0], tall, target, split_invariant=True).backward()
+        F.linear_cross_entropy(
+            leaves[1], share, target, split_invariant=True, process_group=pair
+        ).backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+    head = mbkern.nn.LinearCrossEntropyLoss(FEATURES, SIZES[world][rank], process_group=group)
+    other = copy.deepcopy(head)
+    assert other.process_group is group
+    refused(TypeError, lambda: pickle.dumps(head), "state_dict")
+    pickle.dumps(mbkern.nn.LinearCrossEntropyLoss(FEATURES, 3))
+
+    mesh = dist.init_device_mesh("cpu", (world,))
+    weight = distribute_tensor(w, mesh, [Shard(0)])
+    rows = distribute_tensor(x, mesh, [Shard(0)])
+    moved = rows.redistribute(placements=[Replicate()], async_op=True)
+    torch.testing.assert_close(
+        F.linear_cross_entropy(moved, weight, target), F.linear_cross_entropy(x, w, target)
+    )
+    uneven = torch.zeros(30 if rank == 0 else 7 if rank == 1 else 0, FEATURES)
+    odd = DTensor.from_local(
+        uneven, mesh, [Shard(0)], run_check=False, shape=torch.Size((37, FEATURES)),
+        stride=(FEATURES, 1),
+    )  # fmt: skip
+    plain = distribute_tensor(x, mesh, [Replicate()])
+    if world == 2:
+        refused(ValueError, lambda: F.linear_cross_entropy(plain, odd, target), "cut otherwise")
+    if world == 4:
+        grid = dist.init_device_mesh("cpu", (2, 2))
+        square = distribute_tensor(w, grid, [Replicate(), Shard(0)])
+        call = partial(F.linear_cross_entropy, x, square, target)
+        refused(TypeError, partial(call, process_group=grid.get_group(1)), "several dimensions")
+        refused(ValueError, partial(call, process_group=group), "process_group has")
+
+
 def check_buffers(rank: int, world: int) -> None:
     """Two micro-batches into this rank's buffer; its module; nothing is kept of a forward alone."""
     tensors, options = make({"reduction": "sum", "bias": True})
@@ -347,6 +443,10 @@ def check_refusals(rank: int, world: int) -> None:
     refused(ValueError, lambda: call(weight=torch.ones(30)), "37 classes")
     refused(ValueError, lambda: call(input=x[: 5 + rank]), "the target, which has 12")
     refused(NotImplementedError, lambda: call(target=torch.rand(12, 37)), "class indices")
+    refused(ValueError, lambda: call(target=target.roll(rank)), "targets differ between ranks")
+    refused(ValueError, lambda: call(return_stats=rank == 0), "return_stats differ")
+    bias = torch.zeros(w.shape[0] + (rank == 1))
+    refused(ValueError, lambda: call(linear_bias=bias), "linear_bias, of the shape")
     exact = partial(call, split_invariant=True)
     refused(ValueError, exact, "not a multiple of 1024")
     refused(NotImplementedError, partial(exact, label_smoothing=0.1), "label_smoothing")
@@ -372,6 +472,8 @@ def main() -> None:
     check_special_values(rank, world)
     check_sequence_parallel(rank, world)
     check_dtensors(rank, world)
+    check_certain(rank, world)
+    check_settings(rank, world)
     check_bits(rank, world)
     check_buffers(rank, world)
     check_refusals(rank, world)

@@ -314,12 +314,16 @@ class LinearCall:
                 dx = dx.to(self.compute) * self.scale
             if into.input is not None:
                 self._keep(dx, first, end, into.input)
+        skip_below = self.skip_below
         if self.scale is not None and (into.weight is not None or into.bias is not None):
             g.mul_(self.scale)
+            if skip_below:  # of gradients that were multiplied
+                self.skip_below = skip_below * abs(float(self.scale))
         if into.weight is not None:
             self._add_weight_gradient(x, g, into.weight)
         if into.bias is not None:
             self._sum_of_rows(g, into.bias)
+        self.skip_below = skip_below
 
     def _sum_of_rows(self, g: Tensor, into: Tensor) -> Tensor:
         """Add the rows of ``g`` up, into memory of full precision."""
@@ -371,7 +375,7 @@ class LinearCall:
         self, scale: float | Tensor, item_scale: Tensor | None, divisor: float | Tensor
     ) -> float:
         """The gradient of a logit whose softmax is ``filter_eps``, at the largest weight."""
-        if not self.options.filter_eps:
+        if not self.options.filter_eps or not float(divisor):
             return 0.0
         largest = abs(float(scale) / float(divisor))
         rows = self.options.row
@@ -509,7 +513,9 @@ class LinearCall:
     ) -> Tensor:  # fmt: skip
         """The reduced loss, of exact sums where there are; or one loss an item, 0 where ignored."""
         if self.options.row.reduction == "none":
-            losses = torch.cat([v.reshape(v.shape[0], -1) for v in values]) if values else None
+            losses = None
+            if values:
+                losses = torch.cat([v.reshape(v.shape[0], self.items) for v in values])
             if losses is None:
                 losses = torch.empty(0, self.items, dtype=self.compute, device=self.x.device)
             if total is not None and loss_sum is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mbkern import _linear_buffers as buffers
-from mbkern import _traced
 from mbkern._arguments import Number, result_dtype
 from mbkern._launch import scalar_argument
 from mbkern._linear_loss import (
@@ -23,7 +24,7 @@ from mbkern._linear_options import linear_options, product_dtype
 from mbkern._linear_shards import Shard, ShardCall, all_gather
 from mbkern._linear_shards_exact import ExactShardCall
 from mbkern._linear_stats import LinearStats
-from mbkern._tensors import is_dtensor
+from mbkern._tensors import describe, is_dtensor
 from mbkern.autograd import _is_legacy_batched
 
 
@@ -61,7 +62,8 @@ class Enter(torch.autograd.Function):
                 torch.distributed.all_reduce(total, group=ctx.group)
         if ctx.sizes is not None:
             rank = torch.distributed.get_rank(ctx.group)
-            total = total.narrow(ctx.dim, sum(ctx.sizes[:rank]), ctx.sizes[rank])
+            part = total.narrow(ctx.dim, sum(ctx.sizes[:rank]), ctx.sizes[rank])
+            total = part.clone()  # or it would keep the whole alive
         return total.to(grad.dtype), None, None, None, None
 
 
@@ -168,24 +170,31 @@ def linear_cross_entropy(
 ) -> Any:
     """See :func:`mbkern.functional.linear_cross_entropy`."""
     tensors = [input, linear_weight, target, linear_bias, logit_scale, accumulate_into]
-    group, sizes, shard = process_group, None, None
-    dim = 0
+    group, sizes, dim = process_group, None, 0
+    shard: Shard | None = None
+    plain = True
+    _require_no_tracer(*tensors)
     if any(is_dtensor(t) for t in (*tensors, *options.values())):
         local = _Local(linear_weight, group)
-        group, shard = local.group, local.shard
+        group, shard, plain = local.group, local.shard, not is_dtensor(input)
         input, sizes, dim = local.input(input)
         target, logit_scale = local.whole(target), local.whole(logit_scale)
         linear_bias = local.part(linear_bias, "linear_bias")
         accumulate_into = local.part(accumulate_into, "accumulate_into")
         linear_weight = local.part(linear_weight, "linear_weight")
         options = {name: local.whole(value) for name, value in options.items()}
-    if shard is None:
-        sizes, shard = _ask(input, linear_weight, target, group)
+    input, target = _waited_for(input), _waited_for(target)
+    if shard is None or plain:
+        found = _ask(input, linear_weight, target, linear_bias, group, return_stats)
+        sizes, differentiated = found.rows, found.differentiated
+        shard = shard or found.shard
+        if differentiated and not input.requires_grad:  # the others' backward waits for this rank
+            input = input.detach().requires_grad_()
     scale = logit_scale if isinstance(logit_scale, Tensor) else None
-    if any(_traced.is_needed(input, t) for t in (linear_weight, linear_bias, scale, target)):
-        raise RuntimeError(
-            "mbkern: linear_cross_entropy over several processes cannot be traced: not under "
-            "torch.compile and torch.func, in dispatch and function modes, with tensor subclasses"
+    if any(type(t) not in _PLAIN for t in (input, linear_weight, linear_bias, scale, target)):
+        kinds = [type(t).__name__ for t in (input, linear_weight, linear_bias, scale, target)]
+        raise TypeError(
+            f"mbkern: over several processes tensors must be plain or DTensors, not {kinds}"
         )
     if target.is_floating_point():
         raise NotImplementedError(
@@ -223,24 +232,88 @@ def linear_cross_entropy(
     return loss, LinearStats(count, accuracy, predictions, log_prob, entropy, lse)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _require_no_tracer(*tensors: Any) -> None:
+    """Raise under what sees no kernels and no collectives. Function modes see them as they are."""
+    first = next(t for t in tensors if isinstance(t, Tensor))
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or first.is_meta
+    ):
+        raise RuntimeError(
+            "mbkern: linear_cross_entropy over several processes cannot be traced: not under "
+            "torch.compile and torch.func, in dispatch modes, in forward mode, on meta tensors"
+        )
+
+
+def _waited_for(tensor: Tensor) -> Tensor:
+    """A tensor that a collective may still be writing, as a plain one."""
+    if type(tensor).__name__ == "AsyncCollectiveTensor":
+        return tensor.clone()
+    return tensor
+
+
+class _Found(NamedTuple):
+    """What the ranks have: classes; rows of their parts of the input (None: all of it each);
+    whether the input of any rank requires grad."""
+
+    shard: Shard
+    rows: tuple[int, ...] | None
+    differentiated: bool
+
+
 def _ask(
-    input: Tensor, weight: Tensor, target: Tensor, group: Any
-) -> tuple[tuple[int, ...] | None, Shard]:
-    """What the ranks have: the sizes of their parts of the input (None: all of it) and classes."""
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, group: Any, stats: bool
+) -> _Found:
+    """Tell the ranks what this one has. What must be the same is: else all of them raise."""
+    if torch.distributed.get_rank(group) < 0:
+        raise ValueError("mbkern: this rank is not of the process_group given")
     rows = input.shape[0] if input.dim() > 1 else 1
-    mine = torch.tensor([weight.shape[0], rows], device=weight.device)
+    grad = torch.is_grad_enabled() and input.requires_grad
+    flat = target.detach().reshape(-1).long()
+    places = torch.arange(1, flat.numel() + 1, device=flat.device)
+    fits = bias is None or bias.shape == weight.shape[:-1]
+    same = {
+        "shapes of the input, but for its first dimension": _number(tuple(input.shape[1:])),
+        "shapes of the target": _number(tuple(target.shape)),
+        "dtypes of the input": _number(str(input.dtype)),
+        "linear_bias, of the shape of the weight or None": _number((bias is None, fits)),
+        "return_stats": int(stats),
+    }
+    mine = torch.tensor([weight.shape[0], rows, int(grad), *same.values(), 0], device=flat.device)
+    if flat.numel():
+        mine[-1] = (flat * places).sum()
     ranks = all_gather(mine, group).tolist()
-    shard = Shard(group, tuple(classes for classes, _ in ranks))
-    sizes = tuple(size for _, size in ranks)
+    for name, values in zip((*same, "targets"), list(zip(*ranks, strict=True))[3:], strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"mbkern: the {name} differ between ranks; here the input is {describe(input)}, "
+                f"the target {describe(target)}, the weight {describe(weight)}, return_stats "
+                f"{stats}; the target is of all rows on every rank"
+            )
+    shard = Shard(group, tuple(rank[0] for rank in ranks))
+    sizes = tuple(rank[1] for rank in ranks)
+    differentiated = any(rank[2] for rank in ranks)
     wanted = target.shape[0] if input.dim() > 1 and target.dim() else 1
     if all(size == wanted for size in sizes):
-        return None, shard
+        return _Found(shard, None, differentiated)
     if sum(sizes) != wanted:
         raise ValueError(
             f"mbkern: the ranks' inputs have {', '.join(map(str, sizes))} rows; the target, which "
             f"has {wanted}, goes with as many on every rank, or with as many on all of them"
         )
-    return sizes, shard
+    return _Found(shard, sizes, differentiated)
+
+
+def _number(value: object) -> int:
+    """The same number on every rank for the same value."""
+    return zlib.crc32(repr(value).encode())
 
 
 class _Local:
@@ -266,9 +339,21 @@ class _Local:
         self.at = cuts[0]
         self.group = self.mesh.get_group(self.at)
         self.given = group
+        ranks = torch.distributed.get_process_group_ranks
+        if group is not None and ranks(group) != ranks(self.group):
+            raise ValueError(
+                f"mbkern: linear_weight is cut over ranks {ranks(self.group)}, and process_group "
+                f"has {ranks(group)}"
+            )
         classes, world = weight.shape[0], self.mesh.size(self.at)
         self.world = world
         self.shard = Shard(self.group, _chunks(classes, world))
+        here = weight.to_local().shape[0]
+        if here != self.shard.sizes[self.mesh.get_local_rank(self.at)]:
+            raise ValueError(
+                f"mbkern: this rank has {here} of the {classes} classes of linear_weight; a "
+                f"DTensor that is cut otherwise than into {self.shard.sizes} is not supported"
+            )
 
     def input(self, input: Any) -> tuple[Tensor, tuple[int, ...] | None, int]:
         """The input that is here, the sizes of its parts (None: it is all here), and their dim."""
@@ -281,6 +366,11 @@ class _Local:
                     "mbkern: linear_weight is a DTensor, and the input a plain tensor, which does "
                     "not say whether all ranks have the same: pass a DTensor, or process_group= if "
                     "they do"
+                )
+            if self.mesh.ndim > 1:
+                raise TypeError(
+                    "mbkern: linear_weight lies on a mesh of several dimensions; a plain input "
+                    "does not say over which of them it is the same: pass a DTensor"
                 )
             return input, None, 0
         if input.device_mesh != self.mesh:

@@ -105,7 +105,8 @@ class ShardCall(LinearCall):
 
     def _log_sum(self, items: Items) -> Tensor:
         """log of the sum of all exp(c_j - m); exact where the target is nearly certain."""
-        return torch.log1p((items.rest - 1.0) + self._term(items))
+        term, rest = self._term(items), items.rest
+        return torch.log1p(torch.where(term == 1.0, rest, (rest - 1.0) + term))
 
     # ---- forward ----
 
@@ -155,7 +156,7 @@ class ShardCall(LinearCall):
             e.scatter_(1, index, torch.where(here.unsqueeze(1), 0, e.gather(1, index)))
         values = [top, e.sum(1), logit]
         if smoothing:
-            values.append(-torch.einsum("rci,c->ri", distance, self._weights))
+            values.append(-(distance * self._weights.view(1, -1, 1)).sum(1))
         if with_stats:
             values.append(torch.where(e == 0, 0, e * distance).sum(1))
         return values
@@ -185,12 +186,16 @@ class ShardCall(LinearCall):
         mass = items.rest + term
         entropy = log_sum - (sums + _times(term, items.logit - items.max)) / mass
         count = counts.sum()
+        infinite = items.max.isinf()
+        lse = torch.where(infinite, items.max, items.max + log_sum)
+        near = (items.logit - items.max) - log_sum
+        log_prob = torch.where(infinite, items.logit - lse, near)
         return LinearStats(
             count, ((predicted == target) & counts).sum() / count,
             predicted.masked_fill(~counts, -1),
-            ((items.logit - items.max) - log_sum).masked_fill(~counts, 0).to(self.compute),
+            log_prob.masked_fill(~counts, 0).to(self.compute),
             entropy.masked_fill(~counts, 0).to(self.compute),
-            (items.max + log_sum).masked_fill(~counts, 0).to(self.compute),
+            lse.masked_fill(~counts, 0).to(self.compute),
         )  # fmt: skip
 
     def loss(self, items: Items, divisor: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -265,9 +270,10 @@ class ShardCall(LinearCall):
             if into.input is not None:
                 into.input.zero_()
             return
-        if into.any():
+        self.skip_below = 0.0
+        if into.any() and of_lse is None:
             whole = 1.0 if scale is None else scale
-            self.skip_below = self._filter(whole, item_scale, divisor)
+            self.skip_below = self._filter(whole * (number or 1.0), item_scale, divisor)
         for rows_of, part, here, index in self._blocks(into):
             at = slice(rows_of.start * self.items, rows_of.stop * self.items)
             every, target, even = (v.view(-1, 1, self.items) for v in vectors[:, at])

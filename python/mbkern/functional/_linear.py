@@ -109,10 +109,11 @@ def linear_cross_entropy(
             indices only; four products; no tracers. One all-gather of three numbers an item in
             forward, one all-reduce of the input's gradient; the sizes of the parts are asked for in
             every call, which waits for the device: DTensors know them. With ``split_invariant`` the
-            bits are those of one process where every rank's classes begin at a multiple of 1024;
-            not with ``label_smoothing``, ``weight``, ``return_stats`` or a tensor as
-            ``logit_scale``. The ranks' parts of the input's gradient are then added up one after
-            the other, and the sums of 1024 logits each are exchanged.
+            bits are those of one process (with ``accumulate_into``, or an incoming gradient of 1)
+            where every rank's classes begin at a multiple of 1024; not with ``label_smoothing``,
+            ``weight``, ``return_stats`` or a tensor as ``logit_scale``. The ranks' parts of the
+            input's gradient are then added up one after the other, the sums of 1024 logits each
+            are exchanged, and memory is that of three chunks.
 
     Returns:
         The loss: 0-dim, or one an item; with ``return_stats`` a pair.

@@ -12,6 +12,21 @@ from mbkern import functional as F
 from mbkern._arguments import Number
 
 
+class _Shared:
+    """What copies of a module have in common."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.value is None:
+            return _Shared, (None,)
+        raise TypeError("mbkern: a process group cannot be pickled: save the module's state_dict()")
+
+
 class LinearCrossEntropyLoss(torch.nn.Module):
     """Linear, then cross-entropy, without the logits: a head that owns its weight.
 
@@ -89,7 +104,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.filter_eps = filter_eps
         self.return_stats = return_stats
         self.loss_dtype = loss_dtype
-        self.process_group = process_group
+        self._group = _Shared(process_group)
+
+    @property
+    def process_group(self) -> Any:
+        """Over which the classes are cut; a copy of the module has the same."""
+        return self._group.value
 
     def extra_repr(self) -> str:
         """What is not the linear layer's."""
