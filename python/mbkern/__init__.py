@@ -28,6 +28,8 @@ from mbkern._losses import losses
 from mbkern._micro_batches import MicroBatches, micro_batches
 from mbkern._noise_scale import NoiseScale
 from mbkern._patched import PatchReport, patch, patched, unpatch
+from mbkern._plan_result import Plan
+from mbkern._planner import plan
 from mbkern._version import NUMERICS_VERSION, __version__
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "MicroBatches",
     "NoiseScale",
     "PatchReport",
+    "Plan",
     "TargetErrors",
     "WindowStats",
     "__version__",
@@ -53,6 +56,7 @@ __all__ = [
     "nn",
     "patch",
     "patched",
+    "plan",
     "take_target_errors",
     "unpatch",
 ]

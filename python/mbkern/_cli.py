@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_argument("--write-golden", action="store_true", help=argparse.SUPPRESS)
     selftest.set_defaults(run=_selftest)
 
+    from mbkern import _plan_cli
+
+    plan = commands.add_parser("plan", help="choose the micro-batch of a training step")
+    _plan_cli.add_arguments(plan)
+    plan.set_defaults(run=_plan_cli.run)
+
     commands.add_parser("bench", help="measure speed; see bench --help", add_help=False)
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -146,6 +146,14 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, tuple | list):
         return [(f"[{k}]", entry) for k, entry in enumerate(value)]
     return []
+
+
+def tensors_in(value: Any) -> Iterator[Any]:
+    """All tensors and arrays in a batch, 0-dim ones too."""
+    if isinstance(value, Tensor | np.ndarray):
+        yield value
+    for _, entry in _entries(value):
+        yield from tensors_in(entry)
 
 
 def _has_tensor(value: Any) -> bool:

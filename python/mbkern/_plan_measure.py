@@ -1,0 +1,199 @@
+"""Passes of a user's step, timed and with their peak of memory, leaving no trace."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbkern import _plan_memory
+from mbkern._micro_batches import micro_batches, tensors_in
+from mbkern._plan_fit import Probe
+from mbkern.bench.timing import Way, once
+
+DRAWS = 3  # of sample(n): the largest is taken
+_FIRST_S = 0.3  # what the first look at a size may take, if passes are short
+
+
+class Ranks:
+    """What all processes agree on; one process alone agrees with itself."""
+
+    def __init__(self) -> None:
+        dist = torch.distributed
+        self.several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def most(self, values: list[float]) -> list[float]:
+        """The largest of each over all ranks."""
+        if not self.several:
+            return values
+        nccl = "nccl" in torch.distributed.get_backend()
+        tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if nccl else "cpu")
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return [float(value) for value in tensor.tolist()]
+
+    def least(self, value: float) -> float:
+        """The smallest over all ranks."""
+        return -self.most([-value])[0]
+
+    def sharing(self) -> int:
+        """How many ranks share this machine's memory."""
+        if not self.several:
+            return 1
+        hosts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+        return hosts.count(socket.gethostname())
+
+
+class Source:
+    """Micro-batches of any size: from a function, or from the first items of a batch."""
+
+    def __init__(self, sample: Any) -> None:
+        self._draw = sample if callable(sample) else None
+        self._batch = sample
+        self.most = 1 << 62 if self._draw else micro_batches(sample, 1).items
+
+    def __call__(self, items: int) -> Any:
+        if self._draw is None:
+            return micro_batches(self._batch, items)[0]
+        drawn = [self._draw(items) for _ in range(DRAWS)]
+        return max(drawn, key=size)
+
+
+def size(batch: Any) -> int:
+    """Bytes of the tensors and arrays of a batch."""
+    return sum(t.nbytes for t in tensors_in(batch))
+
+
+class Meter:
+    """Measures passes. Use within ``with meter.undone():``.
+
+    Attributes:
+        device: the loss's.
+        held: bytes before a pass: all that is there, and gradients.
+        spent: seconds that measuring took so far; of the slowest rank.
+    """
+
+    def __init__(self, step: Callable[[Any], Tensor], source: Source, ranks: Ranks) -> None:
+        self._step, self._source, self._ranks = step, source, ranks
+        self._differentiate = True
+        self._gradients: dict[Tensor, Tensor | None] = {}
+        self.device = torch.device("cpu")
+        self.held, self.spent = 0, 0.0
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Afterwards gradients and random numbers are as they were."""
+        there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = [torch.cuda.current_device()] if there else []
+        with torch.random.fork_rng(devices):
+            try:
+                yield
+            finally:
+                for parameter, gradient in self._gradients.items():
+                    parameter.grad = gradient
+
+    def open(self, items: int) -> None:
+        """Run the step for the first time, and find out where, and which gradients it has."""
+        with torch.enable_grad():
+            loss = self._loss(self._source(items))
+            self.device = loss.device
+            if self.device.type not in ("cpu", "cuda"):
+                raise NotImplementedError(f"mbkern: plan measures CPU and CUDA, not {self.device}")
+            self._differentiate = loss.requires_grad
+            for parameter in leaves(loss):
+                self._gradients[parameter] = parameter.grad
+                parameter.grad = None
+            if self._differentiate:
+                loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+        self.held = int(self._ranks.most([float(_plan_memory.held(self.device))])[0])
+
+    def probe(self, items: int) -> Probe:
+        """Measure a size: its peaks in two passes on end, its times in a few more."""
+        batch = self._source(items)
+        first = self._time(self._gradient, batch)
+        peak = _plan_memory.peak(_twice(self._gradient, batch), self.device) - self.held
+        found = [0.0, peak, 0.0, 0.0]
+        if self._differentiate:
+            warm = self._time(self._function, batch)
+            found[0] = _plan_memory.peak(_twice(self._function, batch), self.device) - self.held
+            found[2] = warm
+        found[3] = first
+        function_bytes, gradient_bytes, warm, first = self._ranks.most(found)
+        self.spent += 3 * (first + warm)
+        repeats = min(9, max(2, int(_FIRST_S / max(first, 1e-9))))
+        none = math.nan
+        probe = Probe(
+            items, math.inf if self._differentiate else none, math.inf,
+            max(0.0, function_bytes) if self._differentiate else none, max(0.0, gradient_bytes),
+        )  # fmt: skip
+        for _ in range(repeats):
+            probe = self.again(probe, batch)
+        return probe
+
+    def again(self, probe: Probe, batch: Any = None) -> Probe:
+        """Time a size once more: of several times the least disturbed counts, the shortest."""
+        batch = self._source(probe.items) if batch is None else batch
+        times = [self._time(self._gradient, batch), 0.0]
+        if self._differentiate:
+            times[1] = self._time(self._function, batch)
+        gradient_s, function_s = self._ranks.most(times)
+        self.spent += gradient_s + function_s
+        return Probe(
+            probe.items, min(probe.function_s, function_s) if self._differentiate else math.nan,
+            min(probe.gradient_s, gradient_s), probe.function_bytes, probe.gradient_bytes,
+        )  # fmt: skip
+
+    def size_of(self, items: int) -> int:
+        """Bytes of a micro-batch."""
+        return size(self._source(items))
+
+    def _time(self, run: Callable[[Any], None], batch: Any) -> float:
+        return once(Way("", lambda: run(batch)), self.device.type)[0] * 1e-9
+
+    def _function(self, batch: Any) -> None:
+        with torch.no_grad():
+            self._loss(batch)
+
+    def _gradient(self, batch: Any) -> None:
+        with torch.enable_grad():
+            loss = self._loss(batch)
+            if self._differentiate:
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    def _loss(self, batch: Any) -> Tensor:
+        loss = self._step(batch)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"mbkern: step must return the loss, a 0-dim tensor, not {found}")
+        return loss
+
+
+def _twice(run: Callable[[Any], None], batch: Any) -> Callable[[], None]:
+    def both() -> None:
+        run(batch)
+        run(batch)
+
+    return both
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """The leaves of a loss's graph that will get a gradient."""
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    todo = [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        todo += [following for following, _ in node.next_functions]
+    return list(found.values())

@@ -1,0 +1,50 @@
+"""The curve behind a plan, drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mbkern._plan_result import Plan
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write a PNG: throughput of function and gradient, and memory, over the micro-batch."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ImportError(
+            "mbkern: pictures need matplotlib: pip install matplotlib, or mbkern[plan]"
+        ) from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = [probe.items for probe in plan.probes]
+    picture, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, what, colour in (("gradient", "gradient_s", "#3c83de"),
+                               ("function", "function_s", "#858b94")):  # fmt: skip
+        rates = [probe.items / getattr(probe, what) for probe in plan.probes]
+        speed.plot(sizes, rates, "o-", label=name, color=colour)
+    speed.set(ylabel="items a second", ylim=(0, None), title=f"{plan.device}: throughput")
+    speed.legend(frameon=False)
+    curve = plan.curve()
+    mib = 2**20
+    peaks = [(plan.held_bytes + probe.gradient_bytes) / mib for probe in plan.probes]
+    memory.plot(sizes, peaks, "o", label="measured", color="#3c83de")
+    expected = [(plan.held_bytes + curve.peak(n)) / mib for n in sizes]
+    memory.plot(sizes, expected, "-", label="expected", color="#3c83de")
+    memory.axhline(plan.held_bytes / mib, label="held before", color="#858b94", linestyle="--")
+    if plan.limit_bytes < 4 * max(peaks) * mib:
+        memory.axhline(plan.limit_bytes / mib, label="limit", color="#cf5a48", linestyle="--")
+    memory.set(ylabel="MiB at the peak", ylim=(0, None), title="memory")
+    memory.legend(frameon=False)
+    for axes in (speed, memory):
+        axes.axvline(plan.micro_batch, color="#149c77", linewidth=5, alpha=0.3)
+        axes.set(xscale="log", xlabel="items in a micro-batch")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    picture.suptitle(f"a batch of {plan.batch_size} in {plan.passes} passes of {plan.micro_batch}")
+    picture.savefig(path, format="png", dpi=120)
+    pyplot.close(picture)
