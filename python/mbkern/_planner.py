@@ -16,7 +16,8 @@ from mbkern._plan_result import Instead, Plan, Verified
 
 GAIN = 0.03  # two doublings that gain less an item are enough
 LIMITED = 4  # sizes that are tried close to the limit
-ROUNDS = 7  # in which all sizes are timed again
+ROUNDS = 25  # at most, in which all sizes are timed again
+CONFIRM = 3  # rounds more before sizes are said to gain nothing
 
 
 def plan(
@@ -179,10 +180,16 @@ class _Search:
         return low
 
     def _saturated(self) -> bool:
-        if len(self.probes) < 4:
-            return False
-        rates = [probe.items / probe.gradient_s for probe in self.probes[-3:]]
-        return max(rates[1:]) < (1 + GAIN) * rates[0]
+        """Whether the last two doublings gained next to nothing; looked at twice."""
+        for _ in range(2):
+            if len(self.probes) < 4:
+                return False
+            rates = [probe.items / probe.gradient_s for probe in self.probes[-3:]]
+            if max(rates[1:]) >= (1 + GAIN) * rates[0]:
+                return False
+            for _ in range(CONFIRM):
+                self.probes[-3:] = [self.meter.again(probe) for probe in self.probes[-3:]]
+        return True
 
     def _compare_sizes(self, small: int, large: int) -> None:
         a, b = (self.meter.size_of(n) / n for n in (small, large))
