@@ -93,6 +93,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
          SUITE_FILE, "--allocators", "default", "--threads", "1", "--seconds", "30",
          "--providers", "mbkern", "--output", str(output)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Background jobs of a shell ignore the signal, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     assert process.stdout is not None

@@ -20,7 +20,7 @@ import numpy as np
 
 NOISE = 1.1  # a measured peak may be that much too small
 SMALLEST = 1 << 20  # a peak that is certainly not overestimated
-SHARES = {"throughput": 0.97, "memory": 0.8}  # of the best throughput that must be reached
+SHARES = {"throughput": 0.985, "memory": 0.8}  # of the best throughput that must be reached
 
 
 @dataclass(frozen=True)

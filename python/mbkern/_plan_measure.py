@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import socket
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +84,7 @@ class Meter:
         self._step, self._source, self._ranks = step, source, ranks
         self._differentiate = True
         self._gradients: dict[Tensor, Tensor | None] = {}
+        self._times: dict[int, tuple[list[float], list[float]]] = {}
         self.device = torch.device("cpu")
         self.held, self.spent = 0, 0.0
 
@@ -111,17 +114,18 @@ class Meter:
             if self._differentiate:
                 loss.backward()  # type: ignore[no-untyped-call]
         del loss
+        _plan_memory.settle_heap()
         self.held = int(self._ranks.most([float(_plan_memory.held(self.device))])[0])
 
     def probe(self, items: int) -> Probe:
         """Measure a size: its peaks in two passes on end, its times in a few more."""
         batch = self._source(items)
         first = self._time(self._gradient, batch)
-        peak = _plan_memory.peak(_twice(self._gradient, batch), self.device) - self.held
+        peak = _plan_memory.peak(_repeated(self._gradient, batch), self.device) - self.held
         found = [0.0, peak, 0.0, 0.0]
         if self._differentiate:
             warm = self._time(self._function, batch)
-            found[0] = _plan_memory.peak(_twice(self._function, batch), self.device) - self.held
+            found[0] = _plan_memory.peak(_repeated(self._function, batch), self.device) - self.held
             found[2] = warm
         found[3] = first
         function_bytes, gradient_bytes, warm, first = self._ranks.most(found)
@@ -137,17 +141,32 @@ class Meter:
         return probe
 
     def again(self, probe: Probe, batch: Any = None) -> Probe:
-        """Time a size once more: of several times the least disturbed counts, the shortest."""
+        """Time a size once more; what counts is the median, since a mini-batch is typical passes.
+
+        The shortest of several times flatters small passes: each loses its own part to others.
+        """
         batch = self._source(probe.items) if batch is None else batch
         times = [self._time(self._gradient, batch), 0.0]
         if self._differentiate:
             times[1] = self._time(self._function, batch)
         gradient_s, function_s = self._ranks.most(times)
         self.spent += gradient_s + function_s
-        return Probe(
-            probe.items, min(probe.function_s, function_s) if self._differentiate else math.nan,
-            min(probe.gradient_s, gradient_s), probe.function_bytes, probe.gradient_bytes,
-        )  # fmt: skip
+        gradients, functions = self._times.setdefault(probe.items, ([], []))
+        gradients.append(gradient_s)
+        functions.append(function_s if self._differentiate else math.nan)
+        return dataclasses.replace(
+            probe, function_s=statistics.median(functions), gradient_s=statistics.median(gradients)
+        )
+
+    def window(self, probe: Probe, passes: int) -> Probe:
+        """Measure the peak of a size again, over more passes: the heap loses more between them."""
+        if passes < 1:
+            return probe
+        batch = self._source(probe.items)
+        peak = _plan_memory.peak(_repeated(self._gradient, batch, passes), self.device) - self.held
+        (most,) = self._ranks.most([float(peak)])
+        self.spent += passes * probe.gradient_s
+        return dataclasses.replace(probe, gradient_bytes=max(most, probe.gradient_bytes))
 
     def size_of(self, items: int) -> int:
         """Bytes of a micro-batch."""
@@ -174,12 +193,12 @@ class Meter:
         return loss
 
 
-def _twice(run: Callable[[Any], None], batch: Any) -> Callable[[], None]:
-    def both() -> None:
-        run(batch)
-        run(batch)
+def _repeated(run: Callable[[Any], None], batch: Any, passes: int = 2) -> Callable[[], None]:
+    def all_of_them() -> None:
+        for _ in range(passes):
+            run(batch)
 
-    return both
+    return all_of_them
 
 
 def leaves(loss: Tensor) -> list[Tensor]:

@@ -4,9 +4,9 @@ On the CPU this is resident memory as the kernel counts it, and as it ends proce
 /proc/self/status, whose mark is reset before each measurement and free memory given back. It has in
 it what torch's own account has not: the scratch memory of libraries (a convolution's reordered
 operands: as much again as its activations) and what the C library's heap loses between blocks.
-The latter depends on the past: repeated measurements differ by up to 15 % of a pass of 100 MB,
-less above it. Where the kernel does not let the mark be reset, torch's profiler lists what torch
-allocates, and only that.
+The latter depends on the past: from process to process a pass of 100 MB differs by up to a third
+(of the whole process: a tenth). Where the kernel does not let the mark be reset, torch's profiler
+lists what torch allocates, and only that.
 
 On CUDA it is the peak of torch's allocator, ``torch.cuda.max_memory_allocated``.
 """
@@ -23,6 +23,16 @@ import torch
 from mbkern.bench import memory
 
 KEPT_FREE = 0.1  # of what is available, where no limit is given
+
+
+def settle_heap() -> None:
+    """Bring glibc's heap to where a training loop ends up.
+
+    It maps blocks above a threshold afresh at each allocation, page by page, and lowers its top as
+    soon as twice that is free, until a block of up to 32 MiB was freed: then that is the threshold.
+    Small micro-batches would seem slow, and large ones after them fast, for that reason alone.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
 def held(device: torch.device) -> int:
