@@ -300,20 +300,23 @@ class ShardCall(LinearCall):
         memory = in_huge_pages(torch.empty(shape, dtype=self._memory_dtype, device=self.x.device))
         of_row = max(1, self.compute.itemsize * self.w.shape[0])
         step = max(1, (_BLOCK_BYTES_CUDA if cuda else _BLOCK_BYTES) // of_row)
-        target = self.target.view(-1, self.items)
-        counts = self._counts.view(-1, self.items)
         for first, end in self.chunks():
             x = self._inputs(first, end)
             z = self._logits(x, memory)
             logits = z.view(end - first, self.classes, self.items)
             for start in range(first, end, step):
                 stop = min(start + step, end)
-                local = target[start:stop] - self.shard.first
-                here = (local >= 0) & (local < self.classes) & counts[start:stop]
-                index = local.clamp(0, max(0, self.classes - 1)).unsqueeze(1)
+                here, index = self._targets(start, stop)
                 yield slice(start, stop), logits[start - first : stop - first], here, index
             if into is not None:
                 self._spread(x, z, first, end, into)
+
+    def _targets(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Whether a target is one of these classes, (rows, inner), and which, (rows, 1, inner)."""
+        target = self.target.view(-1, self.items)[first:end] - self.shard.first
+        counts = self._counts.view(-1, self.items)[first:end]
+        here = (target >= 0) & (target < self.classes) & counts
+        return here, target.clamp(0, max(0, self.classes - 1)).unsqueeze(1)
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

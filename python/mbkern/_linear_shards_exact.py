@@ -206,13 +206,6 @@ class ExactShardCall(ShardCall):
         self._logits(self._inputs(first, end), flat)
         return rows
 
-    def _targets(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Whether a target is one of these classes, (rows, inner), and which, (rows, 1, inner)."""
-        target = self.target.view(-1, self.items)[first:end] - self.shard.first
-        counts = self._counts.view(-1, self.items)[first:end]
-        here = (target >= 0) & (target < self.classes) & counts
-        return here, target.clamp(0, max(0, self.classes - 1)).unsqueeze(1)
-
 
 def exact_sum(values: Tensor) -> Tensor:
     """Sums of non-negative float32 numbers below 2^17 along the last dimension, rounded once.
