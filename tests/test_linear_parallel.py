@@ -40,6 +40,8 @@ def test_exact_sum() -> None:
     values[200:300] = (values[200:300] < 0.1) * 2.0**-30
     values[200:300, 5] = 1.0 + 2.0**-23
     values[200:300, 77] = 2.0**-24  # half of the last place
+    values[280:300] = 0.0  # what decides lies below the highest digit
+    values[280:300, 5], values[280:300, 77], values[280:300, 100] = 1.0, 2.0**-24, 2.0**-70
     values[300] = 0.0
     found = exact_sum(values)
     for row, value in zip(values, found, strict=True):
