@@ -8,7 +8,6 @@ head adds in the weight's dtype, and loses a bfloat16 gradient's last bits with 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbkern import _C
 from mbkern import _launch_product as products
-from mbkern._arguments import compute_dtype, weights_as
 from mbkern._launch import (
     RowCall,
     RowOptions,
@@ -26,8 +25,8 @@ from mbkern._launch import (
     exact_result,
     in_huge_pages,
     new_gradient,
-    scalar_argument,
 )
+from mbkern._linear_rows import LIMBS, LinearOptions, LinearRows
 from mbkern._linear_stats import Collector, capped
 from mbkern._losses import find
 from mbkern._tensors import on_cuda, require_plain
@@ -35,21 +34,7 @@ from mbkern._tensors import on_cuda, require_plain
 _NUMBER = find("cross_entropy").number
 _CHUNK_BYTES = 64 << 20  # more than the caches hold: torch's products take longer with fewer rows
 _CHUNK_BYTES_CUDA = 512 << 20  # never measured
-_LIMBS = 12
-
-
-@dataclass(slots=True)
-class LinearOptions:
-    """What the head is asked for, besides its tensors."""
-
-    row: RowOptions
-    logit_scale: float | None = None  # a number; a tensor is an argument of its own
-    shift: int = 0
-    chunk_bytes: int | None = None
-    chunk_rows: int | None = None
-    split_invariant: bool = False
-    num_valid: int | None = None
-    filter_eps: float = 0.0  # 0: nothing is left out
+_PACKED_ROWS, _PACKED_TERMS = 128, 1 << 24  # from which our product is worth its packing
 
 
 @dataclass(slots=True)
@@ -72,8 +57,8 @@ class Gradients:
         return not (self.input is self.weight is self.bias is self.scale is None)
 
 
-class LinearCall:
-    """One call of the head: flat tensors, the rows that count, and how they are cut.
+class LinearCall(LinearRows):
+    """One call of the head: its rows, and how they are cut into chunks.
 
     Args:
         input: (*, in_features). weight: (classes, *inner, in_features). bias: (classes, *inner).
@@ -91,127 +76,33 @@ class LinearCall:
         options: LinearOptions,
         dtype: torch.dtype,
     ) -> None:
-        self.options, self.dtype = options, dtype
-        self.target: Tensor
-        self.sample_weight: Tensor | None
-        self.classes, self.inner = weight.shape[0], weight.shape[1:-1]
-        batch = input.shape[:-1]
-        self.has_index = target.shape != (*batch, self.classes, *self.inner)
-        features = input.shape[-1]
-        x, w = require_plain(input.detach(), "input"), require_plain(weight.detach(), "weight")
-        self.x = x.reshape(math.prod(batch), features).to(dtype)
-        self.w = w.reshape(self.classes * self.items, features).to(dtype)
-        self.compute = compute_dtype(dtype)
+        super().__init__(input, weight.shape, target, options, dtype)
+        w = require_plain(weight.detach(), "weight")
+        self.w = w.reshape(self.classes * self.items, input.shape[-1]).to(dtype)
         self.bias = self.scale = None
         if bias is not None:
             self.bias = require_plain(bias.detach(), "linear_bias").reshape(-1).contiguous()
         if scale is not None:
             self.scale = require_plain(scale.detach(), "logit_scale")
-        last = (batch[-1] - options.shift,) if options.shift else batch[-1:]
-        self.shape = torch.Size((*batch[:-1], *last, *self.inner))
-        self._select_rows(require_plain(target.detach(), "target"), batch)
         # Own products where a fixed order is asked for, and where torch's are slower.
+        self.fast = not on_cuda(self.x) and _C.isa() != "scalar"  # vectors of floats
         self.own = options.split_invariant or (
-            not on_cuda(self.x) and dtype is torch.float16 and not _has_fp16_products()
+            self.fast and dtype is torch.float16 and not _has_fp16_products()
         )
         self.skip_below = 0.0  # of gradients of logits; set by run()
         self.logits_dtype = self.compute if self.own else dtype
         if not self.has_index:
             self.logits_dtype = torch.promote_types(self.logits_dtype, self.target.dtype)
         self.step = self._rows_of_chunk()
+        # torch's product of logits takes half as long again where their rows are not aligned. Ours
+        # needs some rows to be worth its packing; in blocks it rounds at most 1.4 times as much.
+        unaligned = dtype is torch.float32 and self.w.shape[0] * dtype.itemsize % 64 != 0
+        large = self.step >= _PACKED_ROWS and self.step * self.w.numel() >= _PACKED_TERMS
+        self.own_logits = self.own or (self.fast and unaligned and large)
+        in_blocks = not self.own and self.w.shape[1] > products.BLOCK
+        self.order_of_logits = products.BLOCKS if in_blocks else products.CHAIN
 
-    # ---- which rows ----
-
-    def _select_rows(self, target: Tensor, batch: torch.Size) -> None:
-        """Set the rows' numbers in ``x`` (None: all) and in the loss, their targets and weights."""
-        options = self.options
-        columns = () if self.has_index else (self.classes,)
-        inner = (self.items,) if self.inner else ()
-        flat = target.reshape(self.x.shape[0], *columns, *inner)
-        if self.has_index:  # or ignore_index would be compared in the target's own dtype, and wrap
-            flat = flat.long()
-        self.rows: Tensor | None = None
-        if options.shift:
-            length = batch[-1]
-            starts = torch.arange(0, self.x.shape[0], length, device=self.x.device)
-            within = torch.arange(length - options.shift, device=self.x.device)
-            self.rows = (starts[:, None] + within).reshape(-1)
-            flat = flat.index_select(0, self.rows + options.shift)
-        if self.has_index:
-            self._check_classes(flat)
-        self.kept: Tensor | None = None
-        if self.has_index and (not on_cuda(self.x) or options.num_valid is not None):
-            counts = flat != options.row.ignore_index
-            if self.inner:
-                counts = counts.any(1)
-            self.kept = self._kept(counts)
-        weights = options.row.sample_weight
-        if weights is not None:
-            weights = self.of_kept(self._per_item(weights))
-        if self.kept is not None:
-            flat = flat.index_select(0, self.kept)
-            self.rows = self.kept if self.rows is None else self.rows.index_select(0, self.kept)
-        self.target, self.sample_weight = flat, weights
-
-    def _per_item(self, weights: Tensor) -> Tensor:
-        weights = weights_as(weights, "sample_weight", self.compute)
-        try:
-            return weights.expand(self.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"mbkern: sample_weight has shape {tuple(weights.shape)}, which does not "
-                f"broadcast to the shape of the unreduced loss, {tuple(self.shape)}"
-            ) from None
-
-    def _kept(self, counts: Tensor) -> Tensor | None:
-        known = self.options.num_valid
-        if on_cuda(counts):
-            assert known is not None
-            return torch.nonzero_static(counts, size=known).squeeze(1)
-        number = int(torch.count_nonzero(counts))
-        if known is not None and known != number:
-            raise ValueError(f"mbkern: num_valid is {known}, and {number} targets are not ignored")
-        return None if number == counts.numel() else torch.nonzero(counts).squeeze(1)
-
-    def _check_classes(self, target: Tensor) -> None:
-        """Raise before anything is written, where the host can see the targets."""
-        if on_cuda(target) or target.numel() == 0:
-            return
-        t = target.reshape(-1)
-        classes = self._number_of_classes()
-        bad = ((t < 0) | (t >= classes)) & (t != self.options.row.ignore_index)
-        if bool(bad.any()):
-            at = int(torch.nonzero(bad)[0])
-            raise IndexError(
-                f"mbkern: target {int(t[at])} of item {at} is not a class in [0, {classes}) "
-                f"and not ignore_index={self.options.row.ignore_index}"
-            )
-
-    def _number_of_classes(self) -> int:
-        """How many classes targets are of."""
-        return self.classes
-
-    @property
-    def count(self) -> int:
-        """How many rows there are to compute."""
-        return int(self.target.shape[0])
-
-    @property
-    def loss_rows(self) -> int:
-        """How many rows the unreduced loss has, those that are not computed among them."""
-        return math.prod(self.shape[: len(self.shape) - len(self.inner)])
-
-    @property
-    def items(self) -> int:
-        """How many losses a row has."""
-        return math.prod(self.inner)
-
-    def of_kept(self, values: Tensor) -> Tensor:
-        """One value an item of the unreduced loss, of the rows that are computed."""
-        flat = values.to(self.compute).reshape(
-            self.loss_rows, *((self.items,) if self.inner else ())
-        )
-        return flat if self.kept is None else flat.index_select(0, self.kept)
+    # ---- chunks ----
 
     def _rows_of_chunk(self) -> int:
         return self._rows_for(self.w.shape[0])
@@ -233,41 +124,6 @@ class LinearCall:
         for first in range(0, self.count, self.step):
             yield first, min(first + self.step, self.count)
 
-    # ---- the mean's divisor ----
-
-    def divisor(self) -> float | Tensor:
-        """What a mean divides by: given, or the sum of the weights of the items that count."""
-        options = self.options.row
-        if options.reduction != "mean":
-            return 1.0
-        if options.denominator is not None:
-            given = scalar_argument(options.denominator, "denominator")
-            if isinstance(given, Tensor):  # as it is now: backward is later
-                return given.clone() if on_cuda(given) else float(given)
-            return given
-        weights = self.sample_weight
-        if self.has_index:
-            t = self.target
-            ignored = t == options.ignore_index
-            if options.weight is not None:
-                of_class = options.weight.detach().to(self.compute)
-                of_item = of_class[t.masked_fill(ignored, 0).long()]
-                weights = of_item if weights is None else of_item * weights
-            if weights is not None:
-                weights = weights.masked_fill(ignored, 0)
-            elif on_cuda(t):
-                counted: Tensor = t.numel() - torch.count_nonzero(ignored).to(torch.float64)
-                return counted
-            else:
-                return float(t.numel() - int(torch.count_nonzero(ignored)))
-        if weights is None:
-            return float(self.count * self.items)
-        if self.compute is torch.float64:
-            return weights.sum()
-        total = torch.zeros(_LIMBS, dtype=torch.int64, device=weights.device)
-        exact_add(total, weights)  # in any order the same
-        return exact_result(total, None, torch.float64)
-
     # ---- one chunk ----
 
     def _inputs(self, first: int, end: int) -> Tensor:
@@ -278,9 +134,10 @@ class LinearCall:
     def _logits(self, x: Tensor, memory: Tensor) -> Tensor:
         z = memory[: x.shape[0]]
         number = self.options.logit_scale
-        if self.own:
+        if self.own_logits:
             start = None if self.bias is None else self.bias.to(self.compute)
-            products.product(z, x.t(), self.w.t(), start=start, fresh=True)
+            order = self.order_of_logits
+            products.product(z, x.t(), self.w.t(), order, start=start, fresh=True)
         else:
             # By the product where that is exact: a factor of 0 would hide what is not finite.
             alpha = number if number else 1.0
@@ -354,14 +211,14 @@ class LinearCall:
     def _add_weight_gradient(self, x: Tensor, g: Tensor, into: Tensor) -> None:
         if self.own:
             products.product(into, g, x, skip_below=self.skip_below)
-        elif not on_cuda(g):
+        elif not on_cuda(g) and (self.fast or self.skip_below):
             if self.compute is torch.float64 and not self.skip_below:
                 into.addmm_(g.t(), x)
                 return
             products.product(into, g, x, self._order(g), skip_below=self.skip_below)
         elif g.dtype is into.dtype:
             into.addmm_(g.t(), x)
-        elif _has_out_dtype():
+        elif on_cuda(g) and _has_out_dtype():
             into += torch.mm(g.t(), x, out_dtype=into.dtype)
         else:
             into.addmm_(g.t().to(into.dtype), x.to(into.dtype))
@@ -433,7 +290,7 @@ class LinearCall:
         sums: list[Tensor] = []
         exact = self.compute is torch.float32
         if exact and not from_state:
-            total = torch.zeros(_LIMBS, dtype=torch.int64, device=device)
+            total = torch.zeros(LIMBS, dtype=torch.int64, device=device)
         per_item = 2 if self.has_index else 3
         mean = rows.reduction == "mean"
         for first, end in self.chunks():

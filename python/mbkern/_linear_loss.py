@@ -14,7 +14,8 @@ from mbkern import _C, _composite
 from mbkern._arguments import Number, compute_dtype
 from mbkern._launch import hint_argument, new_zeros, scalar_argument
 from mbkern._linear_buffers import Accumulation, Destination, gradient_dtype
-from mbkern._linear_call import Gradients, LinearCall, LinearOptions
+from mbkern._linear_call import Gradients, LinearCall
+from mbkern._linear_rows import LinearOptions
 from mbkern._linear_stats import Collector
 from mbkern._losses import find
 from mbkern.autograd import _SECOND_BACKWARD, _graph_is_kept, _is_legacy_batched

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mbkern import _ops
 from mbkern._launch import RowOptions
-from mbkern._linear_call import Gradients, LinearCall, LinearOptions
+from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_loss import LinearRequest, as_argument, new_gradients
+from mbkern._linear_rows import LinearOptions
 
 _TENSORS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor target, "

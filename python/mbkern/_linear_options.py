@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mbkern._arguments import Number, check_reduction, check_row_options
 from mbkern._launch import RowOptions
-from mbkern._linear_call import LinearOptions
+from mbkern._linear_rows import LinearOptions
 from mbkern._tensors import INDEX_TYPES, describe
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mbkern._launch import exact_add, in_huge_pages
-from mbkern._linear_call import _LIMBS, Gradients, LinearCall
+from mbkern._linear_call import Gradients, LinearCall
+from mbkern._linear_rows import LIMBS
 from mbkern._linear_stats import LinearStats, capped
 from mbkern._tensors import on_cuda
 
@@ -217,7 +218,7 @@ class ShardCall(LinearCall):
             return self._loss(
                 [loss.sum() / divisor if mean else loss.sum()], None, 1.0, dtype, None
             )
-        total = torch.zeros(_LIMBS, dtype=torch.int64, device=self.x.device)
+        total = torch.zeros(LIMBS, dtype=torch.int64, device=self.x.device)
         exact_add(total, loss)
         return self._loss([], total, divisor, dtype, None)
 

@@ -12,10 +12,11 @@ from mbkern import _linear_buffers as buffers
 from mbkern import _linear_parallel as parallel
 from mbkern import _traced
 from mbkern._arguments import Number, compute_dtype, hint_value, result_dtype
-from mbkern._linear_call import Gradients, LinearCall, LinearOptions
+from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_loss import LinearLoss, LinearRequest, LogSumExp, unfused
 from mbkern._linear_ops import linear_loss
 from mbkern._linear_options import linear_options, product_dtype
+from mbkern._linear_rows import LinearOptions
 from mbkern._linear_stats import Collector, LinearStats, capped, gather, of_logits
 from mbkern._tensors import is_differentiated, is_dtensor
 from mbkern.functional._cross_entropy import cross_entropy
