@@ -19,6 +19,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import mbkern
+import mbkern.functional as M
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -167,6 +168,29 @@ def test_error_inputs(case: Case, dtype: torch.dtype) -> None:
         args = [with_dtype(a, dtype) for a in call.args]
         with pytest.raises((ValueError, TypeError, RuntimeError), match=r"^mbkern: "):
             case.module(*make.args, **options)(*args, **call.kwargs)
+
+
+ERRORS = [op for op in OPS.values() if op.error_inputs_func and hasattr(M, op.name.split(".")[-1])]
+
+
+@pytest.mark.parametrize("op", ERRORS, ids=lambda op: op.name.split(".")[-1])
+def test_error_inputs_of_functions(op: Any) -> None:
+    """What torch's function refuses, ours of that name refuses."""
+    for error in op.error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)) as caught:
+            getattr(M, op.name.split(".")[-1])(sample.input, *sample.args, **sample.kwargs)
+        same = isinstance(caught.value, error.error_type)  # in our words, or in torch's own
+        assert str(caught.value).startswith("mbkern: ") or same, error.error_regex
+
+
+def test_all_error_inputs_are_seen() -> None:
+    names = {op.name.split(".")[-1] for op in ERRORS}
+    assert names >= {
+        "soft_margin_loss", "margin_ranking_loss", "multi_margin_loss", "multilabel_margin_loss",
+        "triplet_margin_loss", "triplet_margin_with_distance_loss", "l1_loss", "gaussian_nll_loss",
+        "hinge_embedding_loss", "huber_loss", "poisson_nll_loss", "linear_cross_entropy",
+    } or torch.__version__ < "2.13"  # fmt: skip
 
 
 def _positional(function: Any) -> list[tuple[str, Any]]:

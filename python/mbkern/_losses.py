@@ -213,7 +213,7 @@ _LOSSES = {
             "triplet_margin_loss",
             ("anchor", "positive", "negative"),
             parameters={
-                "margin": Parameter(1.0),
+                "margin": Parameter(1.0, 0.0, open=True),
                 "eps": Parameter(1e-6),
                 "swap": Parameter(False),
             },
