@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import goal_page
 import readme
 
 
@@ -34,3 +36,45 @@ def test_another_number_is_noticed(
     changed.write_text("no markers")
     with pytest.raises(ValueError, match="needs one"):
         readme.main([])
+
+
+def test_the_page_of_goals_says_what_was_measured() -> None:
+    assert goal_page.main([]) == 0
+
+
+def test_what_is_missed_is_bold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs take the place of what was there of their suites; ranges are over cases and states."""
+    goals = [
+        {"what": "speed", "reach": ">= 2x", "measured": f"{value}x (1-9)", "case": "c",
+         "threads": threads, "allocator": "default"}
+        for value, threads in ((2.5, 1), (3.0, 1), (1.9, 2), (12.0, 2))
+    ]  # fmt: skip
+    goals += [
+        {**goals[0], "what": "price", "reach": "<= 1.05x", "measured": "1.05x (1.04-1.06)"},
+        {**goals[0], "what": "bytes", "reach": "<= 0.5 MiB", "measured": "+0.70 MiB"},
+        {**goals[0], "what": "unknown", "measured": "-"},
+    ]
+    facts = ("date", "cpu", "cpus", "isa", "torch", "mbkern", "commit", "threads")
+    run = {
+        "machine": dict.fromkeys(facts, "2026-01-02T03"),
+        "other_load": {"a (default)": 0.3, "b (default)": None},
+        "goals": [{**goal, "suite": "twin"} for goal in goals],
+    }
+    monkeypatch.setattr(goal_page, "RESULTS", tmp_path / "goals.json")
+    monkeypatch.setattr(goal_page, "PAGE", tmp_path / "speed.md")
+    for _ in range(2):
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        assert goal_page.main(["--take", str(tmp_path / "run.json")]) == 0
+        run["goals"][0]["measured"] = "2.40x"  # type: ignore[index]
+    page = (tmp_path / "speed.md").read_text()
+    assert "| speed, default | >= 2x | 2.40 to 3.00 | **1.90 to 12** |" in page
+    assert "| price, default | <= 1.05x | 1.05 | - |" in page
+    assert "| bytes, default | <= 0.5 MiB | **0.70** | - |" in page
+    assert "| unknown, default | >= 2x | not measured | - |" in page
+    assert "The machine was busy." in page
+    assert goal_page.main([]) == 0
+    (tmp_path / "speed.md").write_text(page.replace("2.40", "9.40"))
+    assert goal_page.main([]) == 1
+    assert "--write" in capsys.readouterr().out

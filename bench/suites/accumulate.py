@@ -115,7 +115,8 @@ def _flush(sizes: list[int], dtype: torch.dtype, threads: int, settings: Setting
     def restore() -> None:
         torch._foreach_copy_(scratch, sums)
 
-    # Against fp64. Torch's fp32 norm of many elements is off by more than a rounding.
+    # Against fp64. In fp32 the scale, the penalty's term, their sum, the clip factor and the result
+    # are rounded, by half a unit each. Torch's fp32 norm of many elements is off by far more.
     exact = [
         s.double() / ITEMS + WEIGHT_DECAY * p.double()
         for s, p in zip(sums, parameters, strict=True)
@@ -135,7 +136,7 @@ def _flush(sizes: list[int], dtype: torch.dtype, threads: int, settings: Setting
     entries: list[Entry] = interleave(ways, settings.effort(5.0), unit=1e-3)
     for entry in entries:
         entry.error = errors[entry.name]
-        entry.correct = entry.error <= (unit if entry.name == MBKERN else max(unit, 1e-3))
+        entry.correct = entry.error <= (2.5 * unit if entry.name == MBKERN else 1e-2)
     case = f"flush to {NAMES[dtype]}, {len(sizes)} tensors, {sum(sizes)} elements"
     return Group(SUITE, case, threads, settings.allocator, "us", TORCH, entries, 1)
 
