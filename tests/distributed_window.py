@@ -55,7 +55,8 @@ def train(
 ) -> list[Tensor]:
     """The weights after all steps, and the last gradient norm.
 
-    ``sharded``: every rank runs as many micro-batches, "late": FSDP reduces in the last one only.
+    ``sharded``: every rank runs as many micro-batches; FSDP reduces each of them, or "late": the
+    last one only, "kept": none, "mixed": the first.
     """
     parameters = [p for name, p in model.named_parameters() if not name.endswith("unused")]
     optimiser = torch.optim.SGD(parameters, lr=0.5)
@@ -70,6 +71,8 @@ def train(
         for k, part in enumerate(parts):
             if sharded == "late":
                 model.set_requires_gradient_sync(k == len(parts) - 1)
+            elif sharded in ("kept", "mixed"):
+                model.set_requires_gradient_sync(sharded == "mixed" and k == 0)
             loss = F.cross_entropy(model(x[part]), target[part], reduction="sum")
             accumulator.backward(loss, count=part.stop - part.start)
         stats = accumulator.flush()
@@ -86,7 +89,7 @@ def whole(parameter: Any) -> Tensor:
 
 def fsdp(kind: str, model: Any, rank: int, world: int) -> list[Tensor]:
     """By FSDP2, or HSDP over 2 x 2 ranks."""
-    shape = (2, world // 2) if kind == "hsdp" else (world,)
+    shape = (2, world // 2) if kind.startswith("hsdp") else (world,)
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -94,21 +97,26 @@ def fsdp(kind: str, model: Any, rank: int, world: int) -> list[Tensor]:
         mbkern.GradAccumulator(list(model.parameters()))
     with pytest.raises(NotImplementedError, match="measure=True"):
         mbkern.GradAccumulator(model, measure=True)
-    mode = "known" if kind == "fsdp known" else "deferred"
-    layout = "parameter" if kind == "fsdp known" else "flat"
+    mode = "known" if "known" in kind else "deferred"
+    layout = "parameter" if "known" in kind else "flat"
     accumulator = mbkern.GradAccumulator(model, max_norm=0.5, mode=mode, layout=layout)
     with pytest.raises(NotImplementedError, match="is sharded"):
         accumulator.buffer(next(model.parameters()))
-    if kind == "fsdp late":
+    if "late" in kind or "kept" in kind:
         model.set_requires_gradient_sync(False)
+        if mode == "known":
+            accumulator.begin(total=1)
         accumulator.backward(model(torch.ones(1, 5)).sum(), count=1)
-        with pytest.raises(RuntimeError, match="were not reduced"):
-            accumulator.flush()
-        accumulator.reset()
-    sharded = "late" if kind == "fsdp late" else "each"
+        accumulator.reset()  # nothing of it may be left
+        two = mbkern.GradAccumulator(model, denominators=("a", "b"))
+        with pytest.raises(RuntimeError, match="other denominators"):
+            two.backward(model(torch.ones(1, 5)).sum(), count=1, denominator="a")
+        two.reset()
+        two.close()
+    sharded = next((word for word in ("late", "kept", "mixed") if word in kind), "each")
     result = train(model, accumulator, rank, world, mode, sharded)
     # A penalty, without clipping; the state in mid-window.
-    model.set_requires_gradient_sync(True)
+    model.set_requires_gradient_sync(sharded != "kept")
     accumulator.close()
     model.zero_grad()
     plain = mbkern.GradAccumulator(model, l2=0.1, l1=0.01)
@@ -146,7 +154,7 @@ def main() -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
         timeout=timedelta(seconds=8 if kind == "dead" else 60),
     )  # fmt: skip
-    model: Any = new_model(unused=kind != "ddp")
+    model: Any = new_model(unused=kind != "ddp" and "kept" not in kind)
     if kind == "dead" and rank == 1:
         return  # without a word to the others
     mode = "known" if kind == "known" else "deferred"

@@ -51,7 +51,16 @@ def test_same_as_one_process(kind: str, world: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "world"), [("fsdp", 2), ("fsdp late", 2), ("fsdp known", 4), ("hsdp", 4)]
+    ("kind", "world"),
+    [
+        ("fsdp", 2),
+        ("fsdp late", 2),
+        ("fsdp mixed", 2),
+        ("fsdp known", 4),
+        ("fsdp kept known", 4),
+        ("hsdp", 4),
+        ("hsdp kept", 4),
+    ],
 )
 def test_shards(kind: str, world: int, tmp_path: Path) -> None:
     done = run(kind, world, tmp_path)

@@ -232,7 +232,7 @@ def bad_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
     return [
         ({"grads": [ten, ten.clone()]}, ValueError, "one of grads for each buffer: 2 and 1"),
         ({"grads": torch.zeros(9)}, ValueError, r"buffers\[0\] is \(10,\).*grads\[0\] is \(9,\)"),
-        ({"buffers": ten.half()}, TypeError, "float16; it must be float32 or float64"),
+        ({"buffers": ten.half()}, TypeError, "float16; it must be float32, float64 or bfloat16"),
         ({"buffers": ten.double(), "grads": ten.half()}, TypeError, "float64.*float16"),
         ({"buffers": ten[:5], "grads": ten[2:7]}, ValueError, "share memory"),
         ({"grads": ten.clone(), "parameters": None, "l2": 0.1}, ValueError, r"parameters\[0\] is"),

@@ -1,6 +1,7 @@
 #pragma once
 // The arithmetic of accumulation and flush, for every lane type.
 #include "core/dtype.h"
+#include "core/random.h"
 #include "core/tensor_list.h"
 
 namespace mbk::MBK_ISA {
@@ -19,6 +20,34 @@ struct Accumulation {
   template <class V>
   MBK_FN V of(V grad) const {
     return canonical(splat<V>(alpha) * grad);
+  }
+};
+
+// x, a float that is not a NaN of its own making, to the nearest of bf16.
+template <class V>
+MBK_FN V nearest_bf16(V x) {
+  const Int<V> u = as_int(x);
+  return as_float((u + 0x7fff + ((u >> 16) & 1)) & -0x10000);
+}
+
+// Sums in bf16 buffers, whose 8 bits alone would lose what is added to them. Numbers are floats
+// that bf16 holds.
+struct Bf16Accumulation {
+  Accumulation<float> item;
+
+  // The sum is a pair buffer + low: Kahan's compensation. The new low part is what the buffer
+  // cannot hold; 16 bits in all. An infinite sum has none.
+  template <class V>
+  MBK_FN void paired(V& buffer, V& low, V grad) const {
+    const V sum = item.reads ? item.of(buffer + low, grad) : item.of(grad);
+    buffer = nearest_bf16(sum);
+    low = select(abs(buffer) < splat<V>(__builtin_inff()), nearest_bf16(sum - buffer), V{});
+  }
+  // Rounded up as often as its distance says: right on average. `random` has 16 bits below.
+  template <class V>
+  MBK_FN V by_chance(V buffer, V grad, Int<V> random) const {
+    const V sum = item.reads ? item.of(buffer, grad) : item.of(grad);
+    return as_float((as_int(sum) + random) & -0x10000);
   }
 };
 

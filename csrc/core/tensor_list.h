@@ -12,12 +12,13 @@ inline constexpr int64_t list_blocks(int64_t size) { return (size + kListBlock -
 
 // What an element-wise call reads and writes of one tensor. The buffer comes first: its memory
 // order is the order of the walk, and so of the sums.
-enum ListView { kBuffer, kListGrad, kListParameter, kListViews };
+enum ListView { kBuffer, kListGrad, kListParameter, kListLow, kListViews };
 
 struct ListTensor : Walk {
   int64_t first_block;
   View views[kListViews];
   double l1, l2;  // of the flush: the penalty l1 |p| + l2 / 2 p^2 of every element
+  uint64_t key;   // of the accumulation into bf16 without a low part: which numbers it rounds by
   // Whether element i of every view lies i elements behind the first.
   bool dense() const {
     bool all = dims == 1;
@@ -31,7 +32,8 @@ struct TensorList {
   int64_t count, blocks;
 };
 
-// buffer = beta * buffer + alpha * grad; with beta = 0 the buffer is not read.
+// buffer = beta * buffer + alpha * grad; with beta = 0 the buffer is not read. A buffer of bf16 is
+// the high part of a pair, or is rounded to by chance: see Accumulation.
 struct AccumulateArgs {
   TensorList list;
   Scalar alpha, beta;
@@ -39,7 +41,8 @@ struct AccumulateArgs {
   int threads;
 };
 
-// v = scale * buffer + l2 * p + l1 * sign(p), and grad = clip * v, in the gradient's type.
+// v = scale * buffer + l2 * p + l1 * sign(p), and grad = clip * v, in the gradient's type. A buffer
+// of bf16 is taken with its low part, if it has one.
 //   scale = factor / (denominator * grad_scale); 0 where the denominator is 0
 struct FlushArgs {
   TensorList list;

@@ -59,6 +59,10 @@ MBK_PASS void flush_segment(const Flush<T>& item, const ListTensor& t, int64_t b
   const Range range{t, begin, count};
   const int whole = (count + kSumLanes - 1) / kSumLanes * kSumLanes;
   read_segment(t.views[kBuffer], range, buffer);
+  if (t.views[kListLow].data) {  // of a buffer of bf16: the sum is a pair
+    read_segment(t.views[kListLow], range, grad);
+    for (int k = 0; k < whole; ++k) buffer[k] += grad[k];
+  }
   if constexpr (kPenalty != Penalty::none) read_segment(t.views[kListParameter], range, parameter);
   flush_groups<kMeasures, kPenalty>(item, t, buffer, parameter, write ? grad : nullptr, whole,
                                     sums);
@@ -105,8 +109,8 @@ MBK_FN void flush_tensor(const FlushArgs& a, const Flush<float>& single, const F
                          const ListTensor& t, int64_t begin, int64_t end) {
   const View& grad = t.views[kListGrad].data ? t.views[kListGrad] : t.views[kListParameter];
   const DType type = grad.data ? grad.dtype : t.views[kBuffer].dtype;
-  const bool dense =
-      t.dense() && (kPenalty == Penalty::none || t.views[kListParameter].dtype == type);
+  const bool dense = t.dense() && t.views[kBuffer].dtype != DType::bf16 &&
+                     (kPenalty == Penalty::none || t.views[kListParameter].dtype == type);
   if (t.views[kBuffer].dtype == DType::f64) {
     flush_blocks<kMeasures, kPenalty, double, double>(a, twice, t, begin, end,
                                                       dense && type == DType::f64);

@@ -20,17 +20,18 @@ struct DenseTensor {
   void* data[kListViews];
   int64_t size, first_block, start;  // start: its first block among those of the launch
   double l1, l2;
+  uint64_t key;
   int32_t index;
   uint8_t dtypes[kListViews];
 
   MBK_DEVICE int64_t offset(int, int64_t i) const { return i; }
-  MBK_DEVICE DType dtype(int view) const { return (DType)dtypes[view]; }
+  MBK_FN DType dtype(int view) const { return (DType)dtypes[view]; }
   MBK_DEVICE void* at(int view) const { return data[view]; }
 
   static bool takes(const ListTensor& t) { return t.dense(); }
   static DenseTensor of(const ListTensor& t) {
     DenseTensor d{};
-    d.size = t.size, d.first_block = t.first_block, d.l1 = t.l1, d.l2 = t.l2;
+    d.size = t.size, d.first_block = t.first_block, d.l1 = t.l1, d.l2 = t.l2, d.key = t.key;
     for (int v = 0; v < kListViews; ++v)
       d.data[v] = t.views[v].data, d.dtypes[v] = (uint8_t)t.views[v].dtype;
     return d;
@@ -49,7 +50,7 @@ struct AnyTensor : ListTensor {
     }
     return offset + i * views[view].strides[0];
   }
-  MBK_DEVICE DType dtype(int view) const { return views[view].dtype; }
+  MBK_FN DType dtype(int view) const { return views[view].dtype; }
   MBK_DEVICE void* at(int view) const { return views[view].data; }
 
   static bool takes(const ListTensor& t) { return !t.dense(); }

@@ -38,36 +38,6 @@ MBK_DEVICE double add_elements(const AccumulateArgs& a, const Item& t, int64_t f
   return lane;
 }
 
-template <class Item, int kItems>
-__global__ void __launch_bounds__(kListThreads)
-    accumulate_list(const __grid_constant__ ListLaunch<Item, kItems, AccumulateArgs> p) {
-  for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x) {
-    const Item& t = p.item_of(block);
-    const int64_t first = first_element(t, block);
-    const DType grad = t.dtype(kListGrad);
-    double lane;
-    if (t.dtype(kBuffer) == DType::f64) {
-      if (grad == DType::f64)
-        lane = add_elements<double, double>(p.args, t, first);
-      else if (grad == DType::f32)
-        lane = add_elements<double, float>(p.args, t, first);
-      else if (grad == DType::bf16)
-        lane = add_elements<double, bf16>(p.args, t, first);
-      else
-        lane = add_elements<double, f16>(p.args, t, first);
-    } else if (grad == DType::f32) {
-      lane = add_elements<float, float>(p.args, t, first);
-    } else if (grad == DType::bf16) {
-      lane = add_elements<float, bf16>(p.args, t, first);
-    } else {
-      lane = add_elements<float, f16>(p.args, t, first);
-    }
-    if (!p.args.squares) continue;
-    const double sum = join_block(lane);
-    if (threadIdx.x == 0) p.args.squares[t.first_block + block - t.start] = sum;
-  }
-}
-
 MBK_DEVICE double load_double(const void* p, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::f32:
@@ -80,6 +50,68 @@ MBK_DEVICE double load_double(const void* p, DType dtype, int64_t i) {
       return ((const double*)p)[i];
   }
 }
+
+// add_elements into bf16, from any type but fp64.
+template <class Item>
+MBK_DEVICE double add_to_bf16(const AccumulateArgs& a, const Item& t, int64_t first) {
+  const Bf16Accumulation item{Accumulation<float>(a)};
+  const RandomBits random(t.key);
+  bf16 *const buffer = (bf16*)t.at(kBuffer), *const low = (bf16*)t.at(kListLow);
+  double lane = 0;
+#pragma unroll 1
+  for (int k = 0; k < kSteps; ++k) {
+    const int64_t i = first + k * kSumLanes;
+    if (i >= t.size) break;
+    const float g = (float)load_double(t.at(kListGrad), t.dtype(kListGrad), t.offset(kListGrad, i));
+    bf16& at = buffer[t.offset(kBuffer, i)];
+    float b = item.item.reads ? widen(at) : 0;
+    if (low) {
+      bf16& low_at = low[t.offset(kListLow, i)];
+      float l = item.item.reads ? widen(low_at) : 0;
+      item.paired(b, l, g);
+      low_at = narrow<bf16>(l);
+    } else {
+      b = item.by_chance(b, g, (int32_t)(random.at<float>(i) >> 16));
+    }
+    at = narrow<bf16>(b);
+    lane = plus_square<float>(lane, (double)g);
+  }
+  return lane;
+}
+
+template <class Item>
+MBK_DEVICE double add_to_wide(const AccumulateArgs& a, const Item& t, int64_t first) {
+  const DType grad = t.dtype(kListGrad);
+  if (t.dtype(kBuffer) == DType::f64) {
+    if (grad == DType::f64) return add_elements<double, double>(a, t, first);
+    if (grad == DType::f32) return add_elements<double, float>(a, t, first);
+    if (grad == DType::bf16) return add_elements<double, bf16>(a, t, first);
+    return add_elements<double, f16>(a, t, first);
+  }
+  if (grad == DType::f32) return add_elements<float, float>(a, t, first);
+  if (grad == DType::bf16) return add_elements<float, bf16>(a, t, first);
+  return add_elements<float, f16>(a, t, first);
+}
+
+// Of the list's buffers those of bf16, or all others: two kernels, as few calls have both.
+template <bool kBf16, class Item, int kItems>
+__global__ void __launch_bounds__(kListThreads)
+    accumulate_list(const __grid_constant__ ListLaunch<Item, kItems, AccumulateArgs> p) {
+  for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x) {
+    const Item& t = p.item_of(block);
+    if ((t.dtype(kBuffer) == DType::bf16) != kBf16) continue;
+    const int64_t first = first_element(t, block);
+    double lane;
+    if constexpr (kBf16)
+      lane = add_to_bf16(p.args, t, first);
+    else
+      lane = add_to_wide(p.args, t, first);
+    if (!p.args.squares) continue;
+    const double sum = join_block(lane);
+    if (threadIdx.x == 0) p.args.squares[t.first_block + block - t.start] = sum;
+  }
+}
+
 template <class T>
 MBK_DEVICE void store_as(void* p, DType dtype, int64_t i, T v) {
   switch (dtype) {
@@ -97,18 +129,27 @@ MBK_DEVICE void store_as(void* p, DType dtype, int64_t i, T v) {
   }
 }
 
+// Element i of a buffer.
+template <class T, class Item>
+MBK_DEVICE T sum_at(const Item& t, int64_t i) {
+  if (sizeof(T) == 8 || t.dtype(kBuffer) == DType::f32)
+    return ((const T*)t.at(kBuffer))[t.offset(kBuffer, i)];
+  const bf16* const low = (const bf16*)t.at(kListLow);
+  const float high = widen(((const bf16*)t.at(kBuffer))[t.offset(kBuffer, i)]);
+  return (T)(low ? high + widen(low[t.offset(kListLow, i)]) : high);
+}
+
 template <class T, class Item>
 MBK_DEVICE void flush_elements(const FlushArgs& a, const Item& t, int64_t first, double& square,
                                double& penalty) {
   const Flush<T> item(a);
   const bool has_penalty = t.l1 != 0 || t.l2 != 0;
   const bool write = a.write && t.at(kListGrad);
-  const T* const buffer = (const T*)t.at(kBuffer);
   T v[kSteps];
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     const int64_t i = first + k * kSumLanes;
-    v[k] = i < t.size ? buffer[t.offset(kBuffer, i)] : (T)0;
+    v[k] = i < t.size ? sum_at<T>(t, i) : (T)0;
   }
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
@@ -204,15 +245,13 @@ struct Items {
       : dense(items_of<DenseTensor>(list)), any(items_of<AnyTensor>(list)), stream(s) {}
 
   void accumulate(const AccumulateArgs& a) const {
-    const auto blocks = [](const auto& t) { return list_blocks(t.size); };
-    if (dense.size() <= kFewItems)
-      launch_items<DenseTensor, kFewItems>(dense, a, &accumulate_list<DenseTensor, kFewItems>,
-                                           blocks, stream);
-    else
-      launch_items<DenseTensor, kManyItems<DenseTensor>>(
-          dense, a, &accumulate_list<DenseTensor, kManyItems<DenseTensor>>, blocks, stream);
-    launch_items<AnyTensor, kManyItems<AnyTensor>>(
-        any, a, &accumulate_list<AnyTensor, kManyItems<AnyTensor>>, blocks, stream);
+    if (has<false>(dense) && dense.size() <= kFewItems)
+      accumulate<false, kFewItems>(dense, a);
+    else if (has<false>(dense))
+      accumulate<false, kManyItems<DenseTensor>>(dense, a);
+    if (has<false>(any)) accumulate<false, kManyItems<AnyTensor>>(any, a);
+    if (has<true>(dense)) accumulate<true, kManyItems<DenseTensor>>(dense, a);
+    if (has<true>(any)) accumulate<true, kManyItems<AnyTensor>>(any, a);
   }
   void flush(const FlushArgs& a) const {
     const auto blocks = [](const auto& t) { return list_blocks(t.size); };
@@ -232,6 +271,19 @@ struct Items {
         dense, sums, &sum_tensors<DenseTensor, kManyItems<DenseTensor>>, one, stream);
     launch_items<AnyTensor, kManyItems<AnyTensor>>(
         any, sums, &sum_tensors<AnyTensor, kManyItems<AnyTensor>>, one, stream);
+  }
+
+ private:
+  template <bool kBf16, int kItems, class Item>
+  void accumulate(const std::vector<Item>& items, const AccumulateArgs& a) const {
+    launch_items<Item, kItems>(
+        items, a, &accumulate_list<kBf16, Item, kItems>,
+        [](const Item& t) { return list_blocks(t.size); }, stream);
+  }
+  template <bool kBf16, class Item>
+  static bool has(const std::vector<Item>& items) {
+    return std::any_of(items.begin(), items.end(),
+                       [](const Item& t) { return (t.dtype(kBuffer) == DType::bf16) == kBf16; });
   }
 };
 

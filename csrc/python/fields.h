@@ -53,6 +53,18 @@ class Fields {
       f(k, Tensor(PyList_GET_ITEM(list, k), device_, are_outputs));
     return PyList_GET_SIZE(list);
   }
+  // The same, or None: -1.
+  template <class F>
+  std::int64_t tensors_if_any(bool are_outputs, F f) {
+    return is_absent() ? -1 : tensors(are_outputs, f);
+  }
+  // Whether the next field is None, which is passed over.
+  bool is_absent() {
+    const bool absent = next_ < PyTuple_GET_SIZE(fields_.ptr()) &&
+                        PyTuple_GET_ITEM(fields_.ptr(), next_) == Py_None;
+    next_ += absent;
+    return absent;
+  }
   // One number for each of `count` things, or one for all: calls f(position, number).
   template <class F>
   void number_each(std::int64_t count, F f) {

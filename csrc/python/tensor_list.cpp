@@ -142,9 +142,14 @@ class List {
   std::int64_t elements_ = 0, blocks_ = 0;
 };
 
-// The types that a buffer takes gradients of: exactly widened.
-bool widens(DType buffer, DType grad) {
-  return buffer == DType::f64 || (buffer == DType::f32 && grad != DType::f64);
+// Whether a buffer takes gradients of this type: it widens them exactly, or is bf16 that is more
+// than rounded to.
+bool takes(const ListTensor& t, bool by_chance) {
+  const DType buffer = t.views[kBuffer].dtype, grad = t.views[kListGrad].dtype;
+  const View& low = t.views[kListLow];
+  if (buffer == DType::bf16)
+    return grad != DType::f64 && (low.data ? low.dtype == DType::bf16 : by_chance || !t.size);
+  return !low.data && (buffer == DType::f64 || (buffer == DType::f32 && grad != DType::f64));
 }
 
 // Numbers that a call leaves, one after the other.
@@ -161,8 +166,15 @@ py::object accumulate(const py::tuple& fields) {
   f.tensors(true, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kBuffer, true); });
   const std::int64_t grads =
       f.tensors(false, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kListGrad, false); });
+  const std::int64_t lows = f.tensors_if_any(
+      true, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kListLow, true); });
+  const bool by_chance = !f.is_absent();
+  if (by_chance)
+    f.number_each(list.count(), [&](std::int64_t k, double key) {
+      list.tensors()[std::size_t(k)].key = static_cast<std::uint64_t>(key);
+    });
   AccumulateArgs a{};
-  bool good = f.scalar(a.alpha);
+  bool good = f.scalar(a.alpha) && (lows < 0 || lows == list.count());
   good = f.scalar(a.beta) && good;
   const Tensor squares = f.output();
   double* const sums = numbers(squares, list.count(), good);
@@ -176,7 +188,7 @@ py::object accumulate(const py::tuple& fields) {
   for (const ListTensor& t : list.tensors())
     if (!t.views[kListGrad].data && t.size) return py::none();
   for (const ListTensor& t : list.tensors())
-    if (!widens(t.views[kBuffer].dtype, t.views[kListGrad].dtype)) return py::none();
+    if (!takes(t, by_chance)) return py::none();
   a.list = list.get();
   const Unlocked unlocked(list.elements());
   if (f.on_host()) {
@@ -191,7 +203,7 @@ py::object accumulate(const py::tuple& fields) {
 
 // The types that a buffer is rounded to, once.
 bool rounds_once(DType buffer, DType grad) {
-  return buffer == DType::f32 || grad == DType::f64 || grad == DType::f32;
+  return buffer != DType::f64 || grad == DType::f64 || grad == DType::f32;
 }
 
 // None, with nothing written, for what is not suited.
@@ -201,6 +213,7 @@ py::object flush(const py::tuple& fields) {
   f.tensors(false, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kBuffer, false); });
   f.tensors(true, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kListGrad, true); });
   f.tensors(false, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kListParameter, false); });
+  f.tensors_if_any(false, [&](Py_ssize_t k, const Tensor& t) { list.add(k, t, kListLow, false); });
   std::vector<ListTensor>& tensors = list.tensors();
   f.number_each(list.count(), [&](std::int64_t k, double x) { tensors[std::size_t(k)].l1 = x; });
   f.number_each(list.count(), [&](std::int64_t k, double x) { tensors[std::size_t(k)].l2 = x; });
@@ -221,7 +234,9 @@ py::object flush(const py::tuple& fields) {
   if (!good || !results || !list.finish()) return py::none();
   for (const ListTensor& t : tensors) {
     const View &buffer = t.views[kBuffer], &grad = t.views[kListGrad];
-    if (buffer.dtype != DType::f32 && buffer.dtype != DType::f64) return py::none();
+    if (buffer.dtype == DType::f16) return py::none();
+    const View& low = t.views[kListLow];
+    if (low.data && (low.dtype != DType::bf16 || buffer.dtype != DType::bf16)) return py::none();
     if (grad.data && !rounds_once(buffer.dtype, grad.dtype)) return py::none();
     if (t.size && (t.l1 != 0 || t.l2 != 0) && !t.views[kListParameter].data) return py::none();
   }

@@ -1,7 +1,7 @@
 """FSDP2: parameters, gradients and their sums are sharded over the processes.
 
-FSDP reduces in the last backward of a mini-batch only; every process runs as many micro-batches,
-of its own number of tokens.
+FSDP keeps whole gradients through a mini-batch, and they are reduced once; every process runs as
+many micro-batches, of its own number of tokens.
 
     torchrun --nproc-per-node 2 examples/loops/fsdp2.py
 """
@@ -25,16 +25,15 @@ def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
     fully_shard(model.body, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    model.set_requires_gradient_sync(False)  # flush() reduces, once for a mini-batch
     accumulator = mbkern.GradAccumulator(model, max_norm=1.0)
     rank, world = dist.get_rank(), dist.get_world_size()
     history = []
     for batch in tokens.batches(steps):
         share = {name: tensor[rank::world] for name, tensor in batch.items()}
         total = torch.zeros(())
-        parts = mbkern.micro_batches(share, micro_batch)
-        for k, part in enumerate(parts):
+        for part in mbkern.micro_batches(share, micro_batch):
             labels = part["labels"]
-            model.set_requires_gradient_sync(k == len(parts) - 1)
             logits = model(part["tokens"])
             loss = M.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
             accumulator.backward(loss, count=(labels != tokens.PADDING).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
@@ -76,6 +77,8 @@ def accumulate_(
     beta: Number = ...,
     *,
     measure: Literal[False] = ...,
+    compensation: Tensors | None = ...,
+    seeds: int | Sequence[int] | None = ...,
 ) -> None: ...
 @overload
 def accumulate_(
@@ -85,6 +88,8 @@ def accumulate_(
     beta: Number = ...,
     *,
     measure: Literal[True],
+    compensation: Tensors | None = ...,
+    seeds: int | Sequence[int] | None = ...,
 ) -> Measured: ...
 
 
@@ -95,6 +100,8 @@ def accumulate_(
     beta: Number = 1.0,
     *,
     measure: bool = False,
+    compensation: Tensors | None = None,
+    seeds: int | Sequence[int] | None = None,
 ) -> Measured | None:
     """Add gradients into buffers, in place: ``buffer = beta * buffer + alpha * grad`` for each.
 
@@ -104,14 +111,25 @@ def accumulate_(
     correctly rounded addition. The same bits for every number of threads, instruction set and
     device, however the tensors are batched into calls.
 
+    A bfloat16 buffer has 8 bits: of what is added to a sum 512 times as large nothing would be
+    left. So its sum is a pair of bfloat16, 16 bits in all (``compensation``), or it is rounded up
+    or down by chance, as often as it should be (``seeds``): right on average, with an error that
+    grows like the root of the number of additions. Either is computed in fp32.
+
     Args:
-        buffers: tensors of any shape and layout, float32 or float64; written. Nothing else may lie
-            in their memory, and they do not become part of an autograd graph.
-        grads: as many tensors of the same shapes: float32, bfloat16 or float16 for a float32
-            buffer, float64 or any of those for a float64 buffer. Read as numbers.
+        buffers: tensors of any shape and layout, float32 or float64; written. bfloat16 with
+            ``compensation`` or ``seeds``. Nothing else may lie in their memory, and they do not
+            become part of an autograd graph.
+        grads: as many tensors of the same shapes: float32, bfloat16 or float16 for a float32 or
+            bfloat16 buffer, float64 or any of those for a float64 buffer. Read as numbers.
         alpha: a number or a 0-dim tensor, which is read on its device.
         beta: the same. With 0 the buffers are not read, so they need not be initialised.
         measure: also return the gradients' squared norms, measured in the same read.
+        compensation: for each bfloat16 buffer a bfloat16 tensor of its shape, the part of the sum
+            that the buffer cannot hold (Kahan's compensation), written; None for other buffers. Not
+            read where ``beta`` is 0. Give it to :func:`flush_` too.
+        seeds: for bfloat16 buffers without compensation: integers in [0, 2^53), one for each buffer
+            or one for all. The same seed rounds the same way: give each call another.
 
     Both lists may be a single tensor. On the CPU they may be NumPy arrays.
 
@@ -120,21 +138,49 @@ def accumulate_(
 
     Raises:
         TypeError: an unsuited dtype, a sparse or complex tensor, a subclass.
-        ValueError: shapes that differ, memory that is shared, tensors on several devices.
+        ValueError: shapes that differ, memory that is shared, tensors on several devices, a seed
+            out of range.
         RuntimeError: a buffer requires grad, outside ``torch.no_grad()``.
         Nothing has been written then.
     """
     to = as_tensors(buffers, "buffers", written=True)
     of = as_tensors(grads, "grads")
     refuse_tracing("accumulate_")
+    low = as_long("compensation", compensation, to, written=True)
+    keys = None if seeds is None else _as_keys(seeds, len(to))
     if torch.is_grad_enabled():
         refuse_differentiated(to, "buffers")
+        refuse_differentiated(low or [], "compensation")
     squares = None
     if measure:
         device = to[0].device if to and isinstance(to[0], Tensor) else None
         squares = torch.empty(len(to), dtype=torch.float64, device=device)
-    _launch_lists.accumulate(to, of, alpha, beta, squares)
+    _launch_lists.accumulate(to, of, alpha, beta, squares, low, keys)
     return None if squares is None else Measured(squares, squares.isfinite())
+
+
+def as_long(name: str, given: Any, of: list[Any], *, written: bool = False) -> list[Any] | None:
+    """As many tensors, or None in their place, as there are buffers; None for None."""
+    if given is None:
+        return None
+    tensors = as_tensors(given, name, written=written)
+    if len(tensors) != len(of):
+        raise ValueError(
+            f"mbkern: there must be one of {name} for each buffer: {len(tensors)} and {len(of)}"
+        )
+    return tensors
+
+
+def _as_keys(seeds: int | Sequence[int], count: int) -> list[int]:
+    keys = [operator.index(seeds)] * count if not isinstance(seeds, Sequence) else list(seeds)
+    if len(keys) != count:
+        raise ValueError(
+            f"mbkern: there must be one of seeds for each buffer: {len(keys)} and {count}"
+        )
+    for key in keys:
+        if not 0 <= operator.index(key) < 1 << 53:
+            raise ValueError(f"mbkern: a seed is {key}; it must be in [0, 2^53)")
+    return keys
 
 
 def refuse_differentiated(tensors: list[Any], name: str) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbkern import _accumulator_scaler, _accumulator_state
-from mbkern._accumulator_collect import Collector, Measurement
+from mbkern._accumulator_collect import Collector
 from mbkern._accumulator_counts import Count, check_count, reciprocal
 from mbkern._accumulator_flush import FlushOptions, WindowStats, prepare, write
 from mbkern._accumulator_hooks import (
@@ -25,14 +25,14 @@ from mbkern._accumulator_hooks import (
     require_none_left,
     unhook,
 )
-from mbkern._accumulator_parameters import Slot, allocate, penalty, read_parameters
+from mbkern._accumulator_options import Options
+from mbkern._accumulator_parameters import Slot, allocate, read_parameters
 from mbkern._accumulator_ranks import check_group, find_ddp, reduce_window, require_no_sync
+from mbkern._accumulator_rounding import Rounding
 from mbkern._accumulator_sharded import find_shards
+from mbkern._accumulator_window import Window
 from mbkern._arguments import Number
-
-_MODES = ("deferred", "streaming", "known")
-_LAYOUTS = ("flat", "parameter")
-_SPARSE = ("error", "densify")
+from mbkern._noise_scale import NoiseScale
 
 
 class GradAccumulator:
@@ -59,18 +59,26 @@ class GradAccumulator:
     sum_p l1 |p| + l2 / 2 p^2, whose gradient is added once.
 
     FSDP2: give it the wrapped module (one mesh dimension of shards, perhaps one of replicas).
-    Either every micro-batch is reduced: a reduce-scatter each, and buffers of a shard's size; or
-    ``set_requires_gradient_sync(False)`` for all but the last: FSDP keeps whole gradients in its
-    ``reduce_dtype`` meanwhile (choose float32), one reduce-scatter a window. Every rank must run
-    every backward. What FSDP divides by is multiplied in again, in fp32. Over ranks go the counts
-    and the squares of the norms, one all-reduce each.
+    Either every micro-batch is reduced: a reduce-scatter each, and buffers of a shard's size; or,
+    with ``set_requires_gradient_sync(False)``, FSDP keeps whole gradients in its ``reduce_dtype``
+    meanwhile (choose float32), and ``flush`` reduces them, once a window; then there is one
+    denominator, and a parameter without a gradient counts as one whose gradient is 0 if others of
+    its group have one. Every rank must run every backward. What FSDP divides by is multiplied in
+    again, in fp32. Over ranks go the counts and the squares of the norms, one all-reduce each.
 
     Args:
         parameters: a module, parameters, (name, parameter) pairs, or groups as optimizers have them
             (dicts with ``params``, perhaps ``l1`` and ``l2``). All on one device; float32,
             bfloat16, float16 or float64. A parameter named twice counts once; a frozen one gets no
             gradient until it is unfrozen.
-        dtype: of the buffers, float32 or float64; those of float64 parameters are float64.
+        dtype: of the buffers, float32, float64 or bfloat16; those of float64 parameters are
+            float64.
+        compensation: needed for bfloat16 buffers, whose 8 bits alone would lose what is added to a
+            larger sum. "stochastic": rounded up or down by chance, right on average; half the
+            memory of float32. "kahan": a second bfloat16 beside each, 16 bits in all; the memory
+            of float32 and less exact, for where the buffer itself must be bfloat16. Of one process,
+            and with one denominator only.
+        seed: of chance, an integer.
         layout: "flat" (one allocation) or "parameter" (one for each).
         mode: "deferred": buffers hold sums, ``flush`` divides. "streaming": also, ``.grad`` is
             valid after each micro-batch, as if the window ended there. "known": ``begin(total=n)``
@@ -88,6 +96,10 @@ class GradAccumulator:
             added: a power of two that keeps fp16 gradients of sums from overflowing.
         sparse: "error", or "densify": what becomes of sparse gradients.
         measure: keep squared norms of every micro-batch's gradients (8 bytes a parameter).
+        noise_scale: estimate the gradient noise scale: ``flush`` takes every window in that was
+            measured whole, ``stats.noise_scale`` has the estimate, and the attribute
+            ``noise_scale`` is the :class:`NoiseScale`. Includes ``measure``. Not with penalties,
+            several denominators, "known" mode or a GradScaler.
         process_group: ranks (a group, or ``torch.distributed.group.WORLD``) whose sums and counts
             ``flush`` adds up, by one all-reduce of each buffer memory; every rank must flush. The
             gradient is that of all ranks' items together, in shares of any size. A
@@ -99,7 +111,7 @@ class GradAccumulator:
 
     Raises:
         TypeError: complex or integer parameters, or not parameters at all.
-        ValueError: unknown options, parameters on several devices.
+        ValueError: unknown options or such as do not go together, parameters on several devices.
     """
 
     def __init__(
@@ -109,6 +121,8 @@ class GradAccumulator:
         dtype: torch.dtype = torch.float32,
         layout: str = "flat",
         mode: str = "deferred",
+        compensation: str | None = None,
+        seed: int = 0,
         denominators: Sequence[str] = (),
         l1: float = 0.0,
         l2: float = 0.0,
@@ -117,61 +131,52 @@ class GradAccumulator:
         pre_scale: float = 1.0,
         sparse: str = "error",
         measure: bool = False,
+        noise_scale: bool = False,
         process_group: Any = None,
     ) -> None:
-        for value, name, allowed in (
-            (mode, "mode", _MODES),
-            (layout, "layout", _LAYOUTS),
-            (sparse, "sparse", _SPARSE),
-        ):
-            if value not in allowed:
-                raise ValueError(f"mbkern: {name} must be one of {', '.join(allowed)}: {value!r}")
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"mbkern: dtype is {dtype}; buffers are float32 or float64")
-        if not (pre_scale > 0 and math.isfinite(pre_scale)):
-            raise ValueError(f"mbkern: pre_scale is {pre_scale}; it must be positive and finite")
-        if isinstance(denominators, str) or len(set(denominators)) != len(tuple(denominators)):
-            raise ValueError(
-                f"mbkern: denominators must be a sequence of different names, not {denominators!r}"
-            )
-        self.mode, self.max_norm, self.measure = mode, max_norm, measure
+        self._options = Options(
+            dtype=dtype, layout=layout, mode=mode, compensation=compensation, seed=int(seed),
+            denominators=denominators, l1=float(l1), l2=float(l2), into=into,
+            pre_scale=float(pre_scale), sparse=sparse, measure=measure, noise_scale=noise_scale,
+        )  # fmt: skip
+        self.mode, self.max_norm = mode, max_norm
+        self.noise_scale = NoiseScale() if noise_scale else None
+        self._rounding = Rounding(compensation, int(seed))
+        self._names, self._into = self._options.names, into
+        self._pre_scale = self._options.pre_scale
+        self._shards = find_shards(parameters)
         self._module = find_ddp(parameters)
+        self._group = self._find_group(process_group)
+        self._slots: list[Slot] = []
+        self._collector: Collector | None = None
+        self._window = Window()
+        self._open = threading.Lock()
+        self.add(parameters)
+
+    def _find_group(self, process_group: Any) -> Any:
+        """The ranks to add up over in flush, or None; raise for what does not go with several."""
         if self._module is not None:
             process_group = self._module.process_group
-        self._shards = find_shards(parameters)
-        if self._shards is not None and (mode == "streaming" or measure):
-            raise NotImplementedError(
-                "mbkern: mode='streaming' and measure=True do not go with FSDP modules: the norm "
-                "of a shard is not the parameter's"
-            )
+        several = process_group not in (None, False)
         if self._shards is not None:
-            if process_group not in (None, False):
+            if self.mode == "streaming" or self._options.measures:
+                raise NotImplementedError(
+                    "mbkern: mode='streaming', measure=True and noise_scale=True do not go with "
+                    "FSDP modules: the norm of a shard is not the parameter's"
+                )
+            if several:
                 raise ValueError("mbkern: an FSDP module has its own mesh; no process_group= then")
             process_group = False
-        if process_group not in (None, False) and mode == "streaming":
+        if several and self.mode == "streaming":
             raise ValueError(
                 "mbkern: mode='streaming' promises a gradient after each micro-batch, which would "
                 "be an all-reduce each; use 'deferred' with a process_group"
             )
-        self._group = check_group(process_group)
-        self._dtype, self._flat, self._into = dtype, layout == "flat", into
-        self._pre_scale, self._densify = float(pre_scale), sparse == "densify"
-        self._l1, self._l2 = penalty(l1, "l1"), penalty(l2, "l2")
-        self._names = tuple(denominators) or ("",)
-        self._slots: list[Slot] = []
-        self._collector: Collector | None = None
-        self._counts: dict[str, Count] = {}
-        self._totals: dict[str, Number] | None = None
-        self._measurements: list[Measurement] = []
-        self._sizes: dict[int, Number] = {}
-        self._measured_whole, self._repeated = True, False
-        self._lent: dict[str, tuple[Tensor, int]] = {}  # and their versions
-        self._omitted: set[str] = set()  # denominators of micro-batches that gave no count
-        self._failed: tuple[str, Count] | None = None  # of a micro-batch that was added in part
-        self._open = threading.Lock()
-        self._micro_batches = 0
-        self._broken: str | None = None
-        self.add(parameters)
+        if self._rounding.kind is not None and (several or self._shards is not None):
+            raise NotImplementedError(
+                "mbkern: bfloat16 buffers are not added up over ranks; use float32 ones"
+            )
+        return check_group(process_group)
 
     def add(self, parameters: Any) -> None:
         """Take more parameters, in any of the constructor's forms; known ones are passed over."""
@@ -182,7 +187,10 @@ class GradAccumulator:
                 "mbkern: a DistributedDataParallel module is given to the constructor: it brings "
                 "its process group"
             )
-        new = read_parameters(parameters, self._l1, self._l2, self._slots)
+        options = self._options
+        new = read_parameters(parameters, options.l1, options.l2, self._slots)
+        if options.noise_scale and any(slot.l1 or slot.l2 for slot in new):
+            raise ValueError("mbkern: noise_scale=True does not go with penalties")
         if self._shards is not None:
             self._shards.check(self._slots + new)
         elif any(slot.mesh is not None for slot in new):
@@ -190,8 +198,8 @@ class GradAccumulator:
                 "mbkern: the parameters are DTensors; give the constructor the module that "
                 "fully_shard has wrapped, not its parameters"
             )
-        sets = 1 if self.mode == "known" else len(self._names)
-        allocate(new, self._dtype, self._flat, sets)
+        flat, low = options.layout == "flat", options.compensation == "kahan"
+        allocate(new, options.dtype, flat=flat, sets=options.sets, low=low)
         prepare(new, self._into)
         self._slots += new
         put_hooks(new, weakref.ref(self))
@@ -243,14 +251,14 @@ class GradAccumulator:
         if self.mode != "known":
             raise RuntimeError(f"mbkern: begin() is for mode='known', this is {self.mode!r}")
         self._require_closed("begin()")
-        if self._micro_batches:
-            raise RuntimeError(f"mbkern: begin() after {self._micro_batches} micro-batches")
+        if self._window.micro_batches:
+            raise RuntimeError(f"mbkern: begin() after {self._window.micro_batches} micro-batches")
         totals = dict(total) if isinstance(total, Mapping) else {"": total}
         if set(totals) != set(self._names):
             raise ValueError(f"mbkern: total must name {sorted(self._names)}, not {sorted(totals)}")
         for name, value in totals.items():
             check_count(value, f"total {name}".strip())
-        self._totals = {
+        self._window.totals = {
             name: value.detach().clone() if isinstance(value, Tensor) else value
             for name, value in totals.items()
         }
@@ -292,7 +300,7 @@ class GradAccumulator:
 
     @contextmanager
     def _micro_batch(self, count: Number | None, denominator: str) -> Iterator[None]:
-        self._require_whole()
+        self._window.require_whole()
         if not self._open.acquire(blocking=False):
             raise RuntimeError("mbkern: micro-batches cannot be nested, or run in several threads")
         try:
@@ -301,10 +309,10 @@ class GradAccumulator:
             self._open.release()
 
     def _collect(self, count: Number | None, denominator: str) -> Iterator[None]:
-        which = self._which(denominator)
+        which, window = self._which(denominator), self._window
         if count is None and self.mode != "known":
             raise ValueError(f"mbkern: mode {self.mode!r} needs the count of every micro-batch")
-        counted = self._counts.get(denominator, Count()).copy()
+        counted = window.counts.get(denominator, Count()).copy()
         if count is not None:
             counted.add(count)
         put_hooks(self._slots, weakref.ref(self))
@@ -314,12 +322,13 @@ class GradAccumulator:
         collector = self._collector = Collector(
             which,
             self._alpha(denominator),
-            self._micro_batches,
+            window.micro_batches,
             pre_scale=self._pre_scale,
-            measure=self.measure,
-            densify=self._densify,
+            measure=self._options.measures,
+            densify=self._options.sparse == "densify",
+            rounding=self._rounding,
         )
-        self._lent = {}
+        window.lent = {}
         for slot in self._slots:
             if slot.lent:
                 self._lend(slot)
@@ -327,30 +336,32 @@ class GradAccumulator:
             yield
             collector.finish()
             require_none_left(self._slots)
+            if self._shards is not None:
+                self._shards.require_apart(self._names)
         except BaseException as error:
             collector.drop()
-            by_kernels = [n for n, (b, version) in self._lent.items() if b._version != version]
+            by_kernels = [n for n, (b, version) in window.lent.items() if b._version != version]
             if collector.added or by_kernels:
-                self._broken = (
-                    f"micro-batch {self._micro_batches} failed ({type(error).__name__}: {error}) "
+                window.broken = (
+                    f"micro-batch {window.micro_batches} failed ({type(error).__name__}: {error}) "
                     f"after {collector.added or 'some'} of its gradients had been added"
                 )
-                self._failed = (denominator, counted)
+                window.failed = (denominator, counted)
             discard(self._slots)
             raise
         finally:
             self._collector = None
-        self._counts[denominator] = counted
-        self._measurements += collector.measurements
-        self._measured_whole &= not any(slot.lent for slot in self._slots)
-        self._repeated |= collector.repeated
+        window.counts[denominator] = counted
+        window.measurements += collector.measurements
+        window.measured_whole &= not any(slot.lent for slot in self._slots)
+        window.repeated |= collector.repeated
         if count is None:
-            self._omitted.add(denominator)
-        elif self.measure:
+            window.omitted.add(denominator)
+        elif self._options.measures:
             # As it is now: a count may live on.
             as_now = count.detach().clone() if isinstance(count, Tensor) else count
-            self._sizes[self._micro_batches] = as_now
-        self._micro_batches += 1
+            window.sizes[window.micro_batches] = as_now
+        window.micro_batches += 1
         if self.mode == "streaming":
             self._write(keep=True)
 
@@ -360,8 +371,13 @@ class GradAccumulator:
         Sums, zeros at the start of a window; the parameter counts as having a gradient from now on.
         ``measure`` does not see what a kernel adds. In "known" mode the kernel must divide by the
         total. After ``flush`` ask again: the buffer may hold the gradient until then. Not with
-        ``pre_scale``, which a kernel does not divide out.
+        ``pre_scale``, which a kernel does not divide out, nor with bfloat16 buffers.
         """
+        if self._rounding.kind is not None:
+            raise NotImplementedError(
+                f"mbkern: buffer() does not go with compensation={self._rounding.kind!r}: a kernel "
+                "that adds into it would round to bfloat16"
+            )
         if self._pre_scale != 1:
             raise RuntimeError(
                 f"mbkern: buffer() does not go with pre_scale={self._pre_scale}: a kernel that "
@@ -397,32 +413,38 @@ class GradAccumulator:
             A :class:`WindowStats`. Parameters without a gradient in this window have None.
         """
         self._require_closed("flush()")
-        self._require_whole()
-        if self._shards is not None:
-            self._shards.require_reduced()
-        self._check_known()
+        self._window.require_whole()
+        if self.noise_scale is not None and scaler is not None:
+            raise ValueError("mbkern: noise_scale=True does not go with a GradScaler")
+        self._reduce_kept()
+        if self.mode == "known" and self._group is None and self._shards is None:
+            self._window.check_totals()  # over ranks it has counted its own share only
         grad_scale: Number = 1.0
         if scaler is not None:
             grad_scale = _accumulator_scaler.scale_of(
-                scaler, optimizer, self._slots, self._micro_batches
+                scaler, optimizer, self._slots, self._window.micro_batches
             )
         if self._shards is not None and self.mode != "known":
-            self._shards.reduce_counts(self._slots, self._counts, self._names)
+            self._shards.reduce_counts(self._slots, self._window.counts, self._names)
         if self._group is not None:
             known = self.mode == "known"
-            reduce_window(self._slots, self._counts, self._names, known, self._group)
+            reduce_window(self._slots, self._window.counts, self._names, known, self._group)
         stats = self._write(keep=False, grad_scale=grad_scale)
         if scaler is not None:
             _accumulator_scaler.record(scaler, optimizer, stats.found_inf)
         self._forget()
-        return stats
+        if self.noise_scale is None:
+            return stats
+        if stats.sum_squared_norm is not None and stats.measurements:
+            stats.update(self.noise_scale)
+        return replace(stats, noise_scale=self.noise_scale.noise_scale)
 
     def reset(self) -> None:
         """Drop the window: nothing of it is left."""
         self._require_closed("reset()")
         if self._shards is not None:
             self._shards.drop()
-        if self.mode == "streaming" and self._micro_batches:
+        if self.mode == "streaming" and self._window.micro_batches:
             release(self._slots, self._into)  # it was of this window
         self._forget()
 
@@ -430,17 +452,16 @@ class GradAccumulator:
         """Go on with a window whose last micro-batch failed: what of it had been added stays, and
         its items count."""
         self._require_closed("keep_partial()")
-        if self._failed is not None:
-            name, counted = self._failed
-            self._counts[name] = counted
-            self._micro_batches += 1
-            self._measured_whole = False
-        self._broken = self._failed = None
+        self._window.keep_partial()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window so far, between two micro-batches: copies of all sums, and the counts."""
+        """The window so far, between two micro-batches: copies of all sums, and the counts.
+
+        What FSDP has kept whole is reduced first, so every rank must call this then.
+        """
         self._require_closed("state_dict()")
-        self._require_whole()
+        self._window.require_whole()
+        self._reduce_kept()
         return _accumulator_state.save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -461,62 +482,41 @@ class GradAccumulator:
     def _alpha(self, denominator: str) -> Number:
         if self.mode != "known":
             return 1.0 / self._pre_scale
-        if self._totals is None:
+        if self._window.totals is None:
             raise RuntimeError("mbkern: mode='known' needs begin(total=...) before each window")
-        return reciprocal(self._totals[denominator]) / self._pre_scale
+        return reciprocal(self._window.totals[denominator]) / self._pre_scale
 
-    def _check_known(self) -> None:
-        """In "known" mode, what was counted must be what was announced, where both are numbers."""
-        if self._group is not None or self._shards is not None:  # of this rank's share only
-            return
-        for name, count in self._counts.items():
-            announced = (self._totals or {}).get(name)
-            if self.mode != "known" or count.tensor is not None or announced is None:
-                continue
-            if isinstance(announced, Tensor):
-                continue
-            if name in self._omitted or not count.number:
-                continue
-            if not math.isclose(count.number, announced, rel_tol=1e-6):  # sums of weights round
-                raise ValueError(
-                    f"mbkern: begin() announced a total of {announced} {name}, and {count.number} "
-                    "were counted; reset() drops the window"
-                )
+    def _reduce_kept(self) -> None:
+        """Take over the gradients that FSDP has kept whole."""
+        if self._shards is not None and self._shards.keep_any():
+            self._shards.reduce_kept(self._slots, self._alpha(self._names[0]))
 
     def _lend(self, slot: Slot) -> None:
         """Remember what a buffer was like before kernels may add to it."""
         for which, buffer in enumerate(slot.buffers):
-            self._lent.setdefault(f"{slot.name} {which}", (buffer, buffer._version))
+            self._window.lent.setdefault(f"{slot.name} {which}", (buffer, buffer._version))
 
     def _require_closed(self, what: str) -> None:
         if self._collector is not None:
             raise RuntimeError(f"mbkern: {what} inside a micro-batch, before its gradients are in")
 
-    def _require_whole(self) -> None:
-        if self._broken:
-            raise RuntimeError(
-                f"mbkern: {self._broken}; reset() drops the window, keep_partial() goes on with it"
-            )
-
     def _write(self, *, keep: bool, grad_scale: Number = 1.0) -> WindowStats:
+        window = self._window
         known, scaled = self.mode == "known", isinstance(grad_scale, Tensor) or grad_scale != 1.0
-        counts = {name: self._counts.get(name, Count()).total() for name in self._names}
+        counts = {name: window.counts.get(name, Count()).total() for name in self._names}
         totals: list[Number] = [1.0] if known else list(counts.values())
         options = FlushOptions(self._into, keep, grad_scale, self.max_norm, self._shards)
         stats, norms = write(self._slots, totals, options)
         head = (stats.norm, stats.clip_factor, stats.found_inf, stats.penalty, norms)
-        plain = self._measured_whole and not self._repeated
+        plain = window.measured_whole and not window.repeated
         plain &= not (known or scaled or any(slot.l1 or slot.l2 for slot in self._slots))
         return WindowStats(
-            *head, self._micro_batches, counts, list(self._measurements), dict(self._sizes),
-            stats.norm.square() if plain else None, self._repeated,
+            *head, window.micro_batches, counts, list(window.measurements), dict(window.sizes),
+            stats.norm.square() if plain else None, window.repeated,
         )  # fmt: skip
 
     def _forget(self) -> None:
         for slot in self._slots:
             slot.received = [False] * len(slot.received)
             slot.lent = False
-        self._counts, self._totals, self._broken = {}, None, None
-        self._measurements, self._sizes, self._micro_batches = [], {}, 0
-        self._measured_whole, self._repeated, self._failed = True, False, None
-        self._omitted, self._lent = set(), {}
+        self._window = Window()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mbkern._accumulate import accumulate_
 from mbkern._accumulator_parameters import Slot
+from mbkern._accumulator_rounding import Rounding
 from mbkern._arguments import Number
 
 BUCKET_BYTES = 16 << 20
@@ -34,6 +35,7 @@ class Collector:
         pre_scale: what the gradients were multiplied by, for their norms.
         measure: whether to keep the gradients' squared norms.
         densify: whether a sparse gradient is made dense, instead of refused.
+        rounding: of bfloat16 buffers.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Collector:
         pre_scale: float,
         measure: bool,
         densify: bool,
+        rounding: Rounding,
     ) -> None:
         self.which, self.alpha, self.micro_batch = which, alpha, micro_batch
         self.pre_scale, self.measure, self.densify = pre_scale, measure, densify
+        self.rounding = rounding
         self.added = 0  # gradients
         self.repeated = False  # whether a parameter had two: their norms are not that of the sum
         self._seen: set[int] = set()
@@ -116,13 +120,14 @@ class Collector:
             buffers = [slot.buffers[self.which] for slot, _ in members]
             grads = [grad for _, grad in members]
             beta = 1.0 if received else 0.0
+            more = self.rounding.arguments([slot for slot, _ in members], self.which)
             if self.measure:
-                found = accumulate_(buffers, grads, self.alpha, beta, measure=True)
+                found = accumulate_(buffers, grads, self.alpha, beta, measure=True, **more)
                 names = [slot.name for slot, _ in members]
                 squares = found.squared_norms / self.pre_scale**2
                 self.measurements.append(Measurement(self.micro_batch, names, squares))
             else:
-                accumulate_(buffers, grads, self.alpha, beta)
+                accumulate_(buffers, grads, self.alpha, beta, **more)
             for slot, _ in members:
                 slot.received[self.which] = True
             self.added += len(members)

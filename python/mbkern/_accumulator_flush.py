@@ -12,6 +12,7 @@ from mbkern._accumulator_collect import Measurement
 from mbkern._accumulator_counts import reciprocal
 from mbkern._accumulator_hooks import set_gradient
 from mbkern._accumulator_parameters import Slot
+from mbkern._accumulator_rounding import low_parts
 from mbkern._accumulator_sharded import Shards
 from mbkern._arguments import Number
 from mbkern._flush import FlushStats, flush_
@@ -37,6 +38,8 @@ class WindowStats:
         sum_squared_norm: of the window's mean gradient, before clipping; None where a penalty or a
             scale is in it, or a micro-batch was not measured whole.
         repeated: whether a parameter had two gradients in one micro-batch.
+        noise_scale: with ``noise_scale=True``, 0-dim float64: the estimate of the gradient noise
+            scale over the windows so far, in items: the batch that is worth averaging.
     """
 
     norm: Tensor
@@ -50,6 +53,7 @@ class WindowStats:
     sizes: dict[int, Number] = field(default_factory=dict, repr=False)
     sum_squared_norm: Tensor | None = field(default=None, repr=False)
     repeated: bool = field(default=False, repr=False)
+    noise_scale: Tensor | None = None
 
     def update(self, noise_scale: NoiseScale) -> None:
         """Take this window into a running estimate of the gradient noise scale.
@@ -154,9 +158,11 @@ def write(
 ) -> tuple[FlushStats, dict[str, Tensor]]:
     """Give every parameter that has sums its gradient, the others None."""
     denominator: Number = 1.0
+    low = None
     if len(totals) == 1:
         denominator = totals[0]
         sums = {slot: slot.buffers[0] for slot in slots if slot.received[0]}
+        low = low_parts(sums, 0)
     else:
         sums = fold(slots, totals, options.keep)
     grads = [_target(slot, buffer, options) for slot, buffer in sums.items()]
@@ -173,6 +179,7 @@ def write(
         l1=[slot.l1 for slot in sums],
         l2=[slot.l2 for slot in sums],
         max_norm=options.max_norm if later is None else None,
+        compensation=low,
     )
     if shards is not None:
         stats = shards.whole(slots, stats)
@@ -199,8 +206,6 @@ def _target(slot: Slot, buffer: Tensor, options: FlushOptions) -> Tensor:
 
 def prepare(slots: list[Slot], into: str) -> None:
     """Let parameters take a gradient of another dtype, where that is asked for."""
-    if into not in INTO:
-        raise ValueError(f"mbkern: into must be one of {', '.join(INTO)}, not {into!r}")
     if into != "fp32_grad":
         return
     for slot in slots:

@@ -41,7 +41,10 @@ class Slot:
         parameter: the tensor whose gradients are added up.
         name: for messages.
         l1, l2: its penalties.
+        number: of the parameter in its accumulator.
         buffers: its sums, one for each set of buffers.
+        low: of each buffer, what it cannot hold; None where nothing is kept.
+        additions: how many gradients were added so far, where chance depends on it.
         received: for each set, whether its buffer holds sums of this window; else its contents mean
             nothing, and the first gradient overwrites them.
         handle: of its hook; None while it does not require grad.
@@ -54,7 +57,10 @@ class Slot:
     name: str
     l1: float
     l2: float
+    number: int = 0
     buffers: list[Tensor] = field(default_factory=list)
+    low: list[Tensor | None] = field(default_factory=list)
+    additions: int = 0
     received: list[bool] = field(default_factory=list)
     handle: Any = None
     given: Given | None = None
@@ -121,7 +127,7 @@ def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()
                     f"mbkern: {name} is on {tensor.device}, {first.name} on "
                     f"{first.parameter.device}; one accumulator serves one device"
                 )
-            slots.append(Slot(tensor, name, group_l1, group_l2))
+            slots.append(Slot(tensor, name, group_l1, group_l2, number=len(seen) - 1))
     return slots
 
 
@@ -178,10 +184,10 @@ def _check(tensor: Tensor, name: str) -> None:
         raise ValueError(f"mbkern: {name} is {describe(tensor)}, and no leaf: it has no gradient")
 
 
-def allocate(slots: list[Slot], dtype: torch.dtype, flat: bool, sets: int) -> None:
+def allocate(slots: list[Slot], dtype: torch.dtype, *, flat: bool, sets: int, low: bool) -> None:
     """Give each slot its buffers, with the parameter's strides; their contents mean nothing yet.
 
-    Flat: one allocation for each dtype and set.
+    Flat: one allocation for each dtype and set. low: what bfloat16 buffers cannot hold is kept.
     """
     members_of: dict[torch.dtype, list[Slot]] = {}
     for slot in slots:
@@ -189,17 +195,26 @@ def allocate(slots: list[Slot], dtype: torch.dtype, flat: bool, sets: int) -> No
         members_of.setdefault(wide, []).append(slot)
         slot.received = [False] * sets
     for wide, members in members_of.items():
-        device = members[0].parameter.device
-        unit = _ALIGNMENT // torch.empty((), dtype=wide).element_size()
         for _ in range(sets):
-            sizes = [-(-slot.local().numel() // unit) * unit for slot in members]
-            memory = torch.empty(sum(sizes) if flat else 0, dtype=wide, device=device)
-            at = 0
-            for slot, size in zip(members, sizes, strict=True):
-                like = slot.local()
-                strides = torch.empty_like(like, device="meta").stride()
-                if flat:
-                    slot.buffers.append(memory.as_strided(like.shape, strides, at))
-                    at += size
-                else:
-                    slot.buffers.append(torch.empty_like(like, dtype=wide))
+            kept = low and wide == torch.bfloat16
+            buffers = _like_parameters(members, wide, flat)
+            lows = _like_parameters(members, wide, flat) if kept else [None] * len(members)
+            for slot, buffer, low_part in zip(members, buffers, lows, strict=True):
+                slot.buffers.append(buffer)
+                slot.low.append(low_part)
+
+
+def _like_parameters(slots: list[Slot], dtype: torch.dtype, flat: bool) -> list[Tensor]:
+    """A tensor for each, with its strides; in one allocation if that is asked for."""
+    locals_ = [slot.local() for slot in slots]
+    if not flat:
+        return [torch.empty_like(like, dtype=dtype) for like in locals_]
+    unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
+    sizes = [-(-like.numel() // unit) * unit for like in locals_]
+    memory = torch.empty(sum(sizes), dtype=dtype, device=locals_[0].device)
+    found, at = [], 0
+    for like, size in zip(locals_, sizes, strict=True):
+        strides = torch.empty_like(like, device="meta").stride()
+        found.append(memory.as_strided(like.shape, strides, at))
+        at += size
+    return found

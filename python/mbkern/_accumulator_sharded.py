@@ -1,8 +1,9 @@
 """Windows of FSDP2 modules (``fully_shard``): sums of the shards that this rank has.
 
-FSDP reduces gradients itself, in every backward, or with ``set_requires_gradient_sync(False)``
-keeps them whole until the last one; each shard's gradient then comes as it is reduced. It is a mean
-over ranks, which is undone at the end. Over ranks go counts, and the squares of the norms.
+FSDP reduces gradients itself, in every backward: each shard's gradient comes as it is reduced, a
+mean over ranks, which is undone at the end. With ``set_requires_gradient_sync(False)`` it keeps
+them whole, and no hook fires: what it has kept by the end of the window is reduced then, by one
+reduce-scatter in the buffers' type. Over ranks go counts, and the squares of the norms.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mbkern._accumulate import accumulate_
 from mbkern._accumulator_counts import Count
 from mbkern._accumulator_parameters import Slot
+from mbkern._arguments import Number
 from mbkern._flush import FlushStats
 
 
@@ -62,23 +66,53 @@ class Shards:
             for group in _param_groups(module)
         ]  # fmt: skip
 
-    def require_reduced(self) -> None:
-        """Raise if FSDP still holds gradients that have not been reduced."""
+    def require_apart(self, names: tuple[str, ...]) -> None:
+        """Raise if FSDP adds up gradients of losses that are divided by different counts."""
+        if len(names) > 1 and self.keep_any():
+            raise RuntimeError(
+                f"mbkern: FSDP keeps the gradients of this micro-batch, and would add those of "
+                f"other denominators to them; with {sorted(names)} every micro-batch must be "
+                "reduced: set_requires_gradient_sync(True)"
+            )
+
+    def keep_any(self) -> bool:
+        """Whether FSDP keeps a gradient of this window that was not reduced."""
+        return any(_kept(p) is not None for g in self._groups() for p in g.fsdp_params)
+
+    def reduce_kept(self, slots: list[Slot], alpha: Number) -> None:
+        """Add the gradients that FSDP has kept whole to the sums, as a reduced one would be.
+
+        One reduce-scatter for each of FSDP's groups of parameters, in the buffers' type. A rank
+        takes part in it if it keeps a gradient of the group; those that it lacks are zeros.
+        """
+        slot_of = {id(slot.parameter): slot for slot in slots}
         for group in self._groups():
-            for parameter in group.fsdp_params:
-                if _kept_whole(parameter):
-                    raise RuntimeError(
-                        "mbkern: FSDP still holds gradients of this window that were not reduced: "
-                        "set_requires_gradient_sync(True) before the last micro-batch's forward"
-                    )
+            if all(_kept(p) is None for p in group.fsdp_params):
+                continue
+            parameters = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
+            missing = [p for p in parameters if id(p.sharded_param) not in slot_of]
+            if missing:
+                raise RuntimeError(
+                    "mbkern: FSDP keeps the gradient of a parameter that this accumulator does not "
+                    f"have, of shape {tuple(missing[0]._orig_size)}; add() it"
+                )
+            members = [slot_of[id(p.sharded_param)] for p in parameters]
+            with torch.no_grad():
+                shards = _reduced(parameters, members)
+            _drop(parameters)
+            for received in (False, True):
+                some = [k for k, slot in enumerate(members) if slot.received[0] == received]
+                accumulate_(
+                    [members[k].buffers[0] for k in some], [shards[k] for k in some],
+                    alpha / self.divisor(slots), 1.0 if received else 0.0,
+                )  # fmt: skip
+            for slot in members:
+                slot.received[0] = True
 
     def drop(self) -> None:
         """Let FSDP forget gradients that have not been reduced."""
         for group in self._groups():
-            for parameter in group.fsdp_params:
-                parameter.unsharded_accumulated_grad = None
-                if _kept_whole(parameter):
-                    parameter._unsharded_param.grad = None
+            _drop(group.fsdp_params)
 
     def divisor(self, slots: list[Slot]) -> float:
         """What FSDP has divided the sums over ranks by."""
@@ -108,21 +142,59 @@ class Shards:
     def whole(self, slots: list[Slot], stats: FlushStats) -> FlushStats:
         """Statistics of whole parameters, from those of their shards; not clipped yet."""
         slot = slots[0]
-        at = next(k for k, p in enumerate(slot.placements) if p.is_shard())
         sums = torch.cat((stats.squared_norms, stats.penalty.reshape(1)))
         over = stats.found_inf.clone()
-        group = slot.mesh.get_group(at)
+        group = slot.mesh.get_group(_shard_dim(slot))
         torch.distributed.all_reduce(sums, group=group)
         torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=group)
         norm = sums[:-1].sum().sqrt()
         return stats._replace(norm=norm, squared_norms=sums[:-1], penalty=sums[-1], found_inf=over)
 
 
-def _kept_whole(parameter: Any) -> bool:
-    """Whether FSDP keeps a whole gradient, in its ``reduce_dtype``, or as it came."""
+def _kept(parameter: Any) -> Tensor | None:
+    """The whole gradient that FSDP keeps: in its ``reduce_dtype``, or as it came."""
     unsharded = getattr(parameter, "_unsharded_param", None)
-    came = unsharded is not None and unsharded.grad is not None
-    return came or parameter.unsharded_accumulated_grad is not None
+    summed: Tensor | None = parameter.unsharded_accumulated_grad
+    return unsharded.grad if summed is None and unsharded is not None else summed
+
+
+def _drop(parameters: list[Any]) -> None:
+    for parameter in parameters:
+        parameter.unsharded_accumulated_grad = None
+        if _kept(parameter) is not None:
+            parameter._unsharded_param.grad = None
+
+
+def _reduced(parameters: list[Any], slots: list[Slot]) -> list[Tensor]:
+    """This rank's shards of the sums over ranks of whole gradients."""
+    mesh, first = slots[0].mesh, slots[0].buffers[0]
+    at = _shard_dim(slots[0])
+    world = mesh.size(at)
+    sizes = [p.padded_sharded_param_size.numel() for p in parameters]
+    parts = torch.zeros(world, sum(sizes), dtype=first.dtype, device=first.device)
+    for parameter, part in zip(parameters, torch.split(parts, sizes, 1), strict=True):
+        grad, padded = _kept(parameter), parameter.padded_sharded_param_size
+        if grad is None:
+            continue
+        dim = parameter.fsdp_placement.dim
+        for rank, piece in enumerate(torch.split(grad, max(padded[dim], 1), dim)):
+            part[rank].view(padded).narrow(dim, 0, piece.size(dim)).copy_(piece)
+    summed = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+    torch.distributed.reduce_scatter_tensor(summed, parts.view(-1), group=mesh.get_group(at))
+    for other in range(mesh.ndim):
+        if other != at:
+            torch.distributed.all_reduce(summed, group=mesh.get_group(other))
+    shards = []
+    for parameter, slot, flat in zip(parameters, slots, torch.split(summed, sizes), strict=True):
+        dim = parameter.fsdp_placement.dim
+        whole = flat.view(parameter.padded_sharded_param_size)
+        shards.append(whole.narrow(dim, 0, slot.buffers[0].size(dim)))
+    return shards
+
+
+def _shard_dim(slot: Slot) -> int:
+    """The dimension of the mesh over which the slot's parameter is sharded."""
+    return next(k for k, p in enumerate(slot.placements) if p.is_shard())
 
 
 def _param_groups(module: Any) -> list[Any]:

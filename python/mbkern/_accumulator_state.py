@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,43 +10,50 @@ from torch import Tensor
 from mbkern._accumulator_collect import Measurement
 from mbkern._accumulator_counts import Count
 from mbkern._accumulator_hooks import release
+from mbkern._accumulator_parameters import Slot
 from mbkern._tensors import describe
 
 if TYPE_CHECKING:
     from mbkern._accumulator import GradAccumulator
 
-_FORMAT = 1
+_FORMAT = 2
 _KEYS = {
-    "format", "mode", "denominators", "micro_batches", "totals", "sizes", "measurements",
-    "measured_whole", "counts", "sums",
+    "format", "mode", "compensation", "denominators", "micro_batches", "totals", "sizes",
+    "measurements", "measured_whole", "counts", "sums", "low", "additions", "noise_scale",
 }  # fmt: skip
 
 
 def save(accumulator: GradAccumulator) -> dict[str, Any]:
     """Copies of everything that the rest of the window depends on."""
+    window = accumulator._window
     return {
         "format": _FORMAT,
         "mode": accumulator.mode,
+        "compensation": (accumulator._rounding.kind, accumulator._rounding.seed),
         "denominators": accumulator._names,
-        "micro_batches": accumulator._micro_batches,
-        "totals": _copied(accumulator._totals),
-        "sizes": _copied(accumulator._sizes),
+        "micro_batches": window.micro_batches,
+        "totals": _copied(window.totals),
+        "sizes": _copied(window.sizes),
         "measurements": [
-            (m.micro_batch, list(m.names), m.squared_norms.clone())
-            for m in accumulator._measurements
+            (m.micro_batch, list(m.names), m.squared_norms.clone()) for m in window.measurements
         ],
-        "measured_whole": accumulator._measured_whole,
-        "counts": {
-            name: (count.number, count.tensor) for name, count in accumulator._counts.items()
-        },
-        "sums": {
-            slot.name: [
-                buffer.clone() if received else None
-                for buffer, received in zip(slot.buffers, slot.received, strict=True)
-            ]
-            for slot in accumulator._slots
-        },
+        "measured_whole": window.measured_whole,
+        "counts": {name: (count.number, count.tensor) for name, count in window.counts.items()},
+        "sums": {slot.name: _received(slot, slot.buffers) for slot in accumulator._slots},
+        "low": {slot.name: _received(slot, slot.low) for slot in accumulator._slots},
+        "additions": {slot.name: slot.additions for slot in accumulator._slots},
+        "noise_scale": (
+            None if accumulator.noise_scale is None else accumulator.noise_scale.state_dict()
+        ),
     }
+
+
+def _received(slot: Slot, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copies of those of a slot's tensors that hold something in this window."""
+    return [
+        tensor.clone() if received and tensor is not None else None
+        for tensor, received in zip(tensors, slot.received, strict=True)
+    ]
 
 
 def _copied(numbers: Any) -> Any:
@@ -61,11 +68,14 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     missing = _KEYS - set(state)
     if missing:
         raise ValueError(f"mbkern: not the state of a GradAccumulator: it has no {sorted(missing)}")
-    expected = (_FORMAT, accumulator.mode, accumulator._names)
-    found = (state["format"], state["mode"], tuple(state["denominators"]))
+    rounding = accumulator._rounding
+    kind, seed = state["compensation"]
+    expected = (_FORMAT, accumulator.mode, rounding.kind, accumulator._names)
+    found = (state["format"], state["mode"], kind, tuple(state["denominators"]))
     if expected != found:
         raise ValueError(
-            "mbkern: the state is of another accumulator: (format, mode, denominators) is "
+            "mbkern: the state is of another accumulator: (format, mode, compensation, "
+            "denominators) is "
             f"{found}, here {expected}"
         )
     sums = state["sums"]
@@ -82,20 +92,30 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
                     f"mbkern: the sums of {slot.name} are {describe(saved)} in the state, "
                     f"{describe(buffer)} here"
                 )
+    if kind == "stochastic" and seed != rounding.seed:
+        raise ValueError(
+            f"mbkern: the state is of seed {seed}, this accumulator of {rounding.seed}"
+        )
     accumulator.reset()
     release(accumulator._slots, accumulator._into)
     for slot in accumulator._slots:
         for which, saved in enumerate(sums[slot.name]):
             slot.received[which] = saved is not None
-            if saved is not None:
-                slot.buffers[which].copy_(saved)
+            for tensor, of in ((slot.buffers, sums), (slot.low, state["low"])):
+                value, to = of[slot.name][which], tensor[which]
+                if value is not None and to is not None:
+                    to.copy_(value)
+        slot.additions = state["additions"][slot.name]
+    window = accumulator._window
     for name, (number, tensor) in state["counts"].items():
-        count = accumulator._counts[name] = Count()
+        count = window.counts[name] = Count()
         count.number, count.tensor = number, tensor
-    accumulator._totals = _copied(state["totals"])
-    accumulator._sizes = _copied(state["sizes"]) or {}
-    accumulator._measurements = [
+    window.totals = _copied(state["totals"])
+    window.sizes = _copied(state["sizes"]) or {}
+    window.measurements = [
         Measurement(k, list(names), squares.clone()) for k, names, squares in state["measurements"]
     ]
-    accumulator._measured_whole = state["measured_whole"]
-    accumulator._micro_batches = state["micro_batches"]
+    window.measured_whole = state["measured_whole"]
+    window.micro_batches = state["micro_batches"]
+    if accumulator.noise_scale is not None and state["noise_scale"] is not None:
+        accumulator.noise_scale.load_state_dict(state["noise_scale"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _launch_lists
-from mbkern._accumulate import Tensors, as_tensors, refuse_differentiated
+from mbkern._accumulate import Tensors, as_long, as_tensors, refuse_differentiated
 from mbkern._arguments import Number
 from mbkern._tensors import refuse_tracing
 
@@ -47,6 +47,7 @@ def flush_(
     l1: float | Sequence[float] = 0.0,
     l2: float | Sequence[float] = 0.0,
     max_norm: float | None = None,
+    compensation: Tensors | None = None,
 ) -> FlushStats:
     """Turn accumulated sums into the gradients that an optimizer takes.
 
@@ -61,9 +62,10 @@ def flush_(
 
     Args:
         grads: what is written: as many tensors as buffers, of the same shapes; float32, bfloat16,
-            float16 or float64 for a float32 buffer, float64 or float32 for a float64 one. May be
-            the buffers themselves. An entry that is None is measured only; None: all of them.
-        buffers: un-normalised sums, float32 or float64.
+            float16 or float64 for a float32 or bfloat16 buffer, float64 or float32 for a float64
+            one. May be the buffers themselves. An entry that is None is measured only; None: all of
+            them.
+        buffers: un-normalised sums, float32, float64 or bfloat16.
         denominator: the number of items in the sums, or the sum of their weights; a number or a
             0-dim tensor of any dtype, read on its device.
         grad_scale: the loss scale of a ``GradScaler``, which is divided out; the same.
@@ -73,6 +75,8 @@ def flush_(
         l2: the same.
         max_norm: the largest norm that is not clipped, by ``torch.nn.utils.clip_grad_norm_``'s
             formula.
+        compensation: of bfloat16 buffers, as :func:`accumulate_` had it: the sum is the two
+            together. None for other buffers.
 
     On the CPU all of these may be NumPy arrays.
 
@@ -87,19 +91,21 @@ def flush_(
         Nothing has been written then.
     """
     of = as_tensors(buffers, "buffers")
-    to = _as_long("grads", grads, of, written=True)
-    penalised = _as_long("parameters", parameters, of)
+    none: list[Any] = [None] * len(of)
+    to = as_long("grads", grads, of, written=True) or none
+    penalised = as_long("parameters", parameters, of) or none
+    low = as_long("compensation", compensation, of)
     refuse_tracing("flush_")
     if torch.is_grad_enabled():
         refuse_differentiated(to, "grads")
-    penalties = [_penalty(value, name, penalised) for value, name in ((l1, "l1"), (l2, "l2"))]
+    of_l1, of_l2 = _penalty(l1, "l1", penalised), _penalty(l2, "l2", penalised)
     if max_norm is not None and not max_norm >= 0:
         raise ValueError(f"mbkern: max_norm is {max_norm}; it must be at least 0")
     device = of[0].device if of and isinstance(of[0], Tensor) else None
     stats = torch.zeros(4, dtype=torch.float64, device=device)
     squares = torch.empty(len(of), dtype=torch.float64, device=device)
     if of:
-        target = _launch_lists.FlushTo(to, penalised, penalties[0], penalties[1], stats, squares)
+        target = _launch_lists.FlushTo(to, penalised, low, of_l1, of_l2, stats, squares)
         scale = (factor, denominator, grad_scale)
         _launch_lists.flush(of, target, scale, math.inf if max_norm is None else float(max_norm))
     norm, clip_factor, found_inf, penalty = stats.unbind()
@@ -115,18 +121,6 @@ def flush_(
     for grad in narrower:
         found = torch.maximum(found, (~grad.isfinite()).any().float())
     return FlushStats(norm, clip_factor, found, penalty, squares)
-
-
-def _as_long(name: str, given: Any, of: list[Any], *, written: bool = False) -> list[Any]:
-    """As many tensors as there are buffers, or None in their place."""
-    if given is None:
-        return [None] * len(of)
-    tensors = as_tensors(given, name, written=written)
-    if len(tensors) != len(of):
-        raise ValueError(
-            f"mbkern: there must be one of {name} for each buffer: {len(tensors)} and {len(of)}"
-        )
-    return tensors
 
 
 def _penalty(value: Any, name: str, parameters: list[Any]) -> float | list[float]:

@@ -26,6 +26,7 @@ from mbkern._tensors import (
 
 _WIDENED = {
     torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.float32, torch.bfloat16, torch.float16),
     torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
 _MAX_DIMS = 8
@@ -49,19 +50,29 @@ def accumulate(
     alpha: Number,
     beta: Number,
     squares: Tensor | None,
+    low: list[Tensor | None] | None = None,
+    keys: list[int] | None = None,
 ) -> None:
-    """buffers = beta * buffers + alpha * grads; squares: (len,) float64 for the grads' norms."""
+    """buffers = beta * buffers + alpha * grads; squares: (len,) float64 for the grads' norms.
+
+    Of bfloat16 buffers, low: what they cannot hold; keys: of their random rounding instead.
+    """
     if not buffers and not grads:
         return
     scalars = (scalar_argument(alpha, "alpha"), scalar_argument(beta, "beta"))
-    fields = (buffers, grads, *scalars, squares)
+    fields = (buffers, grads, low, keys, *scalars, squares)
     if _call(_C.accumulate, buffers, fields, squares is not None) is None:
         _explain_lists(buffers, grads, "grads")
+        lows: Sequence[Any] = [None] * len(buffers) if low is None else low
         for k, (buffer, grad) in enumerate(zip(buffers, grads, strict=True)):
             _explain_pair(buffer, grad, k)
-        _explain_overlap(_named(grads, "grads"), _named(buffers, "buffers"))
+            _explain_low(buffer, lows[k], k, needed=keys is None)
+        written = _named(buffers, "buffers") + _named(lows, "compensation")
+        _explain_overlap(_named(grads, "grads"), written)
         _explain_rest(buffers, {"alpha": alpha, "beta": beta})
     _changed(buffers)
+    if low is not None:
+        _changed([tensor for tensor in low if tensor is not None])
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class FlushTo:
     Attributes:
         grads: what is written; None: nothing.
         parameters: of the penalties; None where there is none.
+        low: what bfloat16 buffers cannot hold; None where there is none.
         l1, l2: the penalties, one number for all or one for each.
         stats: (4,) float64: norm, clip factor, whether not finite, penalty.
         squares: (len,) float64.
@@ -78,6 +90,7 @@ class FlushTo:
 
     grads: list[Tensor | None]
     parameters: list[Tensor | None]
+    low: list[Tensor | None] | None
     l1: float | list[float]
     l2: float | list[float]
     stats: Tensor
@@ -90,11 +103,11 @@ def flush(
     """grads = clip * (factor / (denominator * grad_scale) * buffers + penalties' gradients)."""
     names = ("factor", "denominator", "grad_scale")
     numbers = [scalar_argument(value, name) for value, name in zip(scale, names, strict=True)]
-    head = (buffers, to.grads, to.parameters, to.l1, to.l2)
+    head = (buffers, to.grads, to.parameters, to.low, to.l1, to.l2)
     fields = (*head, *numbers, max_norm, to.stats, to.squares)
     if _call(_C.flush, buffers, fields, True) is None:
         _explain_flush(buffers, to)
-        read = _named(to.parameters, "parameters")
+        read = _named(to.parameters, "parameters") + _named(to.low or [], "compensation")
         for k, (buffer, grad) in enumerate(zip(buffers, to.grads, strict=True)):
             if grad is None or not same_elements(buffer, grad):
                 read.append((f"buffers[{k}]", buffer))
@@ -109,8 +122,10 @@ def _explain_flush(buffers: Sequence[Any], to: FlushTo) -> None:
         explain_tensor(buffer, f"buffers[{k}]")
         if buffer.dtype not in _WIDENED:
             raise TypeError(
-                f"mbkern: buffers[{k}] is {buffer.dtype}; it must be float32 or float64"
+                f"mbkern: buffers[{k}] is {buffer.dtype}; it must be float32, float64 or bfloat16"
             )
+        if to.low is not None:
+            _explain_low(buffer, to.low[k], k, needed=False)
         for tensor, name in ((grad, "grads"), (parameter, "parameters")):
             if tensor is None:
                 continue
@@ -196,9 +211,30 @@ def _explain_pair(buffer: Any, grad: Any, k: int) -> None:
     if grad.dtype not in _WIDENED.get(buffer.dtype, ()):
         raise TypeError(
             f"mbkern: buffers[{k}] is {buffer.dtype} and grads[{k}] {grad.dtype}; a float32 buffer "
-            "takes float32, bfloat16 and float16, a float64 buffer any of the four"
+            "takes float32, bfloat16 and float16, a float64 buffer any of the four, a bfloat16 "
+            "buffer with compensation= or seeds= what a float32 one takes"
         )
     explain_written(buffer, f"buffers[{k}]")
+
+
+def _explain_low(buffer: Tensor, low: Any, k: int, *, needed: bool) -> None:
+    """Raise if what a buffer cannot hold does not fit the buffer, or is missing."""
+    is_bf16 = buffer.dtype == torch.bfloat16
+    if low is None:
+        if is_bf16 and needed:
+            raise TypeError(
+                f"mbkern: buffers[{k}] is torch.bfloat16, whose 8 bits lose what is added to a "
+                "larger sum: pass compensation= (a bfloat16 tensor for each buffer) or seeds=, or "
+                "use float32 buffers"
+            )
+        return
+    explain_tensor(low, f"compensation[{k}]")
+    if not is_bf16 or low.dtype != torch.bfloat16 or low.shape != buffer.shape:
+        raise ValueError(
+            f"mbkern: buffers[{k}] is {describe(buffer)}, and compensation[{k}] {describe(low)}; "
+            "compensation is for bfloat16 buffers, of their dtype and shape (None for others)"
+        )
+    explain_written(low, f"compensation[{k}]")
 
 
 def explain_written(tensor: Tensor, name: str) -> None:
