@@ -54,3 +54,47 @@ def test_windows_that_say_nothing() -> None:
     with pytest.raises(ValueError, match="measure=True"):
         plain.flush().update(scale)
     plain.close()
+
+
+def test_kept_by_the_accumulator() -> None:
+    """noise_scale=True takes every window in that says something, and goes along with the state."""
+    p = torch.nn.Parameter(torch.zeros(50))
+    accumulator = mbkern.GradAccumulator([p], noise_scale=True)
+    by_hand = mbkern.NoiseScale()
+    g = torch.Generator().manual_seed(2)
+
+    def window(parts: int) -> mbkern.WindowStats:
+        for _ in range(parts):
+            accumulator.backward((torch.randn(6, 50, generator=g) + 1).sum(0) @ p, count=6)
+        return accumulator.flush()
+
+    for parts in (4, 3):
+        stats = window(parts)
+        stats.update(by_hand)
+        assert torch.equal(stats.noise_scale, by_hand.noise_scale)
+    assert torch.equal(window(1).noise_scale, by_hand.noise_scale)
+    assert torch.equal(accumulator.flush().noise_scale, by_hand.noise_scale)  # nothing in it
+    accumulator.buffer(p).add_(1.0)  # a kernel's own: not measured
+    accumulator.backward(p.sum(), count=6)
+    assert torch.equal(accumulator.flush().noise_scale, by_hand.noise_scale)
+    state = accumulator.state_dict()
+    accumulator.close()
+    p.grad = None
+    again = mbkern.GradAccumulator([p], noise_scale=True)
+    again.load_state_dict(state)
+    assert torch.equal(again.noise_scale.noise_scale, by_hand.noise_scale)
+    with pytest.raises(ValueError, match="does not go with a GradScaler"):
+        again.flush(scaler=torch.amp.GradScaler("cpu"), optimizer=torch.optim.SGD([p]))
+    again.close()
+    assert mbkern.GradAccumulator([p]).flush().noise_scale is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"l2": 0.1}, {"mode": "known"}, {"denominators": ("a", "b")}]
+)
+def test_what_the_noise_scale_does_not_go_with(arguments: dict[str, object]) -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="noise_scale=True needs"):
+        mbkern.GradAccumulator([p], noise_scale=True, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not go with penalties"):
+        mbkern.GradAccumulator([{"params": [p], "l1": 0.1}], noise_scale=True)
