@@ -87,6 +87,15 @@ def whole(parameter: Any) -> Tensor:
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
+def with_error(accumulator: mbkern.GradAccumulator, model: Any, mode: str) -> None:
+    """A micro-batch that fails after its backward."""
+    if mode == "known":
+        accumulator.begin(total=1)
+    with accumulator.micro_batch(count=1):
+        model(torch.ones(1, 5)).sum().backward()
+        raise KeyError
+
+
 def fsdp(kind: str, model: Any, rank: int, world: int) -> list[Tensor]:
     """By FSDP2, or HSDP over 2 x 2 ranks."""
     shape = (2, world // 2) if kind.startswith("hsdp") else (world,)
@@ -111,8 +120,37 @@ def fsdp(kind: str, model: Any, rank: int, world: int) -> list[Tensor]:
         two = mbkern.GradAccumulator(model, denominators=("a", "b"))
         with pytest.raises(RuntimeError, match="other denominators"):
             two.backward(model(torch.ones(1, 5)).sum(), count=1, denominator="a")
+        with pytest.raises(RuntimeError, match="reset"):  # it cannot be told apart any more
+            two.flush()
         two.reset()
         two.close()
+        first = next(s.parameter for s in accumulator._slots if s.name == "0.weight")
+        with pytest.raises(KeyError):
+            with_error(accumulator, model, mode)
+        with pytest.raises(RuntimeError, match="micro-batch 0 failed"):
+            accumulator.flush()
+        accumulator.reset()
+        model(torch.ones(1, 5)).sum().backward()
+        for call in (accumulator.flush, lambda: with_error(accumulator, model, mode)):
+            with pytest.raises(RuntimeError, match="outside the micro-batches"):
+                call()
+        accumulator.reset()
+        if mode == "deferred":  # frozen in mid-window: what it had is in the window
+            accumulator.backward(model(torch.ones(1, 5)).sum(), count=1)
+            first.requires_grad_(False)
+            accumulator.flush()
+            assert first.grad is not None
+            first.requires_grad_()
+            model.zero_grad()
+        if kind.startswith("hsdp"):
+            model.set_requires_gradient_sync(True)
+            model.set_requires_all_reduce(False)
+            accumulator.backward(model(torch.ones(1, 5)).sum(), count=1)
+            with pytest.raises(RuntimeError, match="not added up over replicas"):
+                accumulator.flush()
+            accumulator.reset()
+            model.set_requires_all_reduce(True)
+            model.set_requires_gradient_sync(False)
     sharded = next((word for word in ("late", "kept", "mixed") if word in kind), "each")
     result = train(model, accumulator, rank, world, mode, sharded)
     # A penalty, without clipping; the state in mid-window.

@@ -403,3 +403,52 @@ def test_no_kernel_adds_to_bf16() -> None:
     acc = GradAccumulator(model, dtype=BF16, compensation="kahan")
     with pytest.raises(NotImplementedError, match="buffer\\(\\) does not go with compensation="):
         acc.buffer(next(model.parameters()))
+
+
+def test_seeds_of_any_kind_of_integers() -> None:
+    def rounded(seeds: Any) -> list[Tensor]:
+        buffers = [torch.ones(64, dtype=BF16), torch.ones(64, dtype=BF16)]
+        mbkern.accumulate_(buffers, [torch.full((64,), 2.0**-8)] * 2, seeds=seeds)
+        return buffers
+
+    expected = rounded([5, 6])
+    assert not torch.equal(*expected)
+    for seeds in (np.array([5, 6]), torch.tensor([5, 6]), (torch.tensor(5), np.int64(6))):
+        assert all(torch.equal(a, b) for a, b in zip(rounded(seeds), expected, strict=True))
+    for seeds in ("56", [5.5, 6], None, ["5", "6"]):
+        with pytest.raises(TypeError, match="seeds"):
+            rounded(seeds)
+
+
+@pytest.mark.parametrize("kind", ["kahan", "stochastic"])
+def test_a_state_is_checked_before_it_is_taken_over(kind: str) -> None:
+    model = net()
+    acc = GradAccumulator(model, dtype=BF16, compensation=kind)
+    window(acc, model, 2)
+    state = acc.state_dict()
+    name = next(iter(state["low"]))
+    for change in (
+        {"low": {**state["low"], name: [torch.zeros(1, dtype=BF16)]}},
+        {"low": {n: v for n, v in state["low"].items() if n != name}},
+        {"additions": {}},
+        {"counts": {"zzz": (1.0, None)}},
+    ):
+        with pytest.raises(ValueError, match=r"mbkern: .*state"):
+            acc.load_state_dict({**state, **change})
+        assert acc._window.micro_batches == 2, "something was taken over"
+    acc.flush()
+
+
+def test_resumed_in_another_order() -> None:
+    """Chance goes by names, as the state does."""
+    model = net()
+    named = list(model.named_parameters())
+    results = []
+    for order in (named, named[::-1]):
+        acc = GradAccumulator(order, dtype=BF16, compensation="stochastic")
+        window(acc, model)
+        acc.flush()
+        results.append([p.grad.clone() for p in model.parameters()])
+        acc.close()
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

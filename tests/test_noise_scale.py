@@ -98,3 +98,37 @@ def test_what_the_noise_scale_does_not_go_with(arguments: dict[str, object]) -> 
         mbkern.GradAccumulator([p], noise_scale=True, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not go with penalties"):
         mbkern.GradAccumulator([{"params": [p], "l1": 0.1}], noise_scale=True)
+
+
+def test_what_was_not_measured_stays_so_through_a_state() -> None:
+    def parameter() -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.zeros(3))
+
+    p = parameter()
+    plain = mbkern.GradAccumulator([p])
+    plain.backward(p.sum(), count=2)
+    q = parameter()
+    measuring = mbkern.GradAccumulator([q], noise_scale=True)
+    measuring.load_state_dict(plain.state_dict())
+    measuring.backward(q.sum(), count=2)
+    measuring.backward((2 * q).sum(), count=2)
+    assert measuring.flush().noise_scale.isnan()  # its first micro-batch was not measured
+
+    r = parameter()
+    twice = mbkern.GradAccumulator([r], measure=True)
+    with twice.micro_batch(count=2):
+        r.sum().backward()
+        r.sum().backward()
+    twice.load_state_dict(twice.state_dict())
+    assert twice.flush().repeated
+
+
+def test_counts_left_out_stay_so_through_a_state() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    known = mbkern.GradAccumulator([p], mode="known")
+    known.begin(total=8)
+    known.backward(p.sum())
+    known.load_state_dict(known.state_dict())
+    known.backward(p.sum(), count=4)
+    known.flush()
+    assert (p.grad == 0.25).all()

@@ -129,7 +129,8 @@ def accumulate_(
             that the buffer cannot hold (Kahan's compensation), written; None for other buffers. Not
             read where ``beta`` is 0. Give it to :func:`flush_` too.
         seeds: for bfloat16 buffers without compensation: integers in [0, 2^53), one for each buffer
-            or one for all. The same seed rounds the same way: give each call another.
+            or one for all. The same seed rounds the same way: give each call another. Elements are
+            counted in the order of the buffer's memory.
 
     Both lists may be a single tensor. On the CPU they may be NumPy arrays.
 
@@ -172,13 +173,19 @@ def as_long(name: str, given: Any, of: list[Any], *, written: bool = False) -> l
 
 
 def _as_keys(seeds: int | Sequence[int], count: int) -> list[int]:
-    keys = [operator.index(seeds)] * count if not isinstance(seeds, Sequence) else list(seeds)
+    given: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    try:
+        keys = [operator.index(k) for k in (given if several else [given])]
+    except TypeError as error:
+        raise TypeError(f"mbkern: seeds must be integers: {error}") from None
+    keys = keys if several else keys * count
     if len(keys) != count:
         raise ValueError(
             f"mbkern: there must be one of seeds for each buffer: {len(keys)} and {count}"
         )
     for key in keys:
-        if not 0 <= operator.index(key) < 1 << 53:
+        if not 0 <= key < 1 << 53:
             raise ValueError(f"mbkern: a seed is {key}; it must be in [0, 2^53)")
     return keys
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,13 +136,14 @@ class GradAccumulator:
         process_group: Any = None,
     ) -> None:
         self._options = Options(
-            dtype=dtype, layout=layout, mode=mode, compensation=compensation, seed=int(seed),
-            denominators=denominators, l1=float(l1), l2=float(l2), into=into,
-            pre_scale=float(pre_scale), sparse=sparse, measure=measure, noise_scale=noise_scale,
+            dtype=dtype, layout=layout, mode=mode, compensation=compensation,
+            seed=operator.index(seed), denominators=denominators, l1=float(l1), l2=float(l2),
+            into=into, pre_scale=float(pre_scale), sparse=sparse, measure=measure,
+            noise_scale=noise_scale,
         )  # fmt: skip
         self.mode, self.max_norm = mode, max_norm
         self.noise_scale = NoiseScale() if noise_scale else None
-        self._rounding = Rounding(compensation, int(seed))
+        self._rounding = Rounding(compensation, self._options.seed)
         self._names, self._into = self._options.names, into
         self._pre_scale = self._options.pre_scale
         self._shards = find_shards(parameters)
@@ -317,6 +319,8 @@ class GradAccumulator:
             counted.add(count)
         put_hooks(self._slots, weakref.ref(self))
         require_no_gradients(self._slots)
+        if self._shards is not None:
+            self._shards.require_own(window.kept)
         release(self._slots, self._into)
         require_no_sync(self._module)
         collector = self._collector = Collector(
@@ -332,6 +336,7 @@ class GradAccumulator:
         for slot in self._slots:
             if slot.lent:
                 self._lend(slot)
+        before = () if self._shards is None else self._shards.kept()
         try:
             yield
             collector.finish()
@@ -341,7 +346,8 @@ class GradAccumulator:
         except BaseException as error:
             collector.drop()
             by_kernels = [n for n, (b, version) in window.lent.items() if b._version != version]
-            if collector.added or by_kernels:
+            kept_more = self._shards is not None and self._shards.kept() != before
+            if collector.added or by_kernels or kept_more:
                 window.broken = (
                     f"micro-batch {window.micro_batches} failed ({type(error).__name__}: {error}) "
                     f"after {collector.added or 'some'} of its gradients had been added"
@@ -351,6 +357,8 @@ class GradAccumulator:
             raise
         finally:
             self._collector = None
+            if self._shards is not None:
+                window.kept = self._shards.kept()
         window.counts[denominator] = counted
         window.measurements += collector.measurements
         window.measured_whole &= not any(slot.lent for slot in self._slots)
@@ -488,8 +496,13 @@ class GradAccumulator:
 
     def _reduce_kept(self) -> None:
         """Take over the gradients that FSDP has kept whole."""
-        if self._shards is not None and self._shards.keep_any():
+        if self._shards is None:
+            return
+        self._shards.require_own(self._window.kept)
+        self._shards.require_all_reduced()
+        if self._shards.keep_any():
             self._shards.reduce_kept(self._slots, self._alpha(self._names[0]))
+            self._window.kept = self._shards.kept()
 
     def _lend(self, slot: Slot) -> None:
         """Remember what a buffer was like before kernels may add to it."""

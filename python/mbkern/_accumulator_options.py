@@ -64,6 +64,8 @@ class Options:
             raise ValueError(
                 f"mbkern: dtype is {self.dtype}; buffers are float32, float64 or bfloat16"
             )
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"mbkern: seed is {self.seed}; it must be in [0, 2^64)")
         if self.dtype != torch.bfloat16:
             if self.compensation is not None:
                 raise ValueError(

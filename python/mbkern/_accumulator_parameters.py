@@ -41,7 +41,6 @@ class Slot:
         parameter: the tensor whose gradients are added up.
         name: for messages.
         l1, l2: its penalties.
-        number: of the parameter in its accumulator.
         buffers: its sums, one for each set of buffers.
         low: of each buffer, what it cannot hold; None where nothing is kept.
         additions: how many gradients were added so far, where chance depends on it.
@@ -57,7 +56,6 @@ class Slot:
     name: str
     l1: float
     l2: float
-    number: int = 0
     buffers: list[Tensor] = field(default_factory=list)
     low: list[Tensor | None] = field(default_factory=list)
     additions: int = 0
@@ -127,7 +125,7 @@ def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()
                     f"mbkern: {name} is on {tensor.device}, {first.name} on "
                     f"{first.parameter.device}; one accumulator serves one device"
                 )
-            slots.append(Slot(tensor, name, group_l1, group_l2, number=len(seen) - 1))
+            slots.append(Slot(tensor, name, group_l1, group_l2))
     return slots
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,7 @@ class Rounding:
             return {"compensation": low_parts(slots, which)}
         seeds = []
         for slot in slots:
-            seeds.append(_seed(self.seed, slot.number, slot.additions))
+            seeds.append(_seed(self.seed, _number(slot.name), slot.additions))
             slot.additions += 1
         return {"seeds": seeds}
 
@@ -40,6 +42,12 @@ def low_parts(slots: Iterable[Slot], which: int) -> list[Any] | None:
     """What the slots' buffers cannot hold; None if they hold all."""
     low = [slot.low[which] for slot in slots]
     return None if all(tensor is None for tensor in low) else low
+
+
+@functools.cache
+def _number(name: str) -> int:
+    """64 bits of a name: a state is loaded by names, in whatever order parameters come."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _seed(*numbers: int) -> int:

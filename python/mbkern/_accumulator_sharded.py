@@ -19,6 +19,9 @@ from mbkern._accumulator_parameters import Slot
 from mbkern._arguments import Number
 from mbkern._flush import FlushStats
 
+#: For every parameter and group, which memory is kept and its version; empty: nothing yet.
+Kept = tuple[tuple[int, int] | None, ...]
+
 
 def find_shards(module: Any) -> Shards | None:
     """The FSDP modules in a module, or None."""
@@ -66,6 +69,31 @@ class Shards:
             for group in _param_groups(module)
         ]  # fmt: skip
 
+    def kept(self) -> Kept:
+        """What FSDP keeps of gradients: another value after every backward that adds to it."""
+        tensors = [
+            tensor
+            for group in self._groups()
+            for tensor in (*map(_kept, group.fsdp_params), _partly_reduced(group))
+        ]
+        return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+
+    def require_own(self, kept: Kept) -> None:
+        """Raise if FSDP keeps anything but that, which the window's micro-batches have left."""
+        if self.kept() != (kept or (None,) * len(self.kept())):
+            raise RuntimeError(
+                "mbkern: FSDP keeps gradients of a backward outside the micro-batches of this "
+                "window, and would add them to it; reset() drops them, and the window"
+            )
+
+    def require_all_reduced(self) -> None:
+        """Raise if sums over shards still wait for those over replicas."""
+        if any(_partly_reduced(group) is not None for group in self._groups()):
+            raise RuntimeError(
+                "mbkern: FSDP keeps sums of this window that were not added up over replicas: "
+                "set_requires_all_reduce(True) before the last micro-batch's forward"
+            )
+
     def require_apart(self, names: tuple[str, ...]) -> None:
         """Raise if FSDP adds up gradients of losses that are divided by different counts."""
         if len(names) > 1 and self.keep_any():
@@ -89,7 +117,10 @@ class Shards:
         for group in self._groups():
             if all(_kept(p) is None for p in group.fsdp_params):
                 continue
-            parameters = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
+            parameters = [
+                p for p in group.fsdp_params
+                if p.sharded_param.requires_grad or _kept(p) is not None
+            ]  # fmt: skip
             missing = [p for p in parameters if id(p.sharded_param) not in slot_of]
             if missing:
                 raise RuntimeError(
@@ -113,6 +144,8 @@ class Shards:
         """Let FSDP forget gradients that have not been reduced."""
         for group in self._groups():
             _drop(group.fsdp_params)
+            if _partly_reduced(group) is not None:
+                group._partial_reduce_output = None
 
     def divisor(self, slots: list[Slot]) -> float:
         """What FSDP has divided the sums over ranks by."""
@@ -156,6 +189,12 @@ def _kept(parameter: Any) -> Tensor | None:
     unsharded = getattr(parameter, "_unsharded_param", None)
     summed: Tensor | None = parameter.unsharded_accumulated_grad
     return unsharded.grad if summed is None and unsharded is not None else summed
+
+
+def _partly_reduced(group: Any) -> Tensor | None:
+    """What ``set_requires_all_reduce(False)`` has left: reduced over shards, not over replicas."""
+    found: Tensor | None = getattr(group, "_partial_reduce_output", None)
+    return found
 
 
 def _drop(parameters: list[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mbkern._accumulator_collect import Measurement
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 _FORMAT = 2
 _KEYS = {
     "format", "mode", "compensation", "denominators", "micro_batches", "totals", "sizes",
-    "measurements", "measured_whole", "counts", "sums", "low", "additions", "noise_scale",
+    "measurements", "measured_whole", "repeated", "omitted", "counts", "sums", "low",
+    "additions", "noise_scale",
 }  # fmt: skip
 
 
@@ -37,7 +39,11 @@ def save(accumulator: GradAccumulator) -> dict[str, Any]:
         "measurements": [
             (m.micro_batch, list(m.names), m.squared_norms.clone()) for m in window.measurements
         ],
-        "measured_whole": window.measured_whole,
+        # What was not measured at all is not whole either.
+        "measured_whole": window.measured_whole
+        and (accumulator._options.measures or not window.micro_batches),
+        "repeated": window.repeated,
+        "omitted": sorted(window.omitted),
         "counts": {name: (count.number, count.tensor) for name, count in window.counts.items()},
         "sums": {slot.name: _received(slot, slot.buffers) for slot in accumulator._slots},
         "low": {slot.name: _received(slot, slot.low) for slot in accumulator._slots},
@@ -54,6 +60,10 @@ def _received(slot: Slot, tensors: Sequence[Tensor | None]) -> list[Tensor | Non
         tensor.clone() if received and tensor is not None else None
         for tensor, received in zip(tensors, slot.received, strict=True)
     ]
+
+
+def _kind(tensor: Any) -> tuple[torch.Size, torch.dtype] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def _copied(numbers: Any) -> Any:
@@ -92,6 +102,21 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
                     f"mbkern: the sums of {slot.name} are {describe(saved)} in the state, "
                     f"{describe(buffer)} here"
                 )
+        low = state["low"].get(slot.name, [])
+        wanted = [
+            to if saved is not None else None
+            for saved, to in zip(sums[slot.name], slot.low, strict=True)
+        ]
+        if [_kind(t) for t in low] != [_kind(t) for t in wanted]:
+            raise ValueError(
+                f"mbkern: the low parts of {slot.name} are {[_kind(t) for t in low]} in the state, "
+                f"{[_kind(t) for t in wanted]} here"
+            )
+        if slot.name not in state["additions"]:
+            raise ValueError(f"mbkern: the state does not say how often {slot.name} was added to")
+    unknown = set(state["counts"]) - set(accumulator._names)
+    if unknown:
+        raise ValueError(f"mbkern: the state has counts of {sorted(unknown)}, which are unknown")
     if kind == "stochastic" and seed != rounding.seed:
         raise ValueError(
             f"mbkern: the state is of seed {seed}, this accumulator of {rounding.seed}"
@@ -115,7 +140,8 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     window.measurements = [
         Measurement(k, list(names), squares.clone()) for k, names, squares in state["measurements"]
     ]
-    window.measured_whole = state["measured_whole"]
+    window.measured_whole, window.repeated = state["measured_whole"], state["repeated"]
+    window.omitted = set(state["omitted"])
     window.micro_batches = state["micro_batches"]
     if accumulator.noise_scale is not None and state["noise_scale"] is not None:
         accumulator.noise_scale.load_state_dict(state["noise_scale"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mbkern._accumulator_collect import Measurement
 from mbkern._accumulator_counts import Count
+from mbkern._accumulator_sharded import Kept
 from mbkern._arguments import Number
 
 
@@ -26,6 +27,7 @@ class Window:
         measured_whole: whether every gradient was measured.
         repeated: whether a parameter had two gradients in one micro-batch.
         lent: buffers that kernels may add to, and their versions before.
+        kept: what FSDP kept of gradients after the last micro-batch.
         broken: why the window is refused.
         failed: of the micro-batch that was added in part, its denominator and the count with it.
     """
@@ -39,6 +41,7 @@ class Window:
     measured_whole: bool = True
     repeated: bool = False
     lent: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    kept: Kept = ()
     broken: str | None = None
     failed: tuple[str, Count] | None = None
 
@@ -68,6 +71,6 @@ class Window:
                 continue
             if not math.isclose(count.number, announced, rel_tol=1e-6):  # sums of weights round
                 raise ValueError(
-                    f"mbkern: begin() announced a total of {announced} {name}, and {count.number} "
-                    "were counted; reset() drops the window"
+                    f"mbkern: begin() announced a total of {announced}{name and f' {name}'}, and "
+                    f"{count.number} were counted; reset() drops the window"
                 )

@@ -212,7 +212,7 @@ def _explain_pair(buffer: Any, grad: Any, k: int) -> None:
         raise TypeError(
             f"mbkern: buffers[{k}] is {buffer.dtype} and grads[{k}] {grad.dtype}; a float32 buffer "
             "takes float32, bfloat16 and float16, a float64 buffer any of the four, a bfloat16 "
-            "buffer with compensation= or seeds= what a float32 one takes"
+            "buffer with compensation= or seeds= what a float32 one takes; others are no buffers"
         )
     explain_written(buffer, f"buffers[{k}]")
 
