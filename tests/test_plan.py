@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,6 +175,10 @@ print(*(share / (4 * unit) for share in (plan.item_bytes, *shares)))
 """
 
 
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""),
+    reason="NOT CHECKED: the address sanitizer keeps what is freed",
+)
 def test_memory_is_what_a_pass_takes() -> None:
     """A pass whose live memory is known: 32 MB an item, above 64 MB. In a process of its own: what
     many tests have left of the heap may take a block or leave it."""
