@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from same_bits import check_same_bits
 from torch import Tensor
 
 import mbkern
@@ -147,18 +148,7 @@ def digest(device: torch.device | str = "cpu") -> list[str]:
 
 
 def test_bits(isa: str) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        _C.set_isa("scalar")
-        reference = digest()
-        _C.set_isa(isa)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert digest() == reference, (isa, threads)
-    finally:
-        _C.set_isa(isa)
-        torch.set_num_threads(before)
+    check_same_bits(isa, digest)
 
 
 def test_bits_in_a_process_of_its_own() -> None:

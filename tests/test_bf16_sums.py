@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from same_bits import check_same_bits
 from test_accumulate import LAYOUTS, SIZES, layouts
 from torch import Tensor
 
 import mbkern
-from mbkern import _C, GradAccumulator
+from mbkern import GradAccumulator
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # but where a test says otherwise
 BF16 = torch.bfloat16
@@ -155,6 +156,7 @@ def test_512_micro_batches() -> None:
 
 
 def digest() -> str:
+    torch.manual_seed(0)
     sha = hashlib.sha1()
     for of in GRADS:
         buffers, low, grads = make(of)
@@ -186,20 +188,7 @@ def digest() -> str:
 
 
 def test_bits(isa: str) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        _C.set_isa("scalar")
-        torch.manual_seed(0)
-        reference = digest()
-        _C.set_isa(isa)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            torch.manual_seed(0)
-            assert digest() == reference, (isa, threads)
-    finally:
-        _C.set_isa(isa)
-        torch.set_num_threads(before)
+    check_same_bits(isa, digest)
 
 
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

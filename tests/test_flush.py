@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from same_bits import check_same_bits
 from torch import Tensor
 
 import mbkern
@@ -185,18 +186,7 @@ def digest(device: torch.device | str = "cpu") -> str:
 
 
 def test_bits(isa: str) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        _C.set_isa("scalar")
-        reference = digest()
-        _C.set_isa(isa)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert digest() == reference
-    finally:
-        _C.set_isa(isa)
-        torch.set_num_threads(before)
+    check_same_bits(isa, digest)
 
 
 def test_cuda_gives_the_bits_of_the_cpu(device: torch.device) -> None:

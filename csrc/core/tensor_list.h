@@ -33,7 +33,7 @@ struct TensorList {
 };
 
 // buffer = beta * buffer + alpha * grad; with beta = 0 the buffer is not read. A buffer of bf16 is
-// the high part of a pair, or is rounded to by chance: see Accumulation.
+// the high part of a pair, or is rounded to by chance: see Bf16Accumulation.
 struct AccumulateArgs {
   TensorList list;
   Scalar alpha, beta;
