@@ -157,6 +157,8 @@ def require_dtype(tensor: Tensor, name: str) -> int:
 
 def has_internal_overlap(tensor: Tensor) -> bool:
     """Whether two elements of a tensor may share memory (expanded, or strided over itself)."""
+    if tensor.is_contiguous():
+        return False
     needed = 0
     pairs = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     for stride, size in pairs:
@@ -171,6 +173,8 @@ def has_internal_overlap(tensor: Tensor) -> bool:
 def byte_range(tensor: Tensor) -> tuple[int, int]:
     """First and past-the-last address that the elements of a tensor lie in."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     if tensor.numel() == 0:
         return start, start
     span = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))

@@ -29,7 +29,7 @@ from mbkern._launch import (
     scalar_argument,
     scale_dense,
 )
-from mbkern._launch_tensors import Grads, Inputs, TensorCall, TensorOptions
+from mbkern._launch_tensors import Grads, Inputs, TensorOptions
 from mbkern._losses import Loss
 from mbkern._tensors import on_cuda
 
@@ -59,7 +59,7 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 def _differentiable(
     formula: Callable[..., Tensor],
     request: Request,
-    divisor: float,
+    divisor: float | Tensor,
     incoming: Tensor,
     *tensors: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
@@ -81,37 +81,37 @@ def _differentiable(
     return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
 
 
-def _hand_out(ctx: Any, incoming: Tensor, *, keep_zeros: bool) -> tuple[Tensor | None, ...]:
+def _hand_out(left: _Left, incoming: Tensor, *, keep_zeros: bool) -> tuple[Tensor | None, ...]:
     """The gradients formed in forward, times what the incoming gradient is more than the hint.
 
     Our references are dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
     clones any other.
     """
-    grads: tuple[Tensor | None, ...] = ctx.formed
+    grads, hint, inplace = left.grads, left.hint, left.request.inplace
     if not grads:
         raise RuntimeError(_SECOND_BACKWARD)
-    if ctx.request.inplace and grads[0] is not None and grads[0]._version != ctx.version:
+    if inplace and grads[0] is not None and grads[0]._version != left.version:
         raise RuntimeError(_OVERWRITTEN)
     value = _C.scalar_value(incoming)
     if value is None:  # no plain number on the host
         if _is_legacy_batched(incoming):  # is_grads_batched: many incoming gradients at once
-            factors = incoming.double() / ctx.hint
+            factors = incoming.double() / hint
             return tuple(None if g is None else _each(g, factors, keep_zeros) for g in grads)
         if not on_cuda(incoming):
             value = incoming.item()
     if _graph_is_kept():
         grads = tuple(None if g is None else g.clone() for g in grads)
     else:
-        ctx.formed = ()
+        left.grads = ()
     if value is None:
         return tuple(
-            None if g is None else rescale_on_device(g, incoming, ctx.hint, keep_zeros=keep_zeros)
+            None if g is None else rescale_on_device(g, incoming, hint, keep_zeros=keep_zeros)
             for g in grads
         )
-    factor = value / ctx.hint
+    factor = value / float(hint)
     if factor == 1.0:
         return grads
-    dense = not ctx.request.inplace
+    dense = not inplace
     return tuple(None if g is None else _scaled(g, factor, dense, keep_zeros) for g in grads)
 
 
@@ -169,6 +169,25 @@ class Request:
     loss_dtype: torch.dtype | None = None
 
 
+@dataclass(slots=True)
+class _Left:
+    """What forward leaves to backward, besides the tensors that autograd saves.
+
+    Attributes:
+        divisor: of the mean.
+        grads: formed in forward, as backward returns them; empty when handed out; None: backward
+            forms them.
+        hint: what they were multiplied by.
+        version: of the input, after its gradient was written over it.
+    """
+
+    request: Request
+    divisor: float | Tensor
+    grads: tuple[Tensor | None, ...] | None = None
+    hint: float | Tensor = 1.0
+    version: int = -1
+
+
 class RowLoss(torch.autograd.Function):
     """Losses over rows of classes: ``RowLoss.apply(input, target, request)``.
 
@@ -190,41 +209,40 @@ class RowLoss(torch.autograd.Function):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grad = input.detach() if inplace else new_gradient(input)
-            result, ctx.divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
-            # What backward returns.
-            ctx.formed, ctx.hint, ctx.request = (grad, None, None), factor, request
+            result, divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             # Only looked at by create_graph.
             ctx.save_for_backward(input, target, options.weight, options.sample_weight)
-            if inplace:
-                ctx.version = _bump_version(input)
+            version = _bump_version(input) if inplace else -1
+            ctx.left = _Left(request, divisor, (grad, None, None), factor, version)
             return result  # type: ignore[return-value]
-        ctx.formed, ctx.request = None, request
         state = call.new_state()
-        result, ctx.divisor = call.run(state=state, loss_dtype=request.loss_dtype)
+        result, divisor = call.run(state=state, loss_dtype=request.loss_dtype)
+        ctx.left = _Left(request, divisor)
         ctx.save_for_backward(input, target, options.weight, options.sample_weight, state)
         return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        left: _Left = ctx.left
+        request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
             input, target = ctx.saved_tensors[:2]
             first, second = _differentiable(
-                _composite.row_loss, ctx.request, ctx.divisor, incoming, input, target
+                _composite.row_loss, request, divisor, incoming, input, target
             )
             return first, second, None
-        if ctx.formed is not None:
-            return _hand_out(ctx, incoming, keep_zeros=True)
-        request: Request = ctx.request
+        if left.grads is not None:
+            return _hand_out(left, incoming, keep_zeros=True)
         input, target, weight, sample_weight, state = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
         call = RowCall(request.loss.number, input, target, options)
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
-            grad_target = _gradient_of_probabilities(call, state, incoming, ctx.divisor)
+            grad_target = _gradient_of_probabilities(call, state, incoming, divisor)
         if ctx.needs_input_grad[0] and _is_legacy_batched(incoming):
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
-                _ops.divisor_tensor(ctx.divisor),
+                _ops.divisor_tensor(divisor),
                 request.loss.name, options.reduction, options.ignore_index,
                 options.label_smoothing, options.z_loss, options.softcap or 0.0, False,
             )  # fmt: skip
@@ -235,7 +253,7 @@ class RowLoss(torch.autograd.Function):
                 call.run(grad=grad, item_scale=incoming, state=state, from_state=True)
             else:
                 scale = scalar_argument(incoming, "the incoming gradient")
-                call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=ctx.divisor)
+                call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=divisor)
             if overwrite:
                 _bump_version(input)
         return grad, grad_target, None
@@ -284,33 +302,33 @@ class TensorLoss(torch.autograd.Function):
             _check_inplace(
                 first, (second, third, options.target, options.weight, options.sample_weight)
             )
-        if options.reduction != "none" and (hint is not None or _are_full(call, needs)):
+        if options.reduction != "none" and (hint is not None or _are_full(inputs, needs)):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(inputs, needs, inplace)
-            result, ctx.divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
-            ctx.formed, ctx.hint, ctx.request = (*grads, None), factor, request
+            result, divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
-            if inplace and needs[0]:
-                ctx.version = _bump_version(first)
+            version = _bump_version(first) if inplace and needs[0] else -1
+            ctx.left = _Left(request, divisor, (*grads, None), factor, version)
             return result  # type: ignore[return-value]
-        ctx.formed, ctx.request = None, request
-        result, ctx.divisor = call.run(loss_dtype=loss_dtype)
+        result, divisor = call.run(loss_dtype=loss_dtype)
+        ctx.left = _Left(request, divisor)
         ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        left: _Left = ctx.left
+        request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
             return (
                 *_differentiable(
-                    _tensor_formula, ctx.request, ctx.divisor, incoming, *ctx.saved_tensors[:3]
+                    _tensor_formula, request, divisor, incoming, *ctx.saved_tensors[:3]
                 ),
                 None,
             )
-        if ctx.formed is not None:
-            return _hand_out(ctx, incoming, keep_zeros=ctx.request.options.target is not None)
-        request: Request = ctx.request
+        if left.grads is not None:
+            return _hand_out(left, incoming, keep_zeros=request.options.target is not None)
         first, second, third, target, weight, sample_weight = ctx.saved_tensors
         inputs, needs = (first, second, third), ctx.needs_input_grad[:3]
         options: TensorOptions = replace(
@@ -319,7 +337,7 @@ class TensorLoss(torch.autograd.Function):
         if _is_legacy_batched(incoming):
             many = _ops.tensor_loss_backward(
                 incoming, *inputs, target, weight, sample_weight, None,
-                _ops.divisor_tensor(ctx.divisor), request.loss.name, options.reduction,
+                _ops.divisor_tensor(divisor), request.loss.name, options.reduction,
                 options.ignore_index, options.parameters, False, *needs,
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
@@ -333,19 +351,21 @@ class TensorLoss(torch.autograd.Function):
             call.run(item_scale=incoming, **arguments)
         else:
             scale = scalar_argument(incoming, "the incoming gradient")
-            call.run(scale=scale, divisor=ctx.divisor, **arguments)
+            call.run(scale=scale, divisor=divisor, **arguments)
         if overwrite and needs[0]:
             _bump_version(first)
         return (*grads, None)
 
 
-def _are_full(call: TensorCall, needs: tuple[bool, ...]) -> bool:
+def _are_full(inputs: Inputs, needs: tuple[bool, ...]) -> bool:
     """Whether all the gradients have the type that the loss is computed in."""
-    full = call.compute
-    for tensor, need in zip(call.inputs, needs, strict=True):
-        if need and tensor is not None and tensor.dtype is not full:
-            return False
-    return True
+    first, second, third = inputs
+    one = first.dtype
+    if third is None and (second is None or second.dtype is one):
+        return one is torch.float32 or one is torch.float64
+    dtypes = [None if t is None else t.dtype for t in inputs]
+    full = torch.float64 if torch.float64 in dtypes else torch.float32
+    return all(not need or d is full for d, need in zip(dtypes, needs, strict=True))
 
 
 def _tensor_formula(loss: Loss, *rest: Any) -> Tensor:
