@@ -30,7 +30,8 @@ HEAD = """\
 Every number that the project set itself, measured by `python bench/run.py`
 ([bench/README.md](../bench/README.md) says how), beside what it is compared with, in one process
 and in turns. A cell has the range over all cases of that number of threads: shapes, dtypes, both
-states of the allocator where none is named; bold is what is missed. Written by
+states of the allocator where none is named; bold is what is missed, and the cases that miss it are
+listed below. Cases whose peer computes wrong numbers are named, not ranked. Written by
 `python bench/goal_page.py --write` from `bench/results/goals.json`.
 """
 
@@ -63,20 +64,48 @@ def _value(text: str) -> float | None:
     return float(found[0]) if found else None
 
 
+def _misses(goal: dict[str, Any]) -> bool:
+    """Whether something was measured, and is not what was aimed at."""
+    value = _value(goal["measured"])
+    if value is None:
+        return False
+    sense, bound = goal["reach"].split()[:2]
+    limit = float(re.sub(r"[^\d.]", "", bound))
+    return value < limit if sense == ">=" else value > limit
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 9.95 else f"{value:.0f}"
+
+
 def _cell(goals: Sequence[dict[str, Any]]) -> str:
     """The range of what was measured; bold where a bound is missed."""
     if not goals:
         return "-"
-    values = [_value(goal["measured"]) for goal in goals]
-    known = [v for v in values if v is not None]
-    if len(known) < len(values):
-        return "not measured" if not known else "in part not measured"
-    sense, bound = goals[0]["reach"].split()[:2]
-    limit = float(re.sub(r"[^\d.]", "", bound))
-    missed = any(v < limit if sense == ">=" else v > limit for v in known)
-    low, high = (f"{v:.2f}" if abs(v) < 9.95 else f"{v:.0f}" for v in (min(known), max(known)))
+    known = [v for goal in goals if (v := _value(goal["measured"])) is not None]
+    if not known:
+        return "not measured"
+    low, high = _number(min(known)), _number(max(known))
     text = low if low == high else f"{low} to {high}"
-    return f"**{text}**" if missed else text
+    return f"**{text}**" if any(map(_misses, goals)) else text
+
+
+def _exceptions(rows: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """A line for each aim of several cases that some of them miss, or that could not be ranked."""
+    lines = []
+    for (what, reach), goals in rows.items():
+        cases: dict[str, list[str]] = {}
+        for goal in goals:
+            if _value(goal["measured"]) is None:
+                cases.setdefault(goal["case"], []).append(goal["measured"])
+            elif _misses(goal) and len({g["case"] for g in goals}) > 1:
+                threads = _threads(goal["threads"])
+                value = _number(_value(goal["measured"]) or 0.0)
+                cases.setdefault(goal["case"], []).append(f"{value} ({threads})")
+        found = (f"{case} {', '.join(dict.fromkeys(said))}" for case, said in cases.items())
+        if cases:
+            lines.append(f"- {what}, {reach}: {'; '.join(found)}")
+    return lines
 
 
 def text() -> str:
@@ -105,7 +134,8 @@ def text() -> str:
         for (what, reach), goals in rows.items():
             cells = (_cell([g for g in goals if g["threads"] == t]) for t in threads)
             lines.append(f"| {what} | {reach} | {' | '.join(cells)} |")
-        lines.append("")
+        exceptions = _exceptions(rows)
+        lines += ["", *exceptions, ""] if exceptions else [""]
     return "\n".join(lines)
 
 
