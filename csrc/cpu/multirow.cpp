@@ -132,7 +132,7 @@ struct Rows {
   // One block of all rows. Its last, partial group lies in memory of whole groups.
   struct Block {
     const T *main[Loss::kInputs], *tail[Loss::kInputs], *weight;
-    const T* ahead[Loss::kInputs];
+    const T *ahead[Loss::kInputs], *grad_ahead[Loss::kGradients];
     T *kept[kMaxKept], *grad[Loss::kGradients], *grad_tail[Loss::kGradients];
     int64_t begin, columns;
     int full, rest;  // whole groups, and columns of the partial one
@@ -168,6 +168,7 @@ struct Rows {
     }
     for (int i = 0; i < Loss::kGradients; ++i) {
       b.grad[i] = b.grad_tail[i] = nullptr;
+      b.grad_ahead[i] = grad[i].ahead ? grad[i].ahead + begin : nullptr;
       if (!gradients || !grad[i].data) continue;
       b.grad[i] = grad[i].direct ? (T*)grad[i].data + begin : grad_block[i];
       b.grad_tail[i] = grad[i].direct ? grad_tail[i] : grad_block[i] + b.full * kGroup;
@@ -239,6 +240,7 @@ struct Rows {
     if constexpr (kGrads > 0) {
       for (int i = 0; i < (kGrads == 1 ? 1 : Loss::kGradients); ++i) {
         if (kGrads == 2 && !b.grad[i]) continue;
+        if (lanes<V> > 1 && b.grad_ahead[i]) __builtin_prefetch(b.grad_ahead[i] + column, 0, 2);
         store(in_tail ? b.grad_tail[i] + k : b.grad[i] + column, canonical(g[i]));
       }
     }
@@ -400,6 +402,8 @@ struct Rows {
     }
     for (int k = 0; k < Loss::kGradients; ++k) {
       grad[k].open(a.grads[k], at, !a.accumulate);
+      if (grad[k].direct && next != i && a.grads[k].data != a.inputs[k].data)
+        grad[k].ahead = (const T*)a.grads[k].data + after.offset(a.grads[k].strides);
       wanted = wanted || grad[k].data;
       first_only = first_only && (grad[k].data != nullptr) == (k == 0);
     }
