@@ -53,9 +53,9 @@ struct RowOf {
   DType dtype = DType::f32;
   int64_t stride = 0;
   bool direct = false;
-  int64_t loaded = -1;       // the block that the buffer holds; -1: none
-  bool has_tail = false;     // the partial group has been copied
-  const T* ahead = nullptr;  // a row that comes later, to be fetched
+  int64_t loaded = -1;          // the block that the buffer holds; -1: none
+  bool has_tail = false;        // the partial group has been copied
+  const char* ahead = nullptr;  // a dense row that comes later, to be fetched
 
   MBK_FN void open(const RowTensor& t, const ItemPosition& at, bool may_be_direct) {
     data = nullptr, loaded = -1, has_tail = false, ahead = nullptr;
@@ -65,6 +65,22 @@ struct RowOf {
     with_storage(dtype,
                  [&](auto* type) { data = (char*)((StorageOf<decltype(type)>*)t.data + offset); });
     direct = may_be_direct && stride == 1 && dtype == kDTypeOf<T>;
+  }
+  // Has the row of t at a later item fetched while this one is read or written.
+  MBK_FN void fetch(const RowTensor& t, const ItemPosition& later) {
+    if (!data || stride != 1) return;
+    with_storage(dtype, [&](auto* type) {
+      ahead = (const char*)((const StorageOf<decltype(type)>*)t.data + later.offset(t.strides));
+    });
+  }
+  // Columns [begin, begin + n) of it; the row itself is not direct.
+  MBK_FN void fetch_block(int64_t begin, int64_t n) const {
+    if (!ahead || lanes<Vector<T>> == 1) return;
+    with_storage(dtype, [&](auto* type) {
+      constexpr int64_t kSize = sizeof *type;
+      for (int64_t at = begin * kSize; at < (begin + n) * kSize; at += 64)
+        __builtin_prefetch(ahead + at, 0, 2);
+    });
   }
   MBK_FN T value(int64_t j) const {
     T x = 0;
@@ -151,7 +167,7 @@ struct Rows {
     b.weight = Loss::kColumnWeights && a.class_weight ? (const T*)a.class_weight + begin : nullptr;
     for (int k = 0; k < kMaxKept; ++k) b.kept[k] = kept[k] + begin;
     for (int i = 0; i < Loss::kInputs; ++i) {
-      b.ahead[i] = x[i].ahead ? x[i].ahead + begin : nullptr;
+      b.ahead[i] = x[i].ahead ? (const T*)x[i].ahead + begin : nullptr;
       if (x[i].direct) {
         b.main[i] = (const T*)x[i].data + begin;
         b.tail[i] = x_tail[i];
@@ -162,13 +178,17 @@ struct Rows {
       } else {
         b.main[i] = x_block[i];
         b.tail[i] = x_block[i] + b.full * kGroup;
-        if (x[i].loaded != begin) x[i].read(x_block[i], begin, b.columns);
+        b.ahead[i] = nullptr;
+        if (x[i].loaded != begin) {
+          x[i].read(x_block[i], begin, b.columns);
+          x[i].fetch_block(begin, b.columns);
+        }
         x[i].loaded = begin;
       }
     }
     for (int i = 0; i < Loss::kGradients; ++i) {
       b.grad[i] = b.grad_tail[i] = nullptr;
-      b.grad_ahead[i] = grad[i].ahead ? grad[i].ahead + begin : nullptr;
+      b.grad_ahead[i] = grad[i].direct && grad[i].ahead ? (const T*)grad[i].ahead + begin : nullptr;
       if (!gradients || !grad[i].data) continue;
       b.grad[i] = grad[i].direct ? (T*)grad[i].data + begin : grad_block[i];
       b.grad_tail[i] = grad[i].direct ? grad_tail[i] : grad_block[i] + b.full * kGroup;
@@ -180,7 +200,9 @@ struct Rows {
       if (!b.grad[i]) continue;
       if (grad[i].direct && b.rest)
         memcpy(b.grad[i] + b.full * kGroup, grad_tail[i], (size_t)b.rest * sizeof(T));
-      if (!grad[i].direct) grad[i].write(grad_block[i], b.begin, b.columns, a.accumulate);
+      if (grad[i].direct) continue;
+      grad[i].write(grad_block[i], b.begin, b.columns, a.accumulate);
+      grad[i].fetch_block(b.begin, b.columns);
     }
   }
 
@@ -397,13 +419,11 @@ struct Rows {
     bool wanted = false, first_only = true;
     for (int k = 0; k < Loss::kInputs; ++k) {
       x[k].open(a.inputs[k], at, true);
-      if (x[k].direct && next != i)
-        x[k].ahead = (const T*)a.inputs[k].data + after.offset(a.inputs[k].strides);
+      if (next != i) x[k].fetch(a.inputs[k], after);
     }
     for (int k = 0; k < Loss::kGradients; ++k) {
       grad[k].open(a.grads[k], at, !a.accumulate);
-      if (grad[k].direct && next != i && a.grads[k].data != a.inputs[k].data)
-        grad[k].ahead = (const T*)a.grads[k].data + after.offset(a.grads[k].strides);
+      if (next != i && a.grads[k].data != a.inputs[k].data) grad[k].fetch(a.grads[k], after);
       wanted = wanted || grad[k].data;
       first_only = first_only && (grad[k].data != nullptr) == (k == 0);
     }
