@@ -2,9 +2,10 @@
 
 The gradient is formed in forward, in the same pass as the loss, where its factor is known well
 enough (fp32 and fp64, or a ``grad_scale`` hint), and multiplied by what the incoming gradient is
-more; otherwise (16-bit results, ``reduction="none"``) it is formed in backward from the logits and
-two saved numbers an item, so that the incoming gradient is applied in fp32 before the single
-rounding.
+more. A 16-bit gradient takes no second factor, since it is to be rounded once: it is formed in
+forward on the guess that the incoming gradient will be 1, as it was the last time, and formed anew
+in backward if it is not. For ``reduction="none"``, and where nothing is guessed, it is formed in
+backward from the logits and two saved numbers an item.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -178,6 +179,7 @@ class _Left:
         grads: formed in forward, as backward returns them; empty when handed out; None: backward
             forms them.
         hint: what they were multiplied by.
+        guessed: whether they are right for an incoming gradient of 1 only.
         version: of the input, after its gradient was written over it.
     """
 
@@ -186,6 +188,37 @@ class _Left:
     grads: tuple[Tensor | None, ...] | None = None
     hint: float | Tensor = 1.0
     version: int = -1
+    guessed: bool = False
+
+
+class _Incoming:
+    """Whether the last incoming gradient of a 16-bit one was 1: a guess for the next; the results
+    are the same bits either way."""
+
+    was_one: ClassVar[bool] = True
+
+    @classmethod
+    def will_be_one(cls, input: Tensor, inplace: bool) -> bool:
+        """The guess. No on CUDA, where nobody looks, and where there is no second try."""
+        return cls.was_one and not inplace and input.is_cpu
+
+    @classmethod
+    def is_one(cls, incoming: Tensor) -> bool:
+        """Whether it is, to be remembered."""
+        value = _C.scalar_value(incoming)
+        if value is not None:
+            cls.was_one = value == 1.0
+        return value == 1.0
+
+
+def _are_right(left: _Left, incoming: Tensor) -> bool:
+    """Whether the gradients that forward formed, if any, are those of this incoming gradient."""
+    if left.grads is None or not left.guessed:
+        return left.grads is not None
+    if _Incoming.is_one(incoming):
+        return True
+    left.grads = None
+    return False
 
 
 class RowLoss(torch.autograd.Function):
@@ -203,17 +236,18 @@ class RowLoss(torch.autograd.Function):
         hint, inplace = request.grad_scale, request.inplace
         if inplace:
             _check_inplace(input, (call.target, options.weight, options.sample_weight))
+        guessed = hint is None and call.compute is not input.dtype
         if options.reduction != "none" and needs_input and not needs_target and (
-            hint is not None or call.compute is input.dtype
+            not guessed or _Incoming.will_be_one(input, inplace)
         ):  # fmt: skip
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grad = input.detach() if inplace else new_gradient(input)
             result, divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
-            # Only looked at by create_graph.
+            # Looked at by create_graph, or if the guess fails.
             ctx.save_for_backward(input, target, options.weight, options.sample_weight)
             version = _bump_version(input) if inplace else -1
-            ctx.left = _Left(request, divisor, (grad, None, None), factor, version)
+            ctx.left = _Left(request, divisor, (grad, None, None), factor, version, guessed)
             return result  # type: ignore[return-value]
         state = call.new_state()
         result, divisor = call.run(state=state, loss_dtype=request.loss_dtype)
@@ -231,11 +265,14 @@ class RowLoss(torch.autograd.Function):
                 _composite.row_loss, request, divisor, incoming, input, target
             )
             return first, second, None
-        if left.grads is not None:
+        if _are_right(left, incoming):
             return _hand_out(left, incoming, keep_zeros=True)
-        input, target, weight, sample_weight, state = ctx.saved_tensors
+        input, target, weight, sample_weight, *states = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
         call = RowCall(request.loss.number, input, target, options)
+        state = states[0] if states else call.new_state()
+        if not states:
+            call.run(state=state)
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
             grad_target = _gradient_of_probabilities(call, state, incoming, divisor)
@@ -252,6 +289,7 @@ class RowLoss(torch.autograd.Function):
             if options.reduction == "none":
                 call.run(grad=grad, item_scale=incoming, state=state, from_state=True)
             else:
+                _Incoming.is_one(incoming)
                 scale = scalar_argument(incoming, "the incoming gradient")
                 call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=divisor)
             if overwrite:
@@ -302,14 +340,15 @@ class TensorLoss(torch.autograd.Function):
             _check_inplace(
                 first, (second, third, options.target, options.weight, options.sample_weight)
             )
-        if options.reduction != "none" and (hint is not None or _are_full(inputs, needs)):
+        guessed = hint is None and not _are_full(inputs, needs)
+        if options.reduction != "none" and (not guessed or _Incoming.will_be_one(first, inplace)):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(inputs, needs, inplace)
             result, divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
             version = _bump_version(first) if inplace and needs[0] else -1
-            ctx.left = _Left(request, divisor, (*grads, None), factor, version)
+            ctx.left = _Left(request, divisor, (*grads, None), factor, version, guessed)
             return result  # type: ignore[return-value]
         result, divisor = call.run(loss_dtype=loss_dtype)
         ctx.left = _Left(request, divisor)
@@ -327,7 +366,7 @@ class TensorLoss(torch.autograd.Function):
                 ),
                 None,
             )
-        if left.grads is not None:
+        if _are_right(left, incoming):
             return _hand_out(left, incoming, keep_zeros=request.options.target is not None)
         first, second, third, target, weight, sample_weight = ctx.saved_tensors
         inputs, needs = (first, second, third), ctx.needs_input_grad[:3]
@@ -350,6 +389,7 @@ class TensorLoss(torch.autograd.Function):
         if options.reduction == "none":
             call.run(item_scale=incoming, **arguments)
         else:
+            _Incoming.is_one(incoming)
             scale = scalar_argument(incoming, "the incoming gradient")
             call.run(scale=scale, divisor=divisor, **arguments)
         if overwrite and needs[0]:
