@@ -20,6 +20,11 @@ COLUMNS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 102
 Random = torch.Generator
 
 
+def ramp(x: Tensor) -> Tensor:
+    """max(x, 0), whose slope at 0 is 1, as that of torch's clamp until 2.13; then that is 0."""
+    return torch.where(x < 0, 0, x)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Arguments of one call, and what is expected of it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from case import Case, Random, Sample, Variation
+from case import Case, Random, Sample, Variation, ramp
 from torch import Tensor
 
 import mbkern
@@ -36,6 +36,14 @@ def _of_torch(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(*torch.broadcast_tensors(input, target), reduction="none", **options)
 
     return formula
+
+
+def _hinge_embedding(input: Tensor, target: Tensor, margin: float = 1.0) -> Tensor:
+    near, far = (
+        torch.where(target == -1, 0, input),
+        torch.where(target == 1, 0, ramp(margin - input)),
+    )
+    return near + far
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -269,24 +277,24 @@ ELEMENT_CASES = (
         torch_broadcasts=False,
     ),
     Case(
-        "hinge_embedding_loss", elements(_of_torch(F.hinge_embedding_loss)),
-        F.hinge_embedding_loss, mbkern.nn.HingeEmbeddingLoss, torch.nn.HingeEmbeddingLoss, _signed,
+        "hinge_embedding_loss", elements(_hinge_embedding), F.hinge_embedding_loss,
+        mbkern.nn.HingeEmbeddingLoss, torch.nn.HingeEmbeddingLoss, _signed,
         _POINTWISE + _with(True, narrow={"margin": 0.5}), size=_embedding_size,
     ),
     Case(
-        "hinge_loss", elements(lambda x, y, margin=1.0: (margin - y * x).clamp_min(0)), None,
+        "hinge_loss", elements(lambda x, y, margin=1.0: ramp(margin - y * x)), None,
         mbkern.nn.HingeLoss, None, _signed, _POINTWISE + _with(False, wide={"margin": 2.0}), _BOTH,
         size=_hinge_size,
     ),
     Case(
         "squared_hinge_loss",
-        elements(lambda x, y, margin=1.0: (margin - y * x).clamp_min(0) ** 2), None,
+        elements(lambda x, y, margin=1.0: ramp(margin - y * x) ** 2), None,
         mbkern.nn.SquaredHingeLoss, None, _signed, _POINTWISE + _with(False, wide={"margin": 2.0}),
         _BOTH, size=_squared_hinge_size,
     ),
     Case(
         "margin_ranking_loss", elements(
-            lambda x, y, target, margin=0.0: (margin - target * (x - y)).clamp_min(0)
+            lambda x, y, target, margin=0.0: ramp(margin - target * (x - y))
         ), F.margin_ranking_loss, mbkern.nn.MarginRankingLoss, torch.nn.MarginRankingLoss, _pair,
         _with(True, plain={"target": _signs}, margin={"target": _signs, "margin": 0.5})
         + _with(False, sample_weight={"target": _signs, **_SAMPLE_WEIGHT}),

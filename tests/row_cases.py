@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from case import ramp
 from torch import Tensor
 
 import mbkern
@@ -234,7 +235,7 @@ def _multilabel_soft_margin_size(
 def _cosine(input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0) -> Terms:
     a, b = (x.square().sum(-1) + 1e-12 for x in (input1, input2))
     cosine = (input1 * input2).sum(-1) / (a * b).sqrt()
-    far = torch.where(target == -1, (cosine - margin).clamp_min(0), 0)
+    far = torch.where(target == -1, ramp(cosine - margin), 0)
     return _plain(torch.where(target == 1, 1 - cosine, far))
 
 
@@ -258,7 +259,7 @@ def _triplet(
     near, far = ((anchor - x + eps).norm(dim=-1) for x in (positive, negative))
     if swap:
         far = torch.minimum(far, (positive - negative + eps).norm(dim=-1))
-    return _plain((margin + near - far).clamp_min(0))
+    return _plain(ramp(margin + near - far))
 
 
 def _triplet_size(

@@ -119,7 +119,7 @@ def test_compiled_calls_that_are_passed_on() -> None:
             assert not any("mbkern" in n for n in names), names
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_transforms_and_tracers() -> None:
     def function(x: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(x, t)
@@ -146,7 +146,7 @@ class ScriptedInside(torch.nn.Module):  # of its own: torch.jit compiles a class
         return F.cross_entropy(x, t) + F.mse_loss(x, y)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 def test_script_pickle_and_signature() -> None:
     """What reads the functions instead of calling them finds torch's."""
     want = Scripted()(X, T, Y)

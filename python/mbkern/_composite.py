@@ -23,6 +23,11 @@ def _compute(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
+def _ramp(x: Tensor) -> Tensor:
+    """max(x, 0) with the kernels' slope at 0, 1. clamp_min's is 0 there from torch 2.14 on."""
+    return torch.where(x < 0, 0.0, x)
+
+
 def _cross_entropy(input: Tensor, target: Tensor, o: RowOptions) -> tuple[Tensor, Tensor]:
     """The loss of each item, sum_j q_j (lse - c_j) + z lse^2, and its weight in the mean.
 
@@ -164,12 +169,12 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     ),
     "sigmoid_focal_loss": _sigmoid_focal,
     "soft_margin_loss": lambda x, y: _softplus(-y * x),
-    "hinge_embedding_loss": lambda x, y, margin: F.hinge_embedding_loss(
-        x, y, margin, reduction="none"
+    "hinge_embedding_loss": lambda x, y, margin: (
+        torch.where(y == -1, 0.0, x) + torch.where(y == 1, 0.0, _ramp(margin - x))
     ),
-    "hinge_loss": lambda x, y, margin: (margin - y * x).clamp_min(0),
-    "squared_hinge_loss": lambda x, y, margin: (margin - y * x).clamp_min(0).square(),
-    "margin_ranking_loss": lambda x, y, t, margin: (margin - t * (x - y)).clamp_min(0),
+    "hinge_loss": lambda x, y, margin: _ramp(margin - y * x),
+    "squared_hinge_loss": lambda x, y, margin: _ramp(margin - y * x).square(),
+    "margin_ranking_loss": lambda x, y, t, margin: _ramp(margin - t * (x - y)),
     "kl_div": lambda x, y, log_target: F.kl_div(
         x, y, reduction="none", log_target=bool(log_target)
     ),
@@ -226,7 +231,7 @@ def _weighed(losses: Tensor, weight: Tensor | None) -> Tensor:
 def _multi_margin(
     x: Tensor, target: Tensor, p: float, margin: float, weight: Tensor | None = None
 ) -> Tensor:
-    terms = torch.pow((margin - _picked(x, target).unsqueeze(-1) + x).clamp_min(0), int(p))
+    terms = torch.pow(F.relu(margin - _picked(x, target).unsqueeze(-1) + x), int(p))
     others = torch.arange(x.shape[-1], device=x.device) != target.unsqueeze(-1)
     return _weighed(torch.where(others, terms, 0.0).sum(-1) / x.shape[-1], weight)
 
@@ -237,7 +242,7 @@ def _multilabel_margin(x: Tensor, target: Tensor) -> Tensor:
     index = torch.where(listed, target, 0).long()
     numbers = torch.arange(count, device=x.device)
     wanted = ((index.unsqueeze(-1) == numbers) & listed.unsqueeze(-1)).any(-2)
-    terms = (1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2)).clamp_min(0)
+    terms = F.relu(1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2))
     pairs = listed.unsqueeze(-1) & ~wanted.unsqueeze(-2)
     return torch.where(pairs, terms, 0.0).sum((-1, -2)) / count
 
@@ -250,7 +255,7 @@ def _cosine(x: Tensor, y: Tensor, target: Tensor, margin: float) -> Tensor:
     eps = 1e-12
     norms = (x.square().sum(-1) + eps) * (y.square().sum(-1) + eps)
     cosine = (x * y).sum(-1) / norms.sqrt()
-    far = torch.where(target == -1, (cosine - margin).clamp_min(0), 0.0)
+    far = torch.where(target == -1, _ramp(cosine - margin), 0.0)
     return torch.where(target == 1, 1 - cosine, far)
 
 
@@ -262,7 +267,7 @@ def _triplet(a: Tensor, p: Tensor, n: Tensor, margin: float, eps: float, swap: f
     far = distance(a, n)
     if swap:
         far = torch.minimum(far, distance(p, n))
-    return (margin + distance(a, p) - far).clamp_min(0)
+    return _ramp(margin + distance(a, p) - far)
 
 
 def _dice(x: Tensor, y: Tensor, smooth: float) -> Tensor:
