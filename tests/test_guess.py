@@ -3,12 +3,15 @@ time and memory, never of bits."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from cases import CASES, Case
 from torch import Tensor
+from torch.utils import checkpoint
 
 import mbkern.autograd
 import mbkern.functional as F
@@ -115,6 +118,71 @@ def test_a_wrong_guess_reads_no_changed_input() -> None:
         y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward(torch.tensor(2.0, dtype=loss.dtype))
+
+
+def test_what_is_saved_does_not_depend_on_the_guess() -> None:
+    """A checkpoint pairs what it saved with what the second forward saves, by number."""
+    x, target = _logits()
+    z = torch.randn(2, 7, requires_grad=True)
+
+    def two(x: Tensor) -> Tensor:
+        return F.cross_entropy(x * 1, target) + F.cross_entropy(x * 2, target)
+
+    def beside(x: Tensor, z: Tensor) -> Tensor:
+        return F.cross_entropy(x * 1, target).float() + (z * 1).sin().sum()
+
+    (want,) = torch.autograd.grad(two(x) * 0.5, x)
+    for early in (True, False):
+        with checkpoint.set_checkpoint_early_stop(early):
+            for _ in range(2):
+                GUESS.was_one = True
+                inside = checkpoint.checkpoint(two, x, use_reentrant=False)
+                (got,) = torch.autograd.grad(inside * 0.5, x)
+                assert torch.equal(got, want)
+            GUESS.was_one = True
+            one, other = checkpoint.checkpoint(beside, x, z, use_reentrant=False), two(x)
+            (of_z,) = torch.autograd.grad(one + 0.5 * other, z)
+            assert torch.equal(of_z, z.detach().cos())
+
+
+def test_hooks_of_saved_tensors_are_not_passed_by() -> None:
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("NOT CHECKED: this torch does not tell of hooks")
+    x, target = _logits()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        losses = F.cross_entropy(x, target), F.mse_loss(x, torch.zeros_like(x))
+    assert all(loss.grad_fn.left.grads is None for loss in losses)  # type: ignore[union-attr]
+
+
+def test_nothing_is_kept_for_a_second_derivative() -> None:
+    for loss in (F.cross_entropy(*_logits()), F.mse_loss(_logits()[0], torch.zeros(7, 33))):
+        node = loss.grad_fn
+        torch.autograd.grad(loss, node.next_functions[0][0].variable, create_graph=True)  # type: ignore[union-attr]
+        assert node.left.grads is None  # type: ignore[union-attr]
+
+
+def test_threads_may_share_a_graph() -> None:
+    x, target = _logits()
+    wanted = {
+        factor: mbkern.loss_and_grad("cross_entropy", x.detach(), target, scale=factor)[1]
+        for factor in (1.0, 2.0)
+    }
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(50):
+            GUESS.was_one = True
+            loss = F.cross_entropy(x, target)
+
+            def right(factor: float, loss: Tensor = loss) -> bool:
+                incoming = torch.tensor(factor, dtype=loss.dtype)
+                (got,) = torch.autograd.grad(loss, x, incoming, retain_graph=True)
+                return torch.equal(got, wanted[factor])
+
+            with ThreadPoolExecutor(4) as pool:
+                assert all(pool.map(right, (1.0, 2.0, 1.0, 2.0)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_nothing_is_guessed_where_there_is_no_second_try() -> None:

@@ -167,8 +167,9 @@ struct Rows {
     b.weight = Loss::kColumnWeights && a.class_weight ? (const T*)a.class_weight + begin : nullptr;
     for (int k = 0; k < kMaxKept; ++k) b.kept[k] = kept[k] + begin;
     for (int i = 0; i < Loss::kInputs; ++i) {
-      b.ahead[i] = x[i].ahead ? (const T*)x[i].ahead + begin : nullptr;
+      b.ahead[i] = nullptr;
       if (x[i].direct) {
+        if (x[i].ahead) b.ahead[i] = (const T*)x[i].ahead + begin;
         b.main[i] = (const T*)x[i].data + begin;
         b.tail[i] = x_tail[i];
         if (b.rest && !x[i].has_tail) {
@@ -178,7 +179,6 @@ struct Rows {
       } else {
         b.main[i] = x_block[i];
         b.tail[i] = x_block[i] + b.full * kGroup;
-        b.ahead[i] = nullptr;
         if (x[i].loaded != begin) {
           x[i].read(x_block[i], begin, b.columns);
           x[i].fetch_block(begin, b.columns);

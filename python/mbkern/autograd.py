@@ -54,6 +54,8 @@ _OVERWRITTEN = (
 
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
+# Those around the call, or None.
+_saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -82,13 +84,15 @@ def _differentiable(
     return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
 
 
-def _hand_out(left: _Left, incoming: Tensor, *, keep_zeros: bool) -> tuple[Tensor | None, ...]:
+def _hand_out(
+    left: _Left, grads: tuple[Tensor | None, ...], incoming: Tensor, *, keep_zeros: bool
+) -> tuple[Tensor | None, ...]:
     """The gradients formed in forward, times what the incoming gradient is more than the hint.
 
     Our references are dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
     clones any other.
     """
-    grads, hint, inplace = left.grads, left.hint, left.request.inplace
+    hint, inplace = left.hint, left.request.inplace
     if not grads:
         raise RuntimeError(_SECOND_BACKWARD)
     if inplace and grads[0] is not None and grads[0]._version != left.version:
@@ -180,6 +184,8 @@ class _Left:
             forms them.
         hint: what they were multiplied by.
         guessed: whether they are right for an incoming gradient of 1 only.
+        state: what backward needs of each item (RowCall.new_state). Not among the saved tensors:
+            a checkpoint counts them, and they must not depend on the guess.
         version: of the input, after its gradient was written over it.
     """
 
@@ -189,6 +195,7 @@ class _Left:
     hint: float | Tensor = 1.0
     version: int = -1
     guessed: bool = False
+    state: Tensor | None = None
 
 
 class _Incoming:
@@ -199,8 +206,9 @@ class _Incoming:
 
     @classmethod
     def will_be_one(cls, input: Tensor, inplace: bool) -> bool:
-        """The guess. No on CUDA, where nobody looks, and where there is no second try."""
-        return cls.was_one and not inplace and input.is_cpu
+        """The guess. No on CUDA, where nobody looks; where there is no second try; and where saved
+        tensors are taken away, as a checkpoint does, to which a gradient would be added."""
+        return cls.was_one and not inplace and not on_cuda(input) and _saved_hooks(False) is None
 
     @classmethod
     def is_one(cls, incoming: Tensor) -> bool:
@@ -211,14 +219,19 @@ class _Incoming:
         return value == 1.0
 
 
-def _are_right(left: _Left, incoming: Tensor) -> bool:
-    """Whether the gradients that forward formed, if any, are those of this incoming gradient."""
-    if left.grads is None or not left.guessed:
-        return left.grads is not None
-    if _Incoming.is_one(incoming):
-        return True
-    left.grads = None
-    return False
+def _forget_guess(left: _Left) -> None:
+    """Free gradients that were formed for nothing."""
+    if left.guessed:
+        left.grads = None
+
+
+def _formed(left: _Left, incoming: Tensor) -> tuple[Tensor | None, ...] | None:
+    """The gradients that forward formed, if they are those of this incoming gradient."""
+    grads = left.grads
+    if grads is None or not left.guessed or _Incoming.is_one(incoming):
+        return grads
+    _forget_guess(left)
+    return None
 
 
 class RowLoss(torch.autograd.Function):
@@ -251,8 +264,8 @@ class RowLoss(torch.autograd.Function):
             return result  # type: ignore[return-value]
         state = call.new_state()
         result, divisor = call.run(state=state, loss_dtype=request.loss_dtype)
-        ctx.left = _Left(request, divisor)
-        ctx.save_for_backward(input, target, options.weight, options.sample_weight, state)
+        ctx.left = _Left(request, divisor, state=state)
+        ctx.save_for_backward(input, target, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
 
     @staticmethod
@@ -260,18 +273,21 @@ class RowLoss(torch.autograd.Function):
         left: _Left = ctx.left
         request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
+            _forget_guess(left)
             input, target = ctx.saved_tensors[:2]
             first, second = _differentiable(
                 _composite.row_loss, request, divisor, incoming, input, target
             )
             return first, second, None
-        if _are_right(left, incoming):
-            return _hand_out(left, incoming, keep_zeros=True)
-        input, target, weight, sample_weight, *states = ctx.saved_tensors
+        formed = _formed(left, incoming)
+        if formed is not None:
+            return _hand_out(left, formed, incoming, keep_zeros=True)
+        input, target, weight, sample_weight = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
         call = RowCall(request.loss.number, input, target, options)
-        state = states[0] if states else call.new_state()
-        if not states:
+        state = left.state
+        if state is None:
+            state = call.new_state()
             call.run(state=state)
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
@@ -294,6 +310,8 @@ class RowLoss(torch.autograd.Function):
                 call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=divisor)
             if overwrite:
                 _bump_version(input)
+        if not _graph_is_kept():
+            left.state = None
         return grad, grad_target, None
 
 
@@ -360,14 +378,16 @@ class TensorLoss(torch.autograd.Function):
         left: _Left = ctx.left
         request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
+            _forget_guess(left)
             return (
                 *_differentiable(
                     _tensor_formula, request, divisor, incoming, *ctx.saved_tensors[:3]
                 ),
                 None,
             )
-        if _are_right(left, incoming):
-            return _hand_out(left, incoming, keep_zeros=request.options.target is not None)
+        formed = _formed(left, incoming)
+        if formed is not None:
+            return _hand_out(left, formed, incoming, keep_zeros=request.options.target is not None)
         first, second, third, target, weight, sample_weight = ctx.saved_tensors
         inputs, needs = (first, second, third), ctx.needs_input_grad[:3]
         options: TensorOptions = replace(
