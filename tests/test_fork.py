@@ -71,6 +71,8 @@ def exact(x: Tensor, target: Tensor) -> None:
 @pytest.mark.parametrize("call", [formed, recomputed, fresh_buffer, exact])
 def test_large_tensors_in_a_child(call: Callable, dtype: torch.dtype) -> None:
     """What torch adds to our kernels must not enter its pool either."""
+    if torch.version.cuda is not None and call in (formed, recomputed):
+        pytest.skip("NOT CHECKED: torch for CUDA refuses backward in a child, after one before it")
     x, _, target = inputs()
     x = x.to(dtype).requires_grad_()
     in_child(lambda: call(x, target), 10.0)
