@@ -153,7 +153,14 @@ def test_the_list_changes_meanwhile() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     kept = list(buffers)
-    other = threading.Thread(target=lambda: (time.sleep(0.001), grads.clear(), buffers.clear()))
+
+    def clear() -> None:
+        while kept[0][0] == 0:  # the call has not begun
+            time.sleep(1e-4)
+        grads.clear()
+        buffers.clear()
+
+    other = threading.Thread(target=clear)
     other.start()
     mbkern.accumulate_(buffers, grads)
     other.join()
