@@ -21,8 +21,9 @@ Random = torch.Generator
 
 
 def ramp(x: Tensor) -> Tensor:
-    """max(x, 0), whose slope at 0 is 1, as that of torch's clamp until 2.13; then that is 0."""
-    return torch.where(x < 0, 0, x)
+    """max(x, 0), whose slope at 0 is 1, as that of torch's clamp until 2.13; then that is 0. At NaN
+    it is 0."""
+    return torch.where(x >= 0, x, x.detach().clamp_min(0))
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ def _compute(tensor: Tensor) -> Tensor:
 
 
 def _ramp(x: Tensor) -> Tensor:
-    """max(x, 0) with the kernels' slope at 0, 1. clamp_min's is 0 there from torch 2.14 on."""
-    return torch.where(x < 0, 0.0, x)
+    """max(x, 0) with the kernels' slopes: 1 at 0, where clamp_min's is 0 from torch 2.14 on, and 0
+    at NaN."""
+    return torch.where(x >= 0, x, x.detach().clamp_min(0))
 
 
 def _cross_entropy(input: Tensor, target: Tensor, o: RowOptions) -> tuple[Tensor, Tensor]:
