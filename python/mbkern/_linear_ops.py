@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from mbkern import _ops
 from mbkern._launch import RowOptions
@@ -122,12 +122,12 @@ for _name, _kernel, _fake in (
     ("linear_loss", _linear_loss, _fake_linear_loss),
     ("linear_loss_backward", _linear_loss_backward, _fake_linear_loss_backward),
 ):
-    _ops.LIBRARY.define(  # type: ignore[no-untyped-call]
+    _ops.OPERATORS.define(  # type: ignore[no-untyped-call]
         _name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,)
     )
     for _key in ("CPU", "CUDA"):
-        _ops.LIBRARY.impl(_name, _ops.of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"mbkern::{_name}", _fake, lib=_ops.LIBRARY)
+        _ops.OPERATORS.impl(_name, _ops.of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
+    library.register_fake(f"mbkern::{_name}", _fake, lib=_ops.OPERATORS)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -153,10 +153,10 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
-torch.library.register_autograd(
-    "mbkern::linear_loss", _backward, setup_context=_setup, lib=_ops.LIBRARY
+library.register_autograd(
+    "mbkern::linear_loss", _backward, setup_context=_setup, lib=_ops.OPERATORS
 )
-torch.library.register_autograd("mbkern::linear_loss_backward", _refuse, lib=_ops.LIBRARY)
+library.register_autograd("mbkern::linear_loss_backward", _refuse, lib=_ops.OPERATORS)
 
 
 def linear_loss(

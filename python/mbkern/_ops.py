@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from mbkern import _C
 from mbkern._calls import new_call
@@ -37,7 +37,7 @@ from mbkern._launch_tensors import Grads, Inputs, TensorCall, TensorOptions
 from mbkern._losses import find
 from mbkern._tensors import on_cuda
 
-LIBRARY = torch.library.Library("mbkern", "DEF")  # type: ignore[no-untyped-call]
+OPERATORS = library.Library("mbkern", "DEF")  # type: ignore[no-untyped-call]
 
 _ROW_OPTIONS = (
     "str loss, str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap"
@@ -366,12 +366,12 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...
 
 for _name, (_kernel, _fake, _forms) in _KERNELS.items():
     _tags = (torch.Tag.pt2_compliant_tag,)
-    LIBRARY.define(_name + _SCHEMAS[_name], tags=_tags)  # type: ignore[no-untyped-call]
+    OPERATORS.define(_name + _SCHEMAS[_name], tags=_tags)  # type: ignore[no-untyped-call]
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"mbkern::{_name}", _fake, lib=LIBRARY)
+        OPERATORS.impl(_name, of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
+    library.register_fake(f"mbkern::{_name}", _fake, lib=OPERATORS)
     _operator = getattr(torch.ops.mbkern, _name).default
-    torch.library.register_vmap(f"mbkern::{_name}", _each(_operator, *_forms), lib=LIBRARY)
+    library.register_vmap(f"mbkern::{_name}", _each(_operator, *_forms), lib=OPERATORS)
 
 row_loss = torch.ops.mbkern.row_loss.default
 row_loss_backward = torch.ops.mbkern.row_loss_backward.default

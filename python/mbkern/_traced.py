@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -105,10 +105,10 @@ def _differentiate(forward: Any, function: type[torch.autograd.Function], backwa
             "its gradient"
         )
 
-    torch.library.register_autograd(
-        forward, function.backward, setup_context=function.setup_context, lib=_ops.LIBRARY
+    library.register_autograd(
+        forward, function.backward, setup_context=function.setup_context, lib=_ops.OPERATORS
     )
-    torch.library.register_autograd(backward, refuse, lib=_ops.LIBRARY)
+    library.register_autograd(backward, refuse, lib=_ops.OPERATORS)
 
 
 # ---- row losses ----------------------------------------------------------------------------------
