@@ -179,6 +179,10 @@ def test_kinks(name: str) -> None:
         )
         for mine, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(mine, theirs)
+        loss = case.function(sample.input, sample.target, **options).sum()
+        formula = torch.autograd.grad(loss, leaves.values(), create_graph=True)
+        for mine, by_formula in zip(got, formula, strict=True):
+            torch.testing.assert_close(mine, by_formula.detach())
         if name == "quantile_loss":
             assert not got[0][:2].any()
 
