@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from row_cases import KERNELS, ROW_CASES, RowCase, RowSample, Variation
+from row_case import RowCase, RowSample, Variation
+from row_cases import KERNELS, ROW_CASES
 from torch import Tensor
 
 every_case = pytest.mark.parametrize("case", ROW_CASES, ids=lambda case: case.name)

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 from cases import CASES, Case
-from row_cases import ROW_CASES, RowCase
+from row_case import RowCase
+from row_cases import ROW_CASES
 
 from mbkern import _C
 from mbkern.bench import suites

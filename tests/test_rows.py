@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, REDUCTIONS, check
-from row_cases import KERNELS, ROW_CASES, RowCase, RowSample, Variation, direct
+from row_case import RowCase, RowSample, Variation
+from row_cases import KERNELS, ROW_CASES, direct
 from torch import Tensor
 
 import mbkern

@@ -13,7 +13,8 @@ from row_calls import (
     CASE,
     every_case,
 )
-from row_cases import ROW_CASES, RowCase, direct
+from row_case import RowCase
+from row_cases import ROW_CASES, direct
 
 import mbkern
 from mbkern import loss_and_grad

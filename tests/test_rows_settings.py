@@ -20,7 +20,8 @@ from row_calls import (
     through_autograd,
     usable,
 )
-from row_cases import RowCase, RowSample, direct
+from row_case import RowCase, RowSample
+from row_cases import direct
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck

@@ -16,7 +16,7 @@ from row_calls import (
     every_stock_case,
     through_autograd,
 )
-from row_cases import RowCase
+from row_case import RowCase
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db

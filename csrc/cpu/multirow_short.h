@@ -1,6 +1,6 @@
 #pragma once
 // Losses of several rows an item with the lanes across items, for rows too short to fill vectors
-// and for layouts such as (N, C, H, W). The arithmetic of an item is that of multirow.cpp,
+// and for layouts such as (N, C, H, W). The arithmetic of an item is that of multirow_long.h,
 // operation by operation, so the bits are the same.
 #include "core/exact_sum.h"
 #include "core/multirow_items.h"

@@ -1,0 +1,189 @@
+#pragma once
+// The maximum and the sums of one row, for the loops of long_rows.h.
+#include "core/exact_bins.h"
+#include "core/row_items.h"
+#include "cpu/padded_row.h"
+
+namespace mbk::MBK_ISA {
+namespace {
+
+// The first two passes, which know nothing of the gradient.
+template <class Loss, class In>
+struct RowSums {
+  typedef Compute<In> T;
+  typedef Vector<T> V;
+  typedef typename Loss::template Call<T> Call;
+  static constexpr int kLanes = lanes<V>, kUnroll = kGroup / kLanes;
+
+  const RowArgs& args;
+  const Call call;
+  T* const buffer;  // a row of T, rounded up to whole groups
+
+  MBK_FN RowSums(const RowArgs& a, T* scratch) : args(a), call(a), buffer(scratch) {}
+
+  struct Maximum {
+    T value;
+    bool nan;
+  };
+
+  // Pass 1. With a soft cap, the capped logits go to the buffer.
+  MBK_PASS Maximum maximum(const PaddedRow<In>& x) const {
+    V m[kUnroll];
+    Int<V> nan[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) m[k] = splat<V>(-(T)__builtin_inff()), nan[k] = Int<V>{};
+    for (int64_t j = 0; j < args.columns; j += kGroup) {
+      const In* p = x.group(j);
+      for (int k = 0; k < kUnroll; ++k) {
+        const V v = Loss::logit(call, load<V>(p + k * kLanes));
+        if constexpr (Loss::kHasSoftcap) store(buffer + j + k * kLanes, v);
+        m[k] = max(v, m[k]);
+        nan[k] |= is_nan(v);
+      }
+    }
+    for (int half = kUnroll / 2; half; half /= 2)
+      for (int k = 0; k < half; ++k) {
+        m[k] = max(m[k], m[k + half]);
+        nan[k] |= nan[k + half];
+      }
+    return {max_lanes(m[0]) + 0, any(nan[0])};  // + 0: a maximum of -0 is that of +0
+  }
+
+  // The sums of the blocks of a row, and their total: exact for fp32, in order for fp64, rounded to
+  // T, the precision in which the state is saved for a backward. One block needs no joining.
+  template <class E>
+  struct Blocks {
+    E sum[kFlush + kGroup];
+    int64_t count = 0;
+    bool moved = false;  // in rows of more than kFlush blocks, to:
+    ExactSumState earlier;
+
+    MBK_FN void add(E block) {
+      if (count == kFlush) move();
+      sum[count++] = block;
+    }
+    MBK_RARE void move() {
+      if constexpr (sizeof(E) == 8) {
+        sum[0] = total();
+        count = 1;
+      } else {
+        if (!moved) clear(earlier);
+        moved = true;
+        add_each(earlier, sum, count);
+        count = 0;
+      }
+    }
+    MBK_FN E total() {
+      if constexpr (sizeof(E) == 8) {
+        E all = sum[0];
+        for (int64_t i = 1; i < count; ++i) all = all + sum[i];
+        return all;
+      } else {
+        if (moved) return total_of_all();
+        if (count == 1) return sum[0];
+        for (int k = 0; k < lanes<f32v>; ++k) sum[count + k] = 0;
+        return sum_few(sum, count);
+      }
+    }
+    MBK_RARE E total_of_all() {
+      add_each(earlier, sum, count);
+      return round_to_float(earlier);
+    }
+  };
+
+  template <class W, int kCount>
+  MBK_FN static Element<W> join(W (&v)[kCount]) {
+    for (int half = kCount / 2; half; half /= 2)
+      for (int k = 0; k < half; ++k) v[k] = v[k] + v[k + half];
+    return sum_lanes(v[0]);
+  }
+
+  template <class S>
+  MBK_PASS int64_t first_maximum(const PaddedRow<S>& x, T m) const {
+    for (int64_t j = 0;; j += kGroup) {
+      const S* p = x.group(j);
+      Int<V> found = Int<V>{};
+      for (int k = 0; k < kUnroll; ++k) found |= load<V>(p + k * kLanes) == m;
+      if (!any(found)) continue;
+      for (int k = 0; k < kGroup; ++k)
+        if ((T)widen(p[k]) == m) return j + k;
+    }
+  }
+
+  // Pass 2: the sums of the row without the term of the column `apart`, which is returned, and, if
+  // wanted, the terms into `terms`.
+  template <bool kKeep, class S>
+  MBK_PASS T sums(const PaddedRow<S>& x, T m, int64_t apart, const Coefficients<Loss, In>& q,
+                  T* terms, T* tail_terms, const NextRows& next, double (&result)[3]) const {
+    const int64_t group_apart = apart / kGroup * kGroup;
+    T terms_apart[kGroup];
+    // Padding is -inf for the terms, but must be at a finite distance for the coefficients' sum.
+    T near_tail[kGroup];
+    if constexpr (Loss::kHasCoefficients)
+      for (int k = 0; k < kGroup; ++k)
+        near_tail[k] = x.tail + k < args.columns ? widen(x.padded[k]) : m;
+
+    constexpr int kWide = Loss::kWideDistance ? kParts<V> : 1;  // vectors of distances for one of x
+    typedef typename Pick<Loss::kWideDistance, f64v, V>::type W;
+    Blocks<T> rest, coefficients;
+    Blocks<Element<W>> distances;
+    for (int64_t begin = 0; begin < args.columns; begin += kBlock) {
+      const int64_t end = begin + kBlock < args.columns ? begin + kBlock : args.columns;
+      V sum[kUnroll], coefficient[kUnroll];
+      W distance[kUnroll * kWide];
+      for (int k = 0; k < kUnroll; ++k) sum[k] = coefficient[k] = V{};
+      for (W& d : distance) d = W{};
+      const auto add_group = [&](auto has_apart, int64_t j, const S* p, T* to,
+                                 bool in_tail) __attribute__((always_inline)) {
+        prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
+        for (int k = 0; k < kUnroll; ++k) {
+          V e = Loss::term(load<V>(p + k * kLanes) - m);
+          if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
+            const V logit = in_tail ? load<V>(near_tail + k * kLanes) : load<V>(p + k * kLanes);
+            const V qs = q.template at<V>(call, j, k * kLanes);
+            for (int part = 0; part < kWide; ++part) {
+              W& d = distance[k * kWide + part];
+              if constexpr (Loss::kWideDistance) {
+                d = Loss::add_distance(to_double(logit, part) - (double)m, to_double(qs, part), d);
+              } else {
+                d = Loss::add_distance(logit - m, qs, d);
+              }
+            }
+            coefficient[k] = coefficient[k] + qs;
+          }
+          if constexpr (kKeep) store(to + k * kLanes, e);
+          if constexpr (decltype(has_apart)::value) {
+            store(terms_apart + k * kLanes, e);
+            e = select(lane_numbers<V>(k * kLanes) == splat<V>((T)(apart - j)), V{}, e);
+          }
+          sum[k] = sum[k] + e;
+        }
+      };
+      for (int64_t j = begin; j < end;) {
+        const bool in_tail = j == x.tail;
+        const S* p = in_tail ? x.padded : x.data + j;
+        T* to = !kKeep ? nullptr : in_tail ? tail_terms : terms + j;
+        if (j == group_apart) {
+          add_group(Constant<true>{}, j, p, to, in_tail);
+          j += kGroup;
+          continue;
+        }
+        int64_t stop = in_tail || end < x.tail ? end : x.tail;
+        if (j < group_apart && group_apart < stop) stop = group_apart;
+        for (; j < stop; j += kGroup, p += kGroup) {
+          add_group(Constant<false>{}, j, p, to, in_tail);
+          if constexpr (kKeep) to += kGroup;
+        }
+      }
+      rest.add(join(sum));
+      if constexpr (Loss::kSums > 1) distances.add(join(distance));
+      if constexpr (Loss::kSums > 2) coefficients.add(join(coefficient));
+    }
+    result[Loss::kRest] = (double)rest.total();
+    if constexpr (Loss::kSums > 1) result[Loss::kDistance] = (double)distances.total();
+    if constexpr (Loss::kSums > 2) result[Loss::kCoefficients] = (double)coefficients.total();
+    return terms_apart[apart - group_apart];
+  }
+};
+
+}  // namespace
+}  // namespace mbk::MBK_ISA
