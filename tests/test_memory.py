@@ -275,6 +275,28 @@ def test_rows_beyond_two_to_the_31() -> None:
     unmap(flat)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+def test_gradients_too_large_for_a_cache(isa: str, dtype: torch.dtype, offset: int) -> None:
+    """From 32 MB on they are written past the caches, where whole vectors can be."""
+    size = (1 << 25) // dtype.itemsize + 5
+    memory = torch.empty(size + 80, dtype=dtype)
+    lead = (-memory.data_ptr() // dtype.itemsize) % 64 + offset
+    outside = [memory[:lead], memory[lead + size :]]
+    for part in outside:
+        part.fill_(7.0)
+    x = torch.linspace(-3, 3, size, dtype=dtype)
+    target = torch.linspace(-2, 5, size, dtype=dtype)
+    grad = memory[lead : lead + size].fill_(float("nan"))
+    mbkern.loss_and_grad("huber_loss", x, target, grad_out=grad, reduction="sum")
+    pieces = [
+        mbkern.loss_and_grad("huber_loss", *pair, reduction="sum")[1]
+        for pair in zip(x.split(1 << 20), target.split(1 << 20), strict=True)
+    ]
+    assert torch.equal(grad, torch.cat(pieces))
+    assert all((part == 7.0).all() for part in outside)
+
+
 @pytest.mark.parametrize("columns", [5, 600])
 def test_strides_beyond_two_to_the_31(columns: int) -> None:
     """Offsets of rows and columns, in input, gradient and target, that do not fit into 32 bits."""

@@ -43,8 +43,8 @@ MBK_FN void add_bins(ExactSumState& s, double coarse, double fine) {
   add_integer(s, (int64_t)(fine * 0x1p60), 149 - kFine);
 }
 
-// Numbers of a narrower range need no splitting at first: kBatch of them add up exactly in one fp64
-// bin, which is split then.
+// Zeros, and numbers of a narrower range, need no splitting at first: kBatch of them add up exactly
+// in one fp64 bin, which is split then.
 inline constexpr int32_t kNarrowLeast = 0x35800000, kNarrowEnd = 0x42800000;  // 2^-20, 2^6
 inline constexpr int kBatch = 16;
 
@@ -66,14 +66,19 @@ struct ExactBins {
       narrow[part] = coarse[part] = fine[part] = f64v{};
   }
 
-  MBK_FN void add(f32v x) {
-    if (all_within(as_int(abs(x)), kNarrowLeast, kNarrowEnd - 1)) {
-      for (int part = 0; part < kDoubleParts; ++part)
-        narrow[part] = narrow[part] + widen_part(x, part);
-      if (++batch == kBatch) split_batch();
-    } else {
-      add_wide(x);
+  template <int n>
+  MBK_FN void add(const f32v (&x)[n]) {
+    i32v magnitude[n];
+    for (int k = 0; k < n; ++k) magnitude[k] = as_int(abs(x[k]));
+    if (any_outside(magnitude, kNarrowLeast, kNarrowEnd - 1)) {
+      for (const f32v v : x) add_wide(v);
+      return;
     }
+    if (batch + n > kBatch) split_batch();
+    batch += n;
+    for (int k = 0; k < n; ++k)
+      for (int part = 0; part < kDoubleParts; ++part)
+        narrow[part] = narrow[part] + widen_part(x[k], part);
   }
   MBK_FN void split_batch() {
     for (int part = 0; part < kDoubleParts; ++part) {

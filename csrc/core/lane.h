@@ -97,7 +97,13 @@ MBK_FN T select(bool m, T a, T b) {
   return m ? a : b;
 }
 MBK_FN bool any(bool m) { return m; }
-MBK_FN bool all_within(int32_t x, int32_t first, int32_t last) { return x >= first && x <= last; }
+// Whether one of some vectors of numbers >= 0 has one that is neither 0 nor in [first, last].
+template <int n>
+MBK_FN bool any_outside(const int32_t (&x)[n], int32_t first, int32_t last) {
+  bool outside = false;
+  for (const int32_t v : x) outside |= (uint32_t)(v - first) > (uint32_t)(last - first) && v != 0;
+  return outside;
+}
 
 #if MBK_SIMD
 
@@ -124,34 +130,52 @@ MBK_FN i32v select(i32v m, i32v a, i32v b) { return m ? a : b; }
 MBK_FN f64v select(i64v m, f64v a, f64v b) { return m ? a : b; }
 MBK_FN i64v select(i64v m, i64v a, i64v b) { return m ? a : b; }
 
+// Writes past the caches: what would be overwritten is not read, and nothing else is evicted. p is
+// aligned to a vector; fence() comes before others may read.
+MBK_FN void fence() { _mm_sfence(); }
 #if defined(__AVX512F__)
+MBK_FN void stream(float* p, f32v x) { _mm512_stream_ps(p, (__m512)x); }
+MBK_FN void stream(double* p, f64v x) { _mm512_stream_pd(p, (__m512d)x); }
 MBK_FN f32v fma(f32v a, f32v b, f32v c) {
   return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm512_sqrt_pd((__m512d)x); }
 MBK_FN bool any(i32v m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
-MBK_FN bool all_within(i32v x, int32_t first, int32_t last) {
-  const __mmask16 high = _mm512_cmple_epi32_mask((__m512i)x, _mm512_set1_epi32(last));
-  return _mm512_mask_cmpge_epi32_mask(high, (__m512i)x, _mm512_set1_epi32(first)) == 0xffff;
+template <int n>
+MBK_FN bool any_outside(const i32v (&x)[n], int32_t first, int32_t last) {
+  __mmask16 outside = 0;
+  for (const i32v v : x) {
+    const __mmask16 low = _mm512_cmplt_epi32_mask((__m512i)v, _mm512_set1_epi32(first));
+    outside |= _mm512_mask_test_epi32_mask(low, (__m512i)v, (__m512i)v) |
+               _mm512_cmpgt_epi32_mask((__m512i)v, _mm512_set1_epi32(last));
+  }
+  return outside;
 }
 MBK_FN bool any(i64v m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
 #else
+MBK_FN void stream(float* p, f32v x) { _mm256_stream_ps(p, (__m256)x); }
+MBK_FN void stream(double* p, f64v x) { _mm256_stream_pd(p, (__m256d)x); }
 MBK_FN f32v fma(f32v a, f32v b, f32v c) {
   return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm256_sqrt_ps((__m256)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm256_sqrt_pd((__m256d)x); }
 MBK_FN bool any(i32v m) { return _mm256_movemask_ps((__m256)m) != 0; }
-MBK_FN bool all_within(i32v x, int32_t first, int32_t last) {
-  const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), (__m256i)x);
-  const __m256i high = _mm256_cmpgt_epi32((__m256i)x, _mm256_set1_epi32(last));
-  return _mm256_testz_si256(low, low) & _mm256_testz_si256(high, high);
+template <int n>
+MBK_FN bool any_outside(const i32v (&x)[n], int32_t first, int32_t last) {
+  i32v outside{};
+  for (const i32v v : x) outside |= ((v < first) & (v != 0)) | (v > last);
+  return !_mm256_testz_si256((__m256i)outside, (__m256i)outside);
 }
 MBK_FN bool any(i64v m) { return _mm256_movemask_pd((__m256d)m) != 0; }
 #endif
 
 #else  // one lane is all there is
+
+MBK_FN void fence() {}
+MBK_FN void stream(float* p, float x) { *p = x; }
+MBK_FN void stream(double* p, double x) { *p = x; }
 
 typedef float f32v;
 typedef int32_t i32v;

@@ -26,6 +26,15 @@ struct OrderedSum {
   }
 };
 
+// Gradients of this size and more are written past the caches, which would not keep them. (Rows of
+// cross-entropy are not: there it cost more than it gained, first touches of fresh pages above
+// all.)
+constexpr int64_t kStreamBytes = 1 << 25;
+
+// Vectors at a time: the steps of one fill the waits of the other.
+template <class V>
+constexpr int kAtOnce = lanes<V> > 1 ? 2 : 1;
+
 template <class T>
 struct Chunk {
   alignas(64) T input[kPointwiseInputs][kChunk], grad[kPointwiseInputs][kChunk];
@@ -61,44 +70,61 @@ void pointwise(const PointwiseArgs& a) {
       const T* const w = read_if(kWeight, range, chunk.weight);
       const T* const r = read_if(kRescale, range, chunk.rescale);
       const T* const s = read_if(kItemScale, range, chunk.item_scale);
+      const bool factors = s || w || r;
       // Where nothing needs converting, results go straight to their place.
       T* const direct_loss = losses.data ? in_place<T>(losses, range) : nullptr;
       T* const loss_to = direct_loss ? direct_loss : chunk.loss;
       T *direct[kInputs], *grad_to[kInputs];
+      bool streams[kInputs];
       for (int v = 0; v < kInputs; ++v) {
         const View& grad = views[kGrad + v];
         direct[v] = grad.data && !a.accumulate ? in_place<T>(grad, range) : nullptr;
         grad_to[v] = direct[v] ? direct[v] : grad.data ? chunk.grad[v] : nullptr;
+        streams[v] = a.size * (int64_t)sizeof(T) >= kStreamBytes && direct[v] &&
+                     direct[v] != x[v] && (uintptr_t)direct[v] % sizeof(V) == 0;
       }
-      const auto eval = [&](int k) __attribute__((always_inline)) {
-        V loss, in[kInputs], d[kInputs], f = splat<V>(factor);
-        for (int v = 0; v < kInputs; ++v) in[v] = load<V>(x[v] + k);
-        Loss::eval(call, in, loss, d);
-        if (s) f = f * load<V>(s + k);
-        if (w) {
-          f = f * load<V>(w + k);
-          loss = loss * load<V>(w + k);
+      const auto eval = [&](int k, auto& loss, bool keep) __attribute__((always_inline)) {
+        constexpr int kVectors = sizeof loss / sizeof loss[0];
+        V in[kVectors][kInputs], d[kVectors][kInputs], f[kVectors];
+        for (int u = 0; u < kVectors; ++u)
+          for (int v = 0; v < kInputs; ++v) in[u][v] = load<V>(x[v] + k + u * lanes<V>);
+        for (int u = 0; u < kVectors; ++u) {
+          Loss::eval(call, in[u], loss[u], d[u]);
+          f[u] = splat<V>(factor);
         }
-        if (r) {
-          f = f * load<V>(r + k);
-          loss = loss * load<V>(r + k);
+        if (factors) {
+          for (int u = 0; u < kVectors; ++u) {
+            const int at = k + u * lanes<V>;
+            if (s) f[u] = f[u] * load<V>(s + at);
+            if (w) f[u] = f[u] * load<V>(w + at), loss[u] = loss[u] * load<V>(w + at);
+            if (r) f[u] = f[u] * load<V>(r + at), loss[u] = loss[u] * load<V>(r + at);
+          }
         }
-        loss = canonical(loss);
-        store(loss_to + k, loss);
+        if (keep)
+          for (int u = 0; u < kVectors; ++u) store(loss_to + k + u * lanes<V>, canonical(loss[u]));
         for (int v = 0; v < kInputs; ++v)
-          if (grad_to[v]) store(grad_to[v] + k, canonical(d[v] * f));
-        return loss;
+          if (grad_to[v])
+            for (int u = 0; u < kVectors; ++u) {
+              T* const to = grad_to[v] + k + u * lanes<V>;
+              const V g = canonical(d[u][v] * f[u]);
+              streams[v] ? stream(to, g) : store(to, g);
+            }
       };
       const int full = range.count / lanes<V> * lanes<V>;
+      const bool keep = losses.data || sizeof(T) == 8;
+      V several[kAtOnce<V>], one[1];
+      constexpr int kStep = kAtOnce<V> * lanes<V>;
       int k = 0;
-      if constexpr (sizeof(T) == 4) {  // summed at once: hidden behind the memory accesses
-        if (a.totals)
-          for (; k < full; k += lanes<V>) bins.add(eval(k));
+      for (; k + kStep <= full; k += kStep) {
+        eval(k, several, keep);
+        if constexpr (sizeof(T) == 4)  // summed at once: hidden behind the memory accesses
+          if (a.totals) bins.add(several);
       }
-      for (; k < count; k += lanes<V>) eval(k);
+      for (; k < count; k += lanes<V>) eval(k, one, true);
       for (k = range.count; k < count; ++k) loss_to[k] = 0;  // padding is no item
       if constexpr (sizeof(T) == 4) {
-        if (a.totals && full < count) bins.add(load<V>(loss_to + full));
+        if (a.totals)
+          for (k = full / kStep * kStep; k < count; k += lanes<V>) bins.add({load<V>(loss_to + k)});
       } else if (a.partial_sums) {
         if (i % kPointwiseBlock == 0) ordered = OrderedSum();
         ordered.add(loss_to, count);
@@ -112,6 +138,7 @@ void pointwise(const PointwiseArgs& a) {
                      : write_chunk<false>(views[kGrad + v], range, grad_to[v]);
       }
     }
+    fence();
     if (sizeof(T) == 4 && a.totals) {
       bins.flush();
       normalise(a.totals[thread]);
@@ -138,7 +165,7 @@ void pointwise_sum(const PointwiseArgs& a) {
     for (int64_t i = begin; i < end; i += kChunk) {
       const Range range{a, i, end - i < kChunk ? (int)(end - i) : kChunk};
       const float* values = read_chunk(a.views[kLosses], range, buffer);
-      for (int k = 0; k < range.count; k += lanes<f32v>) bins.add(load<f32v>(values + k));
+      for (int k = 0; k < range.count; k += lanes<f32v>) bins.add({load<f32v>(values + k)});
     }
     bins.flush();
     normalise(a.totals[thread]);

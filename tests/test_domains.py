@@ -1,0 +1,59 @@
+"""Losses that are defined for some numbers only refuse the others, and write nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import mbkern
+from mbkern import functional as F
+
+pytestmark = pytest.mark.cpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NAN, INF = float("nan"), float("inf")
+
+
+def shares(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.linspace(0, 1, size).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", ["input", "target"])
+@pytest.mark.parametrize("bad", [-1e-3, 1.01, NAN, INF, -INF])
+def test_probabilities(dtype: torch.dtype, which: str, bad: float) -> None:
+    tensors = {"input": shares(701, dtype), "target": shares(701, dtype).flip(0)}
+    tensors[which][613] = bad
+    message = rf"\[0, 1\]; {which} holds numbers from "
+    with pytest.raises(ValueError, match=message):
+        F.binary_cross_entropy(tensors["input"], tensors["target"])
+    before = {name: t.clone() for name, t in tensors.items()}
+    x, y = tensors["input"], tensors["target"]
+    with pytest.raises(ValueError, match=message):
+        mbkern.loss_and_grad("binary_cross_entropy", x, y, grad_out=x)
+    buffer = torch.full((701,), 3.0, dtype=torch.promote_types(dtype, torch.float32))
+    with pytest.raises(ValueError, match=message):
+        mbkern.loss_and_grad("binary_cross_entropy", x, y, grad_out=buffer, accumulate=True)
+    assert (buffer == 3).all()
+    assert all(torch.equal(t.nan_to_num(9), before[n].nan_to_num(9)) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("beside", [1.0, NAN, INF])
+def test_variances(dtype: torch.dtype, beside: float) -> None:
+    x, y, var = (shares(701, dtype) for _ in range(3))
+    var[5] = beside
+    assert F.gaussian_nll_loss(x, y, var).isnan() == (beside != beside)
+    for bad in (-0.5, -INF):
+        var[613] = bad
+        with pytest.raises(ValueError, match=r"takes variances; var holds -"):
+            F.gaussian_nll_loss(x, y, var)
+        with pytest.raises(ValueError, match=r"takes variances; var holds -"):
+            mbkern.loss_and_grad("gaussian_nll_loss", x, y, var, grad_out=x)
+        assert torch.equal(x, shares(701, dtype))
+
+
+def test_nothing_is_in_every_domain() -> None:
+    empty = torch.empty(0)
+    assert F.binary_cross_entropy(empty, empty).isnan()
+    assert F.gaussian_nll_loss(empty, empty, empty, reduction="sum") == 0
