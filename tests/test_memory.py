@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import resource
 from collections.abc import Callable
 
@@ -275,23 +276,33 @@ def test_rows_beyond_two_to_the_31() -> None:
     unmap(flat)
 
 
+LARGE = 1 << 25  # bytes of a gradient from which on it is written past the caches
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
-def test_gradients_too_large_for_a_cache(isa: str, dtype: torch.dtype, offset: int) -> None:
-    """From 32 MB on they are written past the caches, where whole vectors can be."""
-    size = (1 << 25) // dtype.itemsize + 5
+@pytest.mark.parametrize(
+    ("loss", "columns"), [("huber_loss", 0), ("dice_loss", 4160), ("dice_loss", 4111)]
+)
+def test_gradients_too_large_for_a_cache(
+    isa: str, dtype: torch.dtype, offset: int, loss: str, columns: int
+) -> None:
+    size = LARGE // dtype.itemsize + 5
+    shape = (-(-size // columns), columns) if columns else (size,)
+    size = math.prod(shape)
     memory = torch.empty(size + 80, dtype=dtype)
     lead = (-memory.data_ptr() // dtype.itemsize) % 64 + offset
     outside = [memory[:lead], memory[lead + size :]]
     for part in outside:
         part.fill_(7.0)
-    x = torch.linspace(-3, 3, size, dtype=dtype)
-    target = torch.linspace(-2, 5, size, dtype=dtype)
-    grad = memory[lead : lead + size].fill_(float("nan"))
-    mbkern.loss_and_grad("huber_loss", x, target, grad_out=grad, reduction="sum")
+    x = torch.linspace(0, 1, size, dtype=dtype).view(shape)
+    target = torch.linspace(1, 0.2, size, dtype=dtype).view(shape)
+    grad = memory[lead : lead + size].fill_(float("nan")).view(shape)
+    mbkern.loss_and_grad(loss, x, target, grad_out=grad, reduction="sum")
+    step = (1 << 20) // (columns or 1)
     pieces = [
-        mbkern.loss_and_grad("huber_loss", *pair, reduction="sum")[1]
-        for pair in zip(x.split(1 << 20), target.split(1 << 20), strict=True)
+        mbkern.loss_and_grad(loss, *pair, reduction="sum")[1]
+        for pair in zip(x.split(step), target.split(step), strict=True)
     ]
     assert torch.equal(grad, torch.cat(pieces))
     assert all((part == 7.0).all() for part in outside)

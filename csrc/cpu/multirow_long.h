@@ -21,12 +21,15 @@ struct Rows {
   const ItemScale<T> item_scale;
   T* const kept[kMaxRows];
   RowOf<T> x[Loss::kInputs], grad[Loss::kGradients];
+  bool streams[Loss::kGradients];  // it goes past the caches
   alignas(64) T x_block[Loss::kInputs][kBlock], x_tail[Loss::kInputs][kGroup];
   alignas(64) T grad_block[Loss::kGradients][kBlock], grad_tail[Loss::kGradients][kGroup];
   alignas(64) T weight_tail[kGroup];
 
   MBK_FN Rows(const MultirowArgs& args, T* scratch, int64_t padded)
       : a(args), item_scale(args), kept{scratch, scratch + padded, scratch + 2 * padded} {
+    for (int i = 0; i < Loss::kGradients; ++i)
+      streams[i] = !Loss::kApart && can_stream(a.grads[i], a.inputs[i]);
     for (T(&row)[kGroup] : x_tail)
       for (T& v : row) v = 0;
     for (T(&row)[kGroup] : grad_tail)
@@ -41,12 +44,21 @@ struct Rows {
     }
   }
 
+  // Whether a gradient is large, not over its input, and has aligned rows.
+  MBK_FN bool can_stream(const RowTensor& grad, const RowTensor& input) const {
+    const int64_t size = (int64_t)sizeof(T), row = grad.strides.outer * size;
+    return grad.data && grad.data != input.data && a.inner_size == 1 &&
+           (uintptr_t)grad.data % sizeof(V) == 0 && row % (int64_t)sizeof(V) == 0 &&
+           a.items * a.columns * size >= kStreamBytes;
+  }
+
   // One block of all rows. Its last, partial group lies in memory of whole groups.
   struct Block {
     const T *main[Loss::kInputs], *tail[Loss::kInputs], *weight;
     const T *ahead[Loss::kInputs], *grad_ahead[Loss::kGradients];
     T *kept[kMaxKept], *grad[Loss::kGradients], *grad_tail[Loss::kGradients];
     int64_t begin, columns;
+    bool streams[Loss::kGradients];
     int full, rest;  // whole groups, and columns of the partial one
     int apart;       // the column that is kept out, or -1
     int stop[2];     // where a group with a mask follows: that of `apart`, the partial one
@@ -84,10 +96,13 @@ struct Rows {
     }
     for (int i = 0; i < Loss::kGradients; ++i) {
       b.grad[i] = b.grad_tail[i] = nullptr;
+      b.streams[i] = false;
       b.grad_ahead[i] = grad[i].direct && grad[i].ahead ? (const T*)grad[i].ahead + begin : nullptr;
       if (!gradients || !grad[i].data) continue;
       b.grad[i] = grad[i].direct ? (T*)grad[i].data + begin : grad_block[i];
       b.grad_tail[i] = grad[i].direct ? grad_tail[i] : grad_block[i] + b.full * kGroup;
+      b.streams[i] = streams[i] && grad[i].direct;
+      if (b.streams[i]) b.grad_ahead[i] = nullptr;
     }
     return b;
   }
@@ -159,7 +174,11 @@ struct Rows {
       for (int i = 0; i < (kGrads == 1 ? 1 : Loss::kGradients); ++i) {
         if (kGrads == 2 && !b.grad[i]) continue;
         if (lanes<V> > 1 && b.grad_ahead[i]) __builtin_prefetch(b.grad_ahead[i] + column, 0, 2);
-        store(in_tail ? b.grad_tail[i] + k : b.grad[i] + column, canonical(g[i]));
+        const V value = canonical(g[i]);
+        if (!in_tail && b.streams[i])
+          stream(b.grad[i] + column, value);
+        else
+          store(in_tail ? b.grad_tail[i] + k : b.grad[i] + column, value);
       }
     }
   }
@@ -406,6 +425,7 @@ MBK_HOST_FN void long_items(const MultirowArgs& args, int64_t grain) {
       if constexpr (sizeof(T) == 4)
         if (args.totals) add(args.totals[thread], loss);
     }
+    fence();
     if (args.totals) normalise(args.totals[thread]);
   };
   parallel_for(args.items, grain, args.threads, body);

@@ -26,11 +26,6 @@ struct OrderedSum {
   }
 };
 
-// Gradients of this size and more are written past the caches, which would not keep them. (Rows of
-// cross-entropy are not: there it cost more than it gained, first touches of fresh pages above
-// all.)
-constexpr int64_t kStreamBytes = 1 << 25;
-
 // Vectors at a time: the steps of one fill the waits of the other.
 template <class V>
 constexpr int kAtOnce = lanes<V> > 1 ? 2 : 1;
