@@ -18,6 +18,7 @@ from typing import Any
 
 import torch  # noqa: F401  before mbkern, which uses its OpenMP runtime
 from goals import GOALS
+from reasons import REASONS
 
 from mbkern.bench.machine import BUSY
 
@@ -31,8 +32,8 @@ Every number that the project set itself, measured by `python bench/run.py`
 ([bench/README.md](../bench/README.md) says how), beside what it is compared with, in one process
 and in turns. A cell has the range over all cases of that number of threads: shapes, dtypes, both
 states of the allocator where none is named; bold is what is missed, and the cases that miss it are
-listed below. Cases whose peer computes wrong numbers are named, not ranked. Written by
-`python bench/goal_page.py --write` from `bench/results/goals.json`.
+listed below, with the reason where it is known. Cases whose peer computes wrong numbers are named,
+not ranked. Written by `python bench/goal_page.py --write` from `bench/results/goals.json`.
 """
 
 
@@ -135,6 +136,8 @@ def text() -> str:
             cells = (_cell([g for g in goals if g["threads"] == t]) for t in threads)
             lines.append(f"| {what} | {reach} | {' | '.join(cells)} |")
         exceptions = _exceptions(rows)
+        if any(map(_misses, data["goals"])):
+            exceptions += [f"- Why: {reason}" for reason in REASONS.get(suite, ())]
         lines += ["", *exceptions, ""] if exceptions else [""]
     return "\n".join(lines)
 

@@ -1,0 +1,33 @@
+"""Why an aim is missed, where that is known: ``goal_page`` prints it below the table of a suite."""
+
+from __future__ import annotations
+
+REASONS: dict[str, tuple[str, ...]] = {
+    "twin": (
+        "V = 4096 is at the limit: 1.04 to 1.07 from run to run. A block of 1024 columns ends in "
+        "a reduction over its lanes, where the plain sum has one a row.",
+    ),
+    "integration": (
+        "The kernels take the same time. Most of the rest is what `torch.compile` and torch's "
+        "dispatcher add to any operator written in Python, measured in the same rounds on an "
+        "operator of eight elements without mbkern, with caches as cold: half a "
+        "millisecond.",
+    ),
+    "elements": (
+        "In place, with exponentials: one pass over memory takes 0.29 ns an element (fp32, one "
+        "thread), and the arithmetic alone, in cache, 0.7 ns (poisson_nll_loss, kl_div), 1.1 ns "
+        "(binary_cross_entropy, with logits or without, soft_margin_loss, tweedie_nll_loss), "
+        "1.5 ns (sigmoid_focal_loss), 1.7 ns (log_cosh_loss). This processor starts two 512-bit "
+        "operations a cycle, so that the 80 or so of binary_cross_entropy_with_logits for 16 "
+        "elements take 40 cycles, 0.7 ns an element, however they are arranged.",
+        "In place, in bf16: half of the bytes, the same arithmetic and two conversions: in cache "
+        "0.37 ns an element for mse_loss; the pass takes 0.2 ns, and forms no sum.",
+    ),
+    "rows": ("nll_loss: both clear the gradient's memory, and write one number a row.",),
+    "accumulate": (
+        "400 fp32 tensors, one thread: both read and write the same bytes, at the bandwidth of "
+        "the memory.",
+        "400 small bf16 tensors: two thirds of our time is reading what torch knows of 800 "
+        "tensors.",
+    ),
+}
