@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from linear_cases import Head, check, leaves
-from torch import Tensor
+from torch import Tensor, library
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
@@ -206,7 +206,7 @@ def test_compiled_for_any_number_of_rows() -> None:
 
 def test_operators() -> None:
     t = Head().tensors(torch.float32)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.mbkern.linear_loss.default,
         (t["input"], t["linear_weight"], t["linear_bias"], None, t["target"], None, None, None,
          "mean", -100, 0.0, 0.0, 0.0, None, 0, None, None, False, None, torch.float32,

@@ -1,4 +1,4 @@
-"""The registered operators keep the rules of torch.library, all four of its checks."""
+"""The registered operators keep torch's rules for operators, all four of its checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
-from torch.library import opcheck
+from torch import library
 from torch.utils import _pytree as pytree
 
 import mbkern
@@ -24,7 +24,7 @@ def check(operator: Any, arguments: tuple[Any, ...]) -> None:
     """Schema, registration for autograd, fake tensors, and tracing with symbolic shapes."""
     with warnings.catch_warnings():  # torch 2.14's own check reads .grad of what is no leaf
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-        results = opcheck(operator, arguments)
+        results = library.opcheck(operator, arguments)
     assert set(results) == {
         "test_schema",
         "test_autograd_registration",

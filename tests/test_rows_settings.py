@@ -22,9 +22,8 @@ from row_calls import (
 )
 from row_case import RowCase, RowSample
 from row_cases import direct
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
 
 import mbkern
 from mbkern import _ops, loss_and_grad
@@ -381,7 +380,7 @@ def test_fake_tensors(case: RowCase) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize(("reduction", "form"), [("none", False), ("mean", True)])
 def test_operators(name: str, reduction: str, form: bool) -> None:
-    """The checks of torch.library, for every kind of target."""
+    """Torch's checks of operators, for every kind of target."""
     case = CASE[name]
     (loss,) = (loss for loss in mbkern.losses() if loss.name == name)
     for dtype, grad in itertools.product((torch.float32, torch.bfloat16), (False, True)):
@@ -395,10 +394,12 @@ def test_operators(name: str, reduction: str, form: bool) -> None:
         options = (name, reduction, 3, loss.numbers())
         hint = torch.tensor(2.0) if form else None
         arguments = (*tensors, None, hint, *options, *needs, dtype)
-        assert set(opcheck(_ops.tensor_loss, arguments).values()) == {"SUCCESS"}
+        assert set(library.opcheck(_ops.tensor_loss, arguments).values()) == {"SUCCESS"}
         if grad:
             continue
         value, divisor = _ops.tensor_loss(*arguments)
         backward = (torch.full_like(value, 0.5), *tensors, hint, divisor, *options, form)
         every = [t is not None for t in inputs]
-        assert set(opcheck(_ops.tensor_loss_backward, (*backward, *every)).values()) == {"SUCCESS"}
+        assert set(library.opcheck(_ops.tensor_loss_backward, (*backward, *every)).values()) == {
+            "SUCCESS"
+        }

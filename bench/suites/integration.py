@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from suite_settings import Settings, progress
-from torch import Tensor
+from torch import Tensor, library
 
 import mbkern
 from mbkern.bench.allocator import DEFAULT, RECYCLED
@@ -35,7 +35,7 @@ INTERCEPTED, OTHER = "intercepted call", "other call"
 CALLS = 200
 
 
-@torch.library.custom_op("mbkern_bench::total", mutates_args=())
+@library.custom_op("mbkern_bench::total", mutates_args=())
 def _total(x: Tensor) -> Tensor:
     return x.sum()
 

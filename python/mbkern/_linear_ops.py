@@ -122,12 +122,7 @@ for _name, _kernel, _fake in (
     ("linear_loss", _linear_loss, _fake_linear_loss),
     ("linear_loss_backward", _linear_loss_backward, _fake_linear_loss_backward),
 ):
-    _ops.OPERATORS.define(  # type: ignore[no-untyped-call]
-        _name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    for _key in ("CPU", "CUDA"):
-        _ops.OPERATORS.impl(_name, _ops.of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
-    library.register_fake(f"mbkern::{_name}", _fake, lib=_ops.OPERATORS)
+    _ops.register(_name, _SCHEMAS[_name], _kernel, _fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -153,10 +148,8 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
-library.register_autograd(
-    "mbkern::linear_loss", _backward, setup_context=_setup, lib=_ops.OPERATORS
-)
-library.register_autograd("mbkern::linear_loss_backward", _refuse, lib=_ops.OPERATORS)
+library.register_autograd("mbkern::linear_loss", _backward, setup_context=_setup)
+library.register_autograd("mbkern::linear_loss_backward", _refuse)
 
 
 def linear_loss(

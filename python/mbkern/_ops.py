@@ -37,8 +37,6 @@ from mbkern._launch_tensors import Grads, Inputs, TensorCall, TensorOptions
 from mbkern._losses import find
 from mbkern._tensors import on_cuda
 
-OPERATORS = library.Library("mbkern", "DEF")  # type: ignore[no-untyped-call]
-
 _ROW_OPTIONS = (
     "str loss, str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap"
 )
@@ -103,9 +101,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def of_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, given plain tensors."""
-    return lambda *args: kernel(*map(_plain, args))
+def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make an operator of a kernel, which is given plain tensors."""
+    name = f"mbkern::{name}"
+    library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, ("cpu", "cuda"), lambda *args: kernel(*map(_plain, args)))
+    library.register_fake(name, fake)
 
 
 def _row_call(
@@ -365,13 +366,9 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...
 }
 
 for _name, (_kernel, _fake, _forms) in _KERNELS.items():
-    _tags = (torch.Tag.pt2_compliant_tag,)
-    OPERATORS.define(_name + _SCHEMAS[_name], tags=_tags)  # type: ignore[no-untyped-call]
-    for _key in ("CPU", "CUDA"):
-        OPERATORS.impl(_name, of_plain(_kernel), _key)  # type: ignore[no-untyped-call]
-    library.register_fake(f"mbkern::{_name}", _fake, lib=OPERATORS)
+    register(_name, _SCHEMAS[_name], _kernel, _fake)
     _operator = getattr(torch.ops.mbkern, _name).default
-    library.register_vmap(f"mbkern::{_name}", _each(_operator, *_forms), lib=OPERATORS)
+    library.register_vmap(f"mbkern::{_name}", _each(_operator, *_forms))
 
 row_loss = torch.ops.mbkern.row_loss.default
 row_loss_backward = torch.ops.mbkern.row_loss_backward.default

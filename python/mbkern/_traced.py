@@ -105,10 +105,8 @@ def _differentiate(forward: Any, function: type[torch.autograd.Function], backwa
             "its gradient"
         )
 
-    library.register_autograd(
-        forward, function.backward, setup_context=function.setup_context, lib=_ops.OPERATORS
-    )
-    library.register_autograd(backward, refuse, lib=_ops.OPERATORS)
+    library.register_autograd(forward, function.backward, setup_context=function.setup_context)
+    library.register_autograd(backward, refuse)
 
 
 # ---- row losses ----------------------------------------------------------------------------------
