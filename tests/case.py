@@ -26,6 +26,23 @@ def ramp(x: Tensor) -> Tensor:
     return torch.where(x >= 0, x, x.detach().clamp_min(0))
 
 
+def reduced(
+    losses: Tensor,
+    weights: Tensor,
+    reduction: str,
+    sample_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """The result of a loss: ``weights`` are those of its terms in the mean."""
+    if sample_weight is not None:
+        losses, weights = losses * sample_weight, weights * sample_weight
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (weights.sum() if denominator is None else denominator)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Arguments of one call, and what is expected of it."""
@@ -189,14 +206,8 @@ class Case:
         """The formula, differentiable, in the precision of its arguments."""
         if self.third is not None and self.arguments[2] not in options:
             options[self.arguments[2]] = self.third(input)
-        losses, weights = self.terms(input, target, **options)
-        if sample_weight is not None:
-            losses, weights = losses * sample_weight, weights * sample_weight
-        if reduction == "none":
-            return losses
-        if reduction == "sum":
-            return losses.sum()
-        return losses.sum() / (weights.sum() if denominator is None else denominator)
+        terms = self.terms(input, target, **options)
+        return reduced(*terms, reduction, sample_weight, denominator)
 
 
 # ---- the criterion -------------------------------------------------------------------------------

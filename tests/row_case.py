@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from case import reduced
 from torch import Tensor
 
 import mbkern
@@ -104,14 +105,8 @@ class RowCase:
         **given: Any,
     ) -> Tensor:
         """The formula, called as the function is."""
-        losses, weights = self.terms(**self._rows(given))
-        if sample_weight is not None:
-            losses, weights = losses * sample_weight, weights * sample_weight
-        if reduction == "none":
-            return losses
-        if reduction == "sum":
-            return losses.sum()
-        return losses.sum() / (weights.sum() if denominator is None else denominator)
+        terms = self.terms(**self._rows(given))
+        return reduced(*terms, reduction, sample_weight, denominator)
 
     def _rows(self, given: dict[str, Any]) -> dict[str, Any]:
         """The tensors with their columns last."""

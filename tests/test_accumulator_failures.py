@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from windows import Problem, gradients, model
+from windows import Failing, Problem, gradients, model
 
 from mbkern import GradAccumulator
 
@@ -46,16 +46,6 @@ def test_backwards_outside_are_left_alone() -> None:
     net(torch.ones(2, 6)).sum().backward()
     assert all(g is not None for g in gradients(net))
     acc.close()
-
-
-class Failing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise KeyError("planted")
 
 
 def failing_loss(net: nn.Module) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,3 +69,15 @@ def run(acc: GradAccumulator, net: nn.Module, problem: Problem, cut: list[int]) 
     for rows in problem.parts(cut):
         loss, count = problem.loss(net, rows)
         acc.backward(loss, count=count)
+
+
+class Failing(torch.autograd.Function):
+    """Its backward raises a KeyError."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise KeyError("planted")
