@@ -69,11 +69,6 @@ struct RowArgs {
   char* scratch;          // row_scratch_bytes() a thread
 };
 
-// Gradients of this size and more are written past the caches, which would not keep them: memory is
-// not read before it is written. (Rows of cross-entropy are not: the target's column is corrected
-// afterwards, which then waits for memory.)
-inline constexpr int64_t kStreamBytes = 1 << 25;
-
 // Work that is worth a thread of its own.
 inline constexpr int64_t kElementsPerTask = 32768;
 

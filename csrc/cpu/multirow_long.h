@@ -28,8 +28,11 @@ struct Rows {
 
   MBK_FN Rows(const MultirowArgs& args, T* scratch, int64_t padded)
       : a(args), item_scale(args), kept{scratch, scratch + padded, scratch + 2 * padded} {
+    const int64_t size = (int64_t)sizeof(T), bytes = a.items * a.columns * size;
     for (int i = 0; i < Loss::kGradients; ++i)
-      streams[i] = !Loss::kApart && can_stream(a.grads[i], a.inputs[i]);
+      streams[i] = !Loss::kApart && a.inner_size == 1 &&
+                   streams_past_caches<V>(a.grads[i].data, a.inputs[i].data, bytes,
+                                          a.grads[i].strides.outer * size);
     for (T(&row)[kGroup] : x_tail)
       for (T& v : row) v = 0;
     for (T(&row)[kGroup] : grad_tail)
@@ -42,14 +45,6 @@ struct Rows {
       for (int64_t j = tail; j < a.columns; ++j)
         weight_tail[j - tail] = ((const T*)a.class_weight)[j];
     }
-  }
-
-  // Whether a gradient is large, not over its input, and has aligned rows.
-  MBK_FN bool can_stream(const RowTensor& grad, const RowTensor& input) const {
-    const int64_t size = (int64_t)sizeof(T), row = grad.strides.outer * size;
-    return grad.data && grad.data != input.data && a.inner_size == 1 &&
-           (uintptr_t)grad.data % sizeof(V) == 0 && row % (int64_t)sizeof(V) == 0 &&
-           a.items * a.columns * size >= kStreamBytes;
   }
 
   // One block of all rows. Its last, partial group lies in memory of whole groups.

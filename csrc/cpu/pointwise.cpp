@@ -45,6 +45,10 @@ void pointwise(const PointwiseArgs& a) {
     const T factor = (T)(read(a.scale) / read(a.denominator));
     const typename Loss::template Call<T> call(a.parameters);
     const View *const views = a.views, &losses = views[kLosses];
+    bool streams[kInputs];
+    for (int v = 0; v < kInputs; ++v)
+      streams[v] = streams_past_caches<V>(views[kGrad + v].data, views[v].data,
+                                          a.size * (int64_t)sizeof(T), 0);
     for (int v = 0; v < kInputs; ++v)
       if (!views[v].data)
         for (T& one : chunk.input[v]) one = 1;
@@ -70,13 +74,10 @@ void pointwise(const PointwiseArgs& a) {
       T* const direct_loss = losses.data ? in_place<T>(losses, range) : nullptr;
       T* const loss_to = direct_loss ? direct_loss : chunk.loss;
       T *direct[kInputs], *grad_to[kInputs];
-      bool streams[kInputs];
       for (int v = 0; v < kInputs; ++v) {
         const View& grad = views[kGrad + v];
         direct[v] = grad.data && !a.accumulate ? in_place<T>(grad, range) : nullptr;
         grad_to[v] = direct[v] ? direct[v] : grad.data ? chunk.grad[v] : nullptr;
-        streams[v] = a.size * (int64_t)sizeof(T) >= kStreamBytes && direct[v] &&
-                     direct[v] != x[v] && (uintptr_t)direct[v] % sizeof(V) == 0;
       }
       const auto eval = [&](int k, auto& loss, bool keep) __attribute__((always_inline)) {
         constexpr int kVectors = sizeof loss / sizeof loss[0];
@@ -102,7 +103,7 @@ void pointwise(const PointwiseArgs& a) {
             for (int u = 0; u < kVectors; ++u) {
               T* const to = grad_to[v] + k + u * lanes<V>;
               const V g = canonical(d[u][v] * f[u]);
-              streams[v] ? stream(to, g) : store(to, g);
+              direct[v] && streams[v] ? stream(to, g) : store(to, g);
             }
       };
       const int full = range.count / lanes<V> * lanes<V>;
