@@ -74,7 +74,13 @@ def test_what_is_missed_is_bold(
     assert "| bytes, default | <= 0.5 MiB | **0.70** | - |" in page
     assert "| unknown, default | >= 2x | not measured | - |" in page
     assert "The machine was busy." in page
+    assert "- Why: V = 4096 is at the limit" in page, "something is missed"
     assert goal_page.main([]) == 0
     (tmp_path / "speed.md").write_text(page.replace("2.40", "9.40"))
     assert goal_page.main([]) == 1
     assert "--write" in capsys.readouterr().out
+    run["goals"] = [{**run["goals"][0], "measured": "9.00x"}]  # type: ignore[index]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    goal_page.main(["--take", str(tmp_path / "run.json")])
+    assert goal_page.main(["--write"]) == 0
+    assert "Why" not in (tmp_path / "speed.md").read_text(), "nothing is missed"
