@@ -74,10 +74,12 @@ void pointwise(const PointwiseArgs& a) {
       T* const direct_loss = losses.data ? in_place<T>(losses, range) : nullptr;
       T* const loss_to = direct_loss ? direct_loss : chunk.loss;
       T *direct[kInputs], *grad_to[kInputs];
+      bool to_memory[kInputs];
       for (int v = 0; v < kInputs; ++v) {
         const View& grad = views[kGrad + v];
         direct[v] = grad.data && !a.accumulate ? in_place<T>(grad, range) : nullptr;
         grad_to[v] = direct[v] ? direct[v] : grad.data ? chunk.grad[v] : nullptr;
+        to_memory[v] = direct[v] && streams[v];
       }
       const auto eval = [&](int k, auto& loss, bool keep) __attribute__((always_inline)) {
         constexpr int kVectors = sizeof loss / sizeof loss[0];
@@ -103,7 +105,7 @@ void pointwise(const PointwiseArgs& a) {
             for (int u = 0; u < kVectors; ++u) {
               T* const to = grad_to[v] + k + u * lanes<V>;
               const V g = canonical(d[u][v] * f[u]);
-              direct[v] && streams[v] ? stream(to, g) : store(to, g);
+              to_memory[v] ? stream(to, g) : store(to, g);
             }
       };
       const int full = range.count / lanes<V> * lanes<V>;
