@@ -335,10 +335,26 @@ MBK_FN Element<V> join_lanes(V v, Join join) {
 #endif
   }
 }
-// The sum of all lanes; part of the canonical order of row sums.
+// Vectors joined by halves: vector k takes vector k + half. Not in a loop over halves, which would
+// keep the vectors in memory.
+template <class V, int kCount, class Join>
+MBK_FN V join_vectors(const V (&v)[kCount], Join join) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    V half[kCount / 2];
+    for (int k = 0; k < kCount / 2; ++k) half[k] = join(v[k], v[k + kCount / 2]);
+    return join_vectors(half, join);
+  }
+}
+// The sum of all lanes, of one vector or of several; part of the canonical order of row sums.
 template <class V>
 MBK_FN Element<V> sum_lanes(V v) {
   return join_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+template <class V, int kCount>
+MBK_FN Element<V> sum_lanes(const V (&v)[kCount]) {
+  return sum_lanes(join_vectors(v, [](V a, V b) __attribute__((always_inline)) { return a + b; }));
 }
 // The largest lane, if none is NaN.
 template <class V>

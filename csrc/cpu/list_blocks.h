@@ -45,11 +45,7 @@ struct SegmentSum {
   }
   // Of numbers [first, first + lanes<f64v>) of a group of kSumLanes.
   MBK_FN f64v& at(int first) { return lane[first / lanes<f64v>]; }
-  MBK_FN double value() {
-    for (int half = kSumLanes / lanes<f64v> / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) lane[k] = lane[k] + lane[k + half];
-    return sum_lanes(lane[0]);
-  }
+  MBK_FN double value() const { return sum_lanes(lane); }
 };
 
 // Elements of a view as T, with zeros up to a whole group of lanes.

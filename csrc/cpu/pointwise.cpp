@@ -19,11 +19,7 @@ struct OrderedSum {
     for (int k = 0; k < count; k += lanes<f64v>)
       lane[k % kGroup / lanes<f64v>] = lane[k % kGroup / lanes<f64v>] + load<f64v>(values + k);
   }
-  MBK_FN double value() {
-    for (int half = kGroup / lanes<f64v> / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) lane[k] = lane[k] + lane[k + half];
-    return sum_lanes(lane[0]);
-  }
+  MBK_FN double value() const { return sum_lanes(lane); }
 };
 
 // Vectors at a time: the steps of one fill the waits of the other.

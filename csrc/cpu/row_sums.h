@@ -40,12 +40,11 @@ struct RowSums {
         nan[k] |= is_nan(v);
       }
     }
-    for (int half = kUnroll / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) {
-        m[k] = max(m[k], m[k + half]);
-        nan[k] |= nan[k + half];
-      }
-    return {max_lanes(m[0]) + 0, any(nan[0])};  // + 0: a maximum of -0 is that of +0
+    const V largest =
+        join_vectors(m, [](V a, V b) __attribute__((always_inline)) { return max(a, b); });
+    const Int<V> some =
+        join_vectors(nan, [](Int<V> a, Int<V> b) __attribute__((always_inline)) { return a | b; });
+    return {max_lanes(largest) + 0, any(some)};  // + 0: a maximum of -0 is that of +0
   }
 
   // The sums of the blocks of a row, and their total: exact for fp32, in order for fp64, rounded to
@@ -89,13 +88,6 @@ struct RowSums {
       return round_to_float(earlier);
     }
   };
-
-  template <class W, int kCount>
-  MBK_FN static Element<W> join(W (&v)[kCount]) {
-    for (int half = kCount / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) v[k] = v[k] + v[k + half];
-    return sum_lanes(v[0]);
-  }
 
   template <class S>
   MBK_PASS int64_t first_maximum(const PaddedRow<S>& x, T m) const {
@@ -174,9 +166,9 @@ struct RowSums {
           if constexpr (kKeep) to += kGroup;
         }
       }
-      rest.add(join(sum));
-      if constexpr (Loss::kSums > 1) distances.add(join(distance));
-      if constexpr (Loss::kSums > 2) coefficients.add(join(coefficient));
+      rest.add(sum_lanes(sum));
+      if constexpr (Loss::kSums > 1) distances.add(sum_lanes(distance));
+      if constexpr (Loss::kSums > 2) coefficients.add(sum_lanes(coefficient));
     }
     result[Loss::kRest] = (double)rest.total();
     if constexpr (Loss::kSums > 1) result[Loss::kDistance] = (double)distances.total();
