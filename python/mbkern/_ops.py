@@ -71,12 +71,22 @@ _SCHEMAS = {
 # ---- gradients formed in forward -----------------------------------------------------------------
 
 
-def divisor_tensor(value: float | Tensor, grads: tuple[Tensor | None, ...] = ()) -> Tensor:
+def new_number(like: Tensor) -> Tensor:
+    """Memory for an fp64 number beside a tensor. Before a large kernel it costs a microsecond;
+    after it, from caches that the kernel has emptied, forty."""
+    if on_cuda(like):
+        return like.new_empty((), dtype=torch.float64)
+    return new_scalar(torch.float64)  # type: ignore[return-value]
+
+
+def divisor_tensor(
+    value: float | Tensor, grads: tuple[Tensor | None, ...] = (), memory: Tensor | None = None
+) -> Tensor:
     """The divisor of a mean as a tensor whose storage owns the gradients formed in forward."""
     if isinstance(value, Tensor):  # on the device
         divisor = value
     else:
-        divisor = new_scalar(torch.float64)  # type: ignore[assignment]
+        divisor = new_scalar(torch.float64) if memory is None else memory  # type: ignore[assignment]
         divisor.fill_(value)
     divisor.untyped_storage().grads = grads  # type: ignore[attr-defined]
     return divisor
@@ -137,12 +147,12 @@ def _row_loss(
     *options, form, dtype = rest
     call = _row_call(input, target, weight, sample_weight, denominator, tuple(options))
     grad = new_gradient(input) if form else None
-    state = None if form else call.new_state()
+    state, memory = None if form else call.new_state(), new_number(input)
+    unused = new_number(input) if state is None else state
     scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grad=grad, scale=scale, state=state, loss_dtype=dtype)
     assert loss is not None
-    state = loss.new_empty(0) if state is None else state
-    return loss, state, divisor_tensor(divisor, (grad,))
+    return loss, unused, divisor_tensor(divisor, (grad,), memory)
 
 
 def _rescaled(
@@ -225,11 +235,11 @@ def _tensor_loss(
     *options, form_first, form_second, form_third, dtype = rest
     inputs, form = (first, second, third), (form_first, form_second, form_third)
     call = _tensor_call(inputs, target, weight, sample_weight, denominator, tuple(options))
-    grads = new_gradients(inputs, form)
+    grads, memory = new_gradients(inputs, form), new_number(first)
     scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grads=grads, scale=scale, loss_dtype=dtype)
     assert loss is not None
-    return loss, divisor_tensor(divisor, grads)
+    return loss, divisor_tensor(divisor, grads, memory)
 
 
 def _tensor_loss_backward(
@@ -294,7 +304,7 @@ def _fake_row_loss(input: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, T
         items = items * size
     return (
         input.new_empty(shape if reduction == "none" else (), dtype=dtype),
-        input.new_empty(0, dtype=dtype)
+        input.new_empty((), dtype=torch.float64)
         if form
         else input.new_empty((2 if has_index else 3, items), dtype=compute),
         input.new_empty((), dtype=torch.float64),
