@@ -73,7 +73,7 @@ struct RowSums {
     }
     MBK_FN E total() {
       if constexpr (sizeof(E) == 8) {
-        E all = sum[0];
+        E all = count > 0 ? sum[0] : 0;  // always: but GCC cannot know
         for (int64_t i = 1; i < count; ++i) all = all + sum[i];
         return all;
       } else {
