@@ -14,8 +14,14 @@ import pytest
 from bench_suite import SLEEP
 
 from mbkern.bench import cli
+from mbkern.bench.problem import Plan
 from mbkern.bench.rows import FAILED, MEASURED, SKIPPED, WRONG, Row, load
+from mbkern.bench.session import Session
 from mbkern.bench.timing import Effort, Way, interleave, once
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import ab_check
 
 SUITE_FILE = str(Path(__file__).with_name("bench_suite.py"))
 FIELDS = (
@@ -161,6 +167,33 @@ def test_two_builds_take_turns_and_a_planted_slowdown_is_found(
     assert "1 FASTER" in capsys.readouterr().out
     rows: list[list[Row]] = [load(Path(f))[0] for f in files]
     assert rows[0][0].pair == rows[1][0].pair != ""
+
+
+def test_two_builds_with_one_thread_share_a_cpu() -> None:
+    cpus = os.sched_getaffinity(0)
+    session = Session(Plan(("sleeping",), threads=(1, 2, 1), suite_file=SUITE_FILE))
+    seen = []
+    try:
+        for index in range(3):
+            session.ask("open", index=index)
+            seen.append(os.sched_getaffinity(session.pid))
+            session.ask("close")
+    finally:
+        session.end()
+    assert seen == [{min(cpus)}, cpus, {min(cpus)}]
+
+
+def test_the_slowdown_of_the_check_is_planted(tmp_path: Path) -> None:
+    """``bench/ab_check.py`` says how often ``bench ab`` finds it; that takes 25 minutes."""
+    compare = (
+        "import torch, mbkern; from mbkern._loss_and_grad import loss_and_grad; "
+        "call = ('cross_entropy', torch.randn(64, 1000), torch.arange(64)); "
+        "slow, fast = mbkern.loss_and_grad(*call), loss_and_grad(*call); "
+        "print(mbkern.loss_and_grad.__name__, torch.equal(slow[1], fast[1]))"
+    )
+    python = ab_check.slow_python(tmp_path, 0.1)
+    done = subprocess.run([python, "-c", compare], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["slowed", "True"]
 
 
 @pytest.mark.parametrize(

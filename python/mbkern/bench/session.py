@@ -44,6 +44,11 @@ class Session:
         self.cases: list[tuple[str, ...]] = [tuple(c) for c in answer["cases"]]
         self.skipped: dict[str, str] = answer["skipped"]
 
+    @property
+    def pid(self) -> int:
+        """The worker's process."""
+        return self._process.pid
+
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Send a command and wait for its answer.
 

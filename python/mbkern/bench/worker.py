@@ -34,6 +34,7 @@ class Worker:
         self._plan = Plan()
         self._todo: list[tuple[Case, int]] = []
         self._group: measure.Group | None = None
+        self._cpus = os.sched_getaffinity(0)
 
     def serve(self, commands: Iterator[str]) -> None:
         """Until the input ends."""
@@ -89,8 +90,13 @@ class Worker:
         )  # fmt: skip
 
     def open(self, index: int) -> Answer:
-        """Prepare a case for rounds that the parent asks for one by one."""
+        """Prepare a case for rounds that the parent asks for one by one.
+
+        One thread stays on one CPU, the same in every worker: CPUs differ, by what their siblings
+        of other machines do for instance, and a process seldom leaves the one that it started on.
+        """
         case, threads = self._todo[index]
+        os.sched_setaffinity(0, {min(self._cpus)} if threads == 1 else self._cpus)
         try:
             self._group = measure.Group(case, self._plan, threads)
         except Exception as failure:
