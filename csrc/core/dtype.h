@@ -172,19 +172,24 @@ MBK_FN double read(const Scalar& s) {
   }
 }
 
-MBK_FN int64_t read_index(const void* p, IndexType type, int64_t offset) {
+// Calls f with the array as one of its own type.
+template <class F>
+MBK_FN auto with_index(const void* p, IndexType type, F f) {
   switch (type) {
     case IndexType::i64:
-      return ((const int64_t*)p)[offset];
+      return f((const int64_t*)p);
     case IndexType::i32:
-      return ((const int32_t*)p)[offset];
+      return f((const int32_t*)p);
     case IndexType::i16:
-      return ((const int16_t*)p)[offset];
+      return f((const int16_t*)p);
     case IndexType::i8:
-      return ((const int8_t*)p)[offset];
+      return f((const int8_t*)p);
     default:
-      return ((const uint8_t*)p)[offset];
+      return f((const uint8_t*)p);
   }
+}
+MBK_FN int64_t read_index(const void* p, IndexType type, int64_t offset) {
+  return with_index(p, type, [offset](auto* values) { return (int64_t)values[offset]; });
 }
 
 }  // namespace mbk::MBK_ISA

@@ -262,6 +262,7 @@ MBK_FN V lane_numbers(int first) {
   memcpy(&v, number, sizeof v);
   return v;
 }
+inline constexpr int64_t kMostCachedBytes = 1 << 25;  // what is as large, no cache keeps
 // Whether vectors of a gradient are streamed: it is so large that no cache would keep it, not over
 // its input, and each of its rows, `row_bytes` apart, begins with a whole vector. (Rows of
 // cross-entropy are not streamed: the target's column is corrected afterwards, which then waits for
@@ -269,8 +270,7 @@ MBK_FN V lane_numbers(int first) {
 template <class V>
 MBK_FN bool streams_past_caches(const void* grad, const void* input, int64_t bytes,
                                 int64_t row_bytes) {
-  constexpr int64_t kLarge = 1 << 25;
-  return grad && grad != input && bytes >= kLarge && (uintptr_t)grad % sizeof(V) == 0 &&
+  return grad && grad != input && bytes >= kMostCachedBytes && (uintptr_t)grad % sizeof(V) == 0 &&
          row_bytes % (int64_t)sizeof(V) == 0;
 }
 // a < b ? a : b and a > b ? a : b, lane by lane; where either is NaN the result is b.

@@ -29,6 +29,33 @@ namespace {
                           std::to_string(a.ignore_index) + ")");
 }
 
+// Of items [begin, end): how many are not ignored, and the first whose target is no class; `end`
+// if there is none.
+struct Targets {
+  int64_t counted, bad;
+};
+Targets examine_targets(const RowArgs& a, int64_t begin, int64_t end) {
+  return with_index(a.target, a.target_type, [&](auto* targets) {
+    int64_t ignored = 0, outside = 0;
+    ItemPosition at(a, begin);
+    for (int64_t i = begin; i < end; ++i, at.advance(a)) {
+      const int64_t target = targets[at.offset(a.target_strides)];
+      const bool skip = target == a.ignore_index;
+      ignored += skip;
+      outside += !skip && static_cast<uint64_t>(target) >= static_cast<uint64_t>(a.columns);
+    }
+    if (!outside) return Targets{end - begin - ignored, end};
+    int64_t bad = begin;
+    for (at = ItemPosition(a, begin); bad < end; ++bad, at.advance(a)) {
+      const int64_t target = targets[at.offset(a.target_strides)];
+      if (target != a.ignore_index &&
+          static_cast<uint64_t>(target) >= static_cast<uint64_t>(a.columns))
+        break;
+    }
+    return Targets{0, bad};
+  });
+}
+
 // Checks every class index and adds up the weights: exactly for fp32, in the fixed order for fp64.
 template <class T>
 double check_and_weigh_as(const RowArgs& a) {
@@ -38,26 +65,19 @@ double check_and_weigh_as(const RowArgs& a) {
   std::atomic<int64_t> count{0};
   ThreadTotals totals(weighted ? a.threads : 1);
   auto body = [&](int64_t begin, int64_t end, int thread) {
-    int64_t counted = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const ItemPosition at(a, i);
-      int64_t target = 0;
-      if (a.target_is_index) {
-        target = read_index(a.target, a.target_type, at.offset(a.target_strides));
-        if (target == a.ignore_index) continue;
-        if (static_cast<uint64_t>(target) >= static_cast<uint64_t>(a.columns)) {
-          int64_t first = bad.load();
-          while (i < first && !bad.compare_exchange_weak(first, i)) {
-          }
-          return;
-        }
+    if (a.target_is_index) {
+      const Targets targets = examine_targets(a, begin, end);
+      int64_t first = bad.load();
+      while (targets.bad < end && targets.bad < first &&
+             !bad.compare_exchange_weak(first, targets.bad)) {
       }
-      ++counted;
-      if (!weighted) continue;
-      if constexpr (sizeof(T) == 4) add(totals.data()[thread], item_weight<T>(a, i));
+      count += targets.counted;
     }
-    if (weighted) normalise(totals.data()[thread]);
-    count += counted;
+    if (!weighted || bad < a.items) return;
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t i = begin; i < end; ++i) add(totals.data()[thread], item_weight<T>(a, i));
+      normalise(totals.data()[thread]);
+    }
   };
   parallel_for(a.items, kElementsPerTask, a.threads, body);
   if (bad < a.items) refuse_target(a, bad);
