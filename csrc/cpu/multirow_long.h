@@ -122,7 +122,7 @@ struct Rows {
     V v[Loss::kInputs], w = splat<V>(1), stored[kMaxKept] = {};
     for (int i = 0; i < Loss::kInputs; ++i) {
       v[i] = load<V>(in_tail ? b.tail[i] + k : b.main[i] + column);
-      constexpr bool kFetch = lanes<V> > 1 && (Loss::kMaxima ? kLevel == 1 : kLevel == 0);
+      constexpr bool kFetch = lanes<V> > 1 && kLevel == (kList ? 0 : 1);
       if (kFetch && b.ahead[i]) __builtin_prefetch(b.ahead[i] + column, 0, 2);
     }
     if (Loss::kColumnWeights && b.weight)
@@ -194,6 +194,17 @@ struct Rows {
     }
   }
 
+  // Vectors of a group at a time: four, for rows are read faster in the order of memory. One where
+  // the maximum has brought the row into the caches, or where much is computed in fp64; and the
+  // sums get half of the registers.
+  template <int kLevel>
+  static constexpr int vectors_at_once() {
+    const int most = lanes<f32v> == 16 ? 16 : 8;
+    int n = Loss::kMaxima > 0 || Loss::kWideGradient ? 1 : 4;
+    while (n > 1 && kLevel > 0 && n * Loss::kSums * kWideParts > most) n /= 2;
+    return n;
+  }
+
   // A pass over all rows of the item. kLevel 0: the gradient alone.
   template <int kLevel, int kGrads, bool kStore>
   MBK_PASS void pass(const Constants& constants, int64_t apart, double (&totals)[kMaxSums]) {
@@ -201,22 +212,27 @@ struct Rows {
     for (double& total : totals) total = 0;
     for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
       const Block b = open(begin, apart, kGrads > 0);
-      constexpr int kCount = Loss::kSums > 0 ? Loss::kSums : 1;
+      constexpr int kCount = Loss::kSums > 0 ? Loss::kSums : 1,
+                    kVectors = vectors_at_once<kLevel>();
       W lane[kCount][kGroup / lanes<W>];
       const int end = b.full ? kGroup : b.rest;
-      for (int k = 0; k < end; k += lanes<V>) {
-        W sum[kMaxSums][kWideParts] = {};
+      for (int k = 0; k < end; k += kVectors * lanes<V>) {
+        W sum[kVectors][kMaxSums][kWideParts] = {};
         int group = 0;
         for (const int stop : b.stop) {
-          for (; group < stop; ++group) step<kLevel, kGrads, kStore, false>(b, c, group, k, sum);
-          if (stop >= 0 && (stop < b.full || k < b.rest)) {
-            step<kLevel, kGrads, kStore, true>(b, c, group, k, sum);
-            ++group;
-          }
+          for (; group < stop; ++group)
+            for (int u = 0; u < kVectors; ++u)
+              step<kLevel, kGrads, kStore, false>(b, c, group, k + u * lanes<V>, sum[u]);
+          if (stop < 0 || (stop == b.full && k >= b.rest)) continue;
+          const int columns = stop == b.full ? b.rest : kGroup;
+          for (int u = 0; u < kVectors && k + u * lanes<V> < columns; ++u)
+            step<kLevel, kGrads, kStore, true>(b, c, group, k + u * lanes<V>, sum[u]);
+          ++group;
         }
-        for (int s = 0; s < Loss::kSums; ++s)
-          for (int part = 0; part < kWideParts; ++part)
-            lane[s][k / lanes<V> * kWideParts + part] = sum[s][part];
+        for (int u = 0; u < kVectors; ++u)
+          for (int s = 0; s < Loss::kSums; ++s)
+            for (int part = 0; part < kWideParts; ++part)
+              lane[s][(k / lanes<V> + u) * kWideParts + part] = sum[u][s][part];
       }
       if constexpr (kLevel > 0) {
         // Lanes without a column would add 0 to what is never -0.
