@@ -62,11 +62,26 @@ struct Tanh {
   }
 };
 
+struct LogCoshValue {
+  static constexpr const char* name = "log_cosh";
+  template <class V>
+  MBK_FN static V of(V x) {
+    return canonical_nan(x, log_cosh(x).value);
+  }
+};
+struct LogCoshSlope {
+  static constexpr const char* name = "log_cosh_slope";
+  template <class V>
+  MBK_FN static V of(V x) {
+    return canonical_nan(x, log_cosh(x).slope);
+  }
+};
+
 template <class... F>
 struct FunctionList {
   static constexpr int size = sizeof...(F);
 };
-using ElementaryFunctions =
-    FunctionList<ExpNonpositive, Exp, Expm1, Log, Log1p, Sigmoid, Softplus, Tanh>;
+using ElementaryFunctions = FunctionList<ExpNonpositive, Exp, Expm1, Log, Log1p, Sigmoid, Softplus,
+                                         Tanh, LogCoshValue, LogCoshSlope>;
 
 }  // namespace mbk::MBK_ISA

@@ -48,6 +48,15 @@ long double sigmoid_l(long double x) {
 }
 double softplus(double x) { return (x < 0 ? 0 : x) + log1p(exp(-fabs(x))); }
 long double softplus_l(long double x) { return (x < 0 ? 0 : x) + log1pl(expl(-fabsl(x))); }
+// log(1 + 2 sinh^2(x / 2)) where log(cosh(x)) would cancel, and without overflow elsewhere.
+double log_cosh(double x) {
+  const double a = fabs(x), s = sinh(a < 1 ? a / 2 : 0);
+  return a < 1 ? log1p(2 * s * s) : a - M_LN2 + log1p(exp(-2 * a));
+}
+long double log_cosh_l(long double x) {
+  const long double a = fabsl(x), s = sinhl(a < 1 ? a / 2 : 0);
+  return a < 1 ? log1pl(2 * s * s) : a - 0.693147180559945309417232121458L + log1pl(expl(-2 * a));
+}
 
 constexpr Function kFunctions[] = {
     {"exp_nonpositive", {0.9, 1.5}, exp_nonpositive, exp_nonpositive_l},
@@ -58,6 +67,8 @@ constexpr Function kFunctions[] = {
     {"sigmoid", {2, 2}, sigmoid, sigmoid_l},
     {"softplus", {2, 2}, softplus, softplus_l},
     {"tanh", {2, 2}, tanh, tanhl},
+    {"log_cosh", {2, 7}, log_cosh, log_cosh_l},
+    {"log_cosh_slope", {2, 2}, tanh, tanhl},
 };
 
 // ---- Per type -----------------------------------------------------------------------------------
