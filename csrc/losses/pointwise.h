@@ -41,12 +41,12 @@ struct Logistic {
 };
 template <class V>
 MBK_FN Logistic<V> logistic(V x) {
-  const V e = exp_of_minus_abs(x), tail = log1p_of_exp(e), zero = V{}, one = splat<V>(1);
-  const V near = one / (one + e), far = e * near;
+  const V zero = V{}, one = splat<V>(1);
+  const V e = exp_of_minus_abs(x) + select(x == x, zero, x);  // NaN where x is
+  const V tail = log1p_of_exp(e), near = one / (one + e), far = e * near;
   const auto negative = x < zero;
-  const V safe = select(x == x, zero, x);
-  return {max(x, zero) + tail + safe, max(-x, zero) + tail + safe,
-          select(negative, far, near) + safe, select(negative, near, far) + safe};
+  return {max(x, zero) + tail, max(-x, zero) + tail, select(negative, far, near),
+          select(negative, near, far)};
 }
 
 }  // namespace mbk::MBK_ISA
