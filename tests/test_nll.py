@@ -1,4 +1,4 @@
-"""nll_loss takes 256 items at a time, and clears the rest of their gradients: every layout, size."""
+"""nll_loss takes 256 items at a time, and clears the rest of their gradients, in every layout."""
 
 from __future__ import annotations
 
