@@ -36,22 +36,21 @@ struct Targets {
 };
 Targets examine_targets(const RowArgs& a, int64_t begin, int64_t end) {
   return with_index(a.target, a.target_type, [&](auto* targets) {
+    const auto is_bad = [&a](int64_t target) {
+      return target != a.ignore_index &&
+             static_cast<uint64_t>(target) >= static_cast<uint64_t>(a.columns);
+    };
     int64_t ignored = 0, outside = 0;
     ItemPosition at(a, begin);
     for (int64_t i = begin; i < end; ++i, at.advance(a)) {
       const int64_t target = targets[at.offset(a.target_strides)];
-      const bool skip = target == a.ignore_index;
-      ignored += skip;
-      outside += !skip && static_cast<uint64_t>(target) >= static_cast<uint64_t>(a.columns);
+      ignored += target == a.ignore_index;
+      outside += is_bad(target);
     }
     if (!outside) return Targets{end - begin - ignored, end};
     int64_t bad = begin;
-    for (at = ItemPosition(a, begin); bad < end; ++bad, at.advance(a)) {
-      const int64_t target = targets[at.offset(a.target_strides)];
-      if (target != a.ignore_index &&
-          static_cast<uint64_t>(target) >= static_cast<uint64_t>(a.columns))
-        break;
-    }
+    for (at = ItemPosition(a, begin); !is_bad(targets[at.offset(a.target_strides)]); at.advance(a))
+      ++bad;
     return Targets{0, bad};
   });
 }
