@@ -26,13 +26,11 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
-template <class V>
-MBK_FN V canonical(V x) {
-  const Element<V> nan = sizeof(Element<V>) == 4
-                             ? (Element<V>)as_float((int32_t)0x7fc00000)
-                             : (Element<V>)as_float((int64_t)0x7ff8000000000000);
-  return select(is_nan(x), splat<V>(nan), x);
-}
+template <class S>
+inline constexpr DType kDTypeOf = __is_same(S, double) ? DType::f64
+                                  : __is_same(S, bf16) ? DType::bf16
+                                  : __is_same(S, f16)  ? DType::f16
+                                                       : DType::f32;
 
 // ---- one element
 // ----------------------------------------------------------------------------------
@@ -124,6 +122,31 @@ MBK_FN V load(const S* p) {
   }
 }
 
+#if MBK_SIMD
+template <class S>
+MBK_FN u16v narrow_vector(f32v v) {
+  if constexpr (__is_same(S, bf16)) {
+    const i32v u = as_int(v);
+#if defined(__AVX512BW__)
+    const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
+    const __m512i half = _mm512_set1_epi32(0x7fff), up = _mm512_set1_epi32(0x8000);
+    const __m512i rounded = _mm512_add_epi32((__m512i)u, _mm512_mask_blend_epi32(odd, half, up));
+    return (u16v)_mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words(), rounded));
+#else
+    const i32v rounded = u + 0x7fff + ((u >> 16) & 1);
+    const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
+    return (u16v)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+#endif
+  } else {
+#if defined(__AVX512F__)
+    return (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  }
+}
+#endif
+
 template <class S, class V>
 MBK_FN void store(S* p, V v) {
   if constexpr (lanes<V> == 1) {
@@ -132,29 +155,22 @@ MBK_FN void store(S* p, V v) {
   } else if constexpr (sizeof(S) == sizeof(Element<V>)) {
     memcpy(p, &v, sizeof v);
   } else {
-    u16v h;
-    if constexpr (__is_same(S, bf16)) {
-      const i32v u = as_int(v);
-#if defined(__AVX512BW__)
-      const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
-      const __m512i half = _mm512_set1_epi32(0x7fff), up = _mm512_set1_epi32(0x8000);
-      const __m512i rounded = _mm512_add_epi32((__m512i)u, _mm512_mask_blend_epi32(odd, half, up));
-      h = (u16v)_mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words(), rounded));
-#else
-      const i32v rounded = u + 0x7fff + ((u >> 16) & 1);
-      const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
-      h = (u16v)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-#endif
-    } else {
-#if defined(__AVX512F__)
-      h = (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-      h = (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#endif
-    }
+    const u16v h = narrow_vector<S>(v);
     memcpy(p, &h, sizeof h);
 #endif
   }
+}
+
+// stream() of core/lane.h, into a 16-bit type: p is aligned to half a vector.
+template <class S>
+MBK_FN void stream(S* p, f32v v) {
+#if MBK_SIMD && defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)narrow_vector<S>(v));
+#elif MBK_SIMD
+  _mm_stream_si128((__m128i*)p, (__m128i)narrow_vector<S>(v));
+#else
+  *p = narrow<S>(v);
+#endif
 }
 
 // A scalar argument: read where it lies.

@@ -142,15 +142,17 @@ MBK_FN f32v fma(f32v a, f32v b, f32v c) {
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm512_sqrt_pd((__m512d)x); }
 MBK_FN bool any(i32v m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
+// With 1 subtracted, 0 is -1: small as a signed number, the largest as an unsigned one.
 template <int n>
 MBK_FN bool any_outside(const i32v (&x)[n], int32_t first, int32_t last) {
-  __mmask16 outside = 0;
-  for (const i32v v : x) {
-    const __mmask16 low = _mm512_cmplt_epi32_mask((__m512i)v, _mm512_set1_epi32(first));
-    outside |= _mm512_mask_test_epi32_mask(low, (__m512i)v, (__m512i)v) |
-               _mm512_cmpgt_epi32_mask((__m512i)v, _mm512_set1_epi32(last));
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i least = _mm512_sub_epi32((__m512i)x[0], one), most = least;
+  for (int k = 1; k < n; ++k) {
+    const __m512i v = _mm512_sub_epi32((__m512i)x[k], one);
+    least = _mm512_min_epu32(least, v), most = _mm512_max_epi32(most, v);
   }
-  return outside;
+  return _mm512_cmplt_epu32_mask(least, _mm512_set1_epi32(first - 1)) |
+         _mm512_cmpge_epi32_mask(most, _mm512_set1_epi32(last));
 }
 MBK_FN bool any(i64v m) { return _mm512_movepi64_mask((__m512i)m) != 0; }
 #else
@@ -162,11 +164,18 @@ MBK_FN f32v fma(f32v a, f32v b, f32v c) {
 MBK_FN f32v sqrt(f32v x) { return (f32v)_mm256_sqrt_ps((__m256)x); }
 MBK_FN f64v sqrt(f64v x) { return (f64v)_mm256_sqrt_pd((__m256d)x); }
 MBK_FN bool any(i32v m) { return _mm256_movemask_ps((__m256)m) != 0; }
+// With 1 subtracted, 0 is -1: small as a signed number, the largest as an unsigned one.
 template <int n>
 MBK_FN bool any_outside(const i32v (&x)[n], int32_t first, int32_t last) {
-  i32v outside{};
-  for (const i32v v : x) outside |= ((v < first) & (v != 0)) | (v > last);
-  return !_mm256_testz_si256((__m256i)outside, (__m256i)outside);
+  const __m256i one = _mm256_set1_epi32(1), lowest = _mm256_set1_epi32(first - 1);
+  __m256i least = _mm256_sub_epi32((__m256i)x[0], one), most = least;
+  for (int k = 1; k < n; ++k) {
+    const __m256i v = _mm256_sub_epi32((__m256i)x[k], one);
+    least = _mm256_min_epu32(least, v), most = _mm256_max_epi32(most, v);
+  }
+  const __m256i high = _mm256_cmpgt_epi32(most, _mm256_set1_epi32(last - 1));
+  const __m256i low = _mm256_xor_si256(_mm256_min_epu32(least, lowest), lowest);
+  return !_mm256_testz_si256(_mm256_or_si256(high, low), _mm256_or_si256(high, low));
 }
 MBK_FN bool any(i64v m) { return _mm256_movemask_pd((__m256d)m) != 0; }
 #endif
@@ -286,6 +295,47 @@ template <class V>
 MBK_FN auto is_nan(V x) {
   return x != x;
 }
+// The one NaN: 0x7fc00000, 0x7ff8000000000000.
+template <class V>
+MBK_FN V quiet_nan() {
+  return splat<V>(sizeof(Element<V>) == 4 ? (Element<V>)as_float((int32_t)0x7fc00000)
+                                          : (Element<V>)as_float((int64_t)0x7ff8000000000000));
+}
+// x, or the one NaN.
+template <class V>
+MBK_FN V canonical(V x) {
+  return select(is_nan(x), quiet_nan<V>(), x);
+}
+// Whether the lanes have scale(p, n): p 2^n for a whole n, rounded once; a NaN stays one.
+template <class V>
+inline constexpr bool kScales = false;
+
+// What x86 has one instruction for.
+#if MBK_SIMD && defined(__AVX512F__)
+MBK_FN f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+MBK_FN f64v min(f64v a, f64v b) { return (f64v)_mm512_min_pd((__m512d)a, (__m512d)b); }
+MBK_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+MBK_FN f64v max(f64v a, f64v b) { return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b); }
+// Of a number's kinds, from the lowest digit: quiet and signalling NaN, 0, 1, -inf, inf, negative,
+// positive. Digits are answers: 0 the first operand, 1 the second, 3 a NaN, 4 -inf, 5 inf.
+inline constexpr int kNumberOrFirst = 0x11111100, kLogEdges = 0x03530433;
+MBK_FN f32v canonical(f32v x) {
+  return (f32v)_mm512_fixupimm_ps((__m512)quiet_nan<f32v>(), (__m512)x,
+                                  _mm512_set1_epi32(kNumberOrFirst), 0);
+}
+MBK_FN f64v canonical(f64v x) {
+  return (f64v)_mm512_fixupimm_pd((__m512d)quiet_nan<f64v>(), (__m512d)x,
+                                  _mm512_set1_epi64(kNumberOrFirst), 0);
+}
+template <>
+inline constexpr bool kScales<f32v> = true;
+MBK_FN f32v scale(f32v p, f32v n) { return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n); }
+#elif MBK_SIMD
+MBK_FN f32v min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+MBK_FN f64v min(f64v a, f64v b) { return (f64v)_mm256_min_pd((__m256d)a, (__m256d)b); }
+MBK_FN f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+MBK_FN f64v max(f64v a, f64v b) { return (f64v)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#endif
 // a * b + c where one rounding or two make no difference that is promised: fused in fp32; in fp64
 // two roundings, because the x86-64 baseline has no fused operation and emulating it would be slow.
 template <class V>

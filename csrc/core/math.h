@@ -62,11 +62,6 @@ template <class V, class... C>
 MBK_FN V horner(V x, V sum, Element<V> c, C... lower) {
   return horner(x, multiply_add(sum, x, splat<V>(c)), lower...);
 }
-// The one NaN: 0x7fc00000, 0x7ff8000000000000.
-template <class V>
-MBK_FN V quiet_nan() {
-  return as_float(bits_of<V>(Element<V>(__builtin_inff())) | bits_of<V>(Element<V>(1.5f)));
-}
 template <class V>
 MBK_FN V canonical_nan(V x, V y) {  // y, or the one NaN where x is NaN
   return select(x == x, y, quiet_nan<V>());
@@ -79,6 +74,14 @@ MBK_FN V or_sign(V y, V x) {
 // y for x in (edge, inf); -inf at the edge, NaN below it and for NaN, inf for inf.
 template <class V>
 MBK_FN V log_edges(V x, Element<V> edge, V y) {
+#if MBK_SIMD && defined(__AVX512F__)
+  if constexpr (kScales<V>) {
+    const __m512 above =
+        (__m512)(x - splat<V>(edge));  // 0 at the edge only, as the edge is 0 or -1
+    const __m512i edges = _mm512_set1_epi32(kLogEdges);
+    return canonical((V)_mm512_fixupimm_ps((__m512)y, above, edges, 0));
+  }
+#endif
   const V inf = splat<V>(Element<V>(__builtin_inff()));
   const V low = splat<V>(edge);
   return select(x == inf, inf, select(x > low, y, select(x == low, -inf, quiet_nan<V>())));
@@ -89,7 +92,7 @@ MBK_FN V log_edges(V x, Element<V> edge, V y) {
 // x = n ln 2 + r, |r| <= ln 2 / 2. The low bits of `power` hold n + bias.
 template <class V>
 struct Reduced {
-  V r;
+  V r, n;
   Int<V> power;
 };
 template <class V, F32<V> = 0>
@@ -98,7 +101,7 @@ MBK_FN Reduced<V> reduce_exp(V x, float bias = 0) {
   const V t = fma(x, splat<V>(0x1.715476p0f), magic);
   const V n = t - magic;
   const V high = fma(n, splat<V>(-0x1.62e43p-1f), x);  // exact
-  return {fma(n, splat<V>(0x1.05c61p-29f), high), as_int(t)};
+  return {fma(n, splat<V>(0x1.05c61p-29f), high), n, as_int(t)};
 }
 // exp(r) = 1 + r (1 + r P(r))
 template <class V, F32<V> = 0>
@@ -121,6 +124,7 @@ MBK_FN V exp_nonpositive(V d) {
 template <class V, F32<V> = 0>
 MBK_FN V exp(V x) {
   const Reduced<V> a = reduce_exp(min(splat<V>(89.0f), max(splat<V>(-104.0f), x)));
+  if constexpr (kScales<V>) return canonical(scale(exp_reduced(a.r), a.n));
   const Int<V> half = shift_left(a.power, 22) & bits_of<V>(-__builtin_inff());  // floor(n / 2) 2^23
   const Int<V> rest = wrapping_sub(shift_left(a.power, 23), half);
   const V y = as_float(wrapping_add(as_int(exp_reduced(a.r)), rest));
@@ -143,8 +147,9 @@ MBK_FN V expm1(V x) {
 
 // p 2^n, denormal where it must be, from `power` with a bias of 64.
 template <class V, F32<V> = 0>
-MBK_FN V scale_down(V p, Int<V> power) {
-  return as_float(wrapping_add(as_int(p), shift_left(power, 23))) * splat<V>(0x1p-64f);
+MBK_FN V scale_down(V p, const Reduced<V>& a) {
+  if constexpr (kScales<V>) return scale(p, a.n);
+  return as_float(wrapping_add(as_int(p), shift_left(a.power, 23))) * splat<V>(0x1p-64f);
 }
 
 // sigmoid(x) = 1 / (1 + exp(-x)): 2 ulp. With c = 3/2 and e = c exp(-|x|) it is c / (c + e), or e /
@@ -154,15 +159,15 @@ MBK_FN V sigmoid(V x) {
   const Reduced<V> a = reduce_exp(max(splat<V>(-105.0f), -abs(x)), 64);
   const V p = horner(a.r, splat<V>(0x1.0f431cp-9f), 0x1.9b5862p-7f, 0x1.000338p-4f, 0x1.fffed8p-3f,
                      0x1.7ffffcp-1f, 1.5f, 1.5f);
-  const V e = scale_down(p, a.power), c = splat<V>(1.5f);
+  const V e = scale_down(p, a), c = splat<V>(1.5f);
   return canonical_nan(x, select(x < splat<V>(0.0f), e, c) / (c + e));
 }
 
-// exp(-|x|), and log(1 + e) = e + e^2 P(e) of it; NaN is the caller's.
+// exp(-|x|), and log(1 + e) = e + e^2 P(e) of it; NaN is the caller's where not kScales<V>.
 template <class V, F32<V> = 0>
 MBK_FN V exp_of_minus_abs(V x) {
   const Reduced<V> a = reduce_exp(max(splat<V>(-104.0f), -abs(x)), 64);
-  return scale_down(exp_reduced(a.r), a.power);
+  return scale_down(exp_reduced(a.r), a);
 }
 template <class V, F32<V> = 0>
 MBK_FN V log1p_of_exp(V e) {

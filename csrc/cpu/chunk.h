@@ -82,15 +82,12 @@ MBK_PASS void write_as(const View& view, const Range& range, const T* values) {
   });
 }
 
-template <class T>
-constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::f64 : DType::f32;
-
-// The view's own memory where it can be used as it is: T, unit stride, whole vectors.
-template <class T>
-MBK_FN T* in_place(const View& view, const Range& range) {
-  const bool direct = view.dtype == kDTypeOf<T> && range.args.dims == 1 && view.strides[0] == 1 &&
-                      range.count % lanes<Vector<T>> == 0;
-  return direct ? (T*)view.data + range.begin : nullptr;
+// The view's own memory where it can be used as it is: S, unit stride, whole vectors.
+template <class S>
+MBK_FN S* in_place(const View& view, const Range& range) {
+  const bool direct = view.dtype == kDTypeOf<S> && range.args.dims == 1 && view.strides[0] == 1 &&
+                      range.count % lanes<Vector<Compute<S>>> == 0;
+  return direct ? (S*)view.data + range.begin : nullptr;
 }
 
 // The chunk as an array of T: in place, or copied to the buffer, whose last vector is padded with

@@ -37,9 +37,6 @@ MBK_PASS void write_columns(S* to, int64_t stride, const T* from, int64_t n) {
   }
 }
 
-template <class T>
-constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::f64 : DType::f32;
-
 // A row of one tensor, in blocks of T: in place where it is dense and of that type, else in a
 // buffer.
 template <class T>

@@ -12,6 +12,8 @@ struct KLDivergence {
   struct Call {
     bool log_target;
     MBK_FN explicit Call(const double* p) : log_target(p[0] != 0) {}
+    MBK_FN bool usual() const { return !log_target; }
+    MBK_FN void assume_usual() { log_target = false; }
   };
   template <class V>
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,

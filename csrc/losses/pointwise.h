@@ -3,7 +3,8 @@
 //
 //   name      its name in mbkern.functional
 //   kInputs   2 or 3: input, target and a third tensor, x[0], x[1], x[2] below
-//   Call<T>   its parameters, made once a call from the numbers that Python passes, in their order
+//   Call<T>   its parameters, made once a call from the numbers that Python passes, in their order;
+//             with flags among them, usual() and assume_usual() too (cpu/pointwise_step.h)
 //   eval      the loss of an element, and its derivative by each of the inputs
 //
 // A third tensor that is absent is 1 everywhere.
@@ -42,7 +43,8 @@ struct Logistic {
 template <class V>
 MBK_FN Logistic<V> logistic(V x) {
   const V zero = V{}, one = splat<V>(1);
-  const V e = exp_of_minus_abs(x) + select(x == x, zero, x);  // NaN where x is
+  V e = exp_of_minus_abs(x);
+  if constexpr (!kScales<V>) e = e + select(x == x, zero, x);  // NaN where x is
   const V tail = log1p_of_exp(e), near = one / (one + e), far = e * near;
   const auto negative = x < zero;
   return {max(x, zero) + tail, max(-x, zero) + tail, select(negative, far, near),

@@ -18,6 +18,8 @@ struct PoissonNll {
           full(p[1] != 0),
           eps((T)p[2]),
           half_log_2pi((T)0.91893853320467274178) {}
+    MBK_FN bool usual() const { return log_input && !full; }
+    MBK_FN void assume_usual() { log_input = true, full = false; }
   };
   template <class V>
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,

@@ -16,6 +16,8 @@ struct SigmoidFocal {
     T alpha, rest, gamma;
     MBK_FN explicit Call(const double* p)
         : weighted(p[0] >= 0), alpha((T)p[0]), rest((T)(1 - p[0])), gamma((T)p[1]) {}
+    MBK_FN bool usual() const { return weighted && gamma == 2; }
+    MBK_FN void assume_usual() { weighted = true, gamma = 2; }
   };
   template <class V>
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,

@@ -24,6 +24,8 @@ struct TweedieNll {
           first((T)(1 / (p[0] - 1))),
           second((T)(1 / (2 - p[0]))),
           eps((T)p[2]) {}
+    MBK_FN bool usual() const { return !is_poisson && !is_gamma && log_input; }
+    MBK_FN void assume_usual() { is_poisson = is_gamma = false, log_input = true; }
   };
   template <class V>
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,

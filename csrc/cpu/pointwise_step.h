@@ -1,0 +1,131 @@
+#pragma once
+// One step of an element-wise loss: several vectors of elements, from loading their inputs to
+// storing their gradients.
+#include "core/exact_bins.h"
+#include "cpu/chunk.h"
+
+namespace mbk::MBK_ISA {
+namespace {
+
+// Vectors at a time: the steps of one fill the waits of the others.
+template <class V, bool kUsual>
+constexpr int kAtOnce = lanes<V> == 1 ? 1
+                        : kUsual      ? 4
+                                      : 2;
+
+// Whether a loss has flags among its parameters. Its Call then has usual(), whether they are as in
+// most calls, and assume_usual(), which makes them constants for the compiler.
+template <class Call>
+constexpr auto has_flags(int) -> decltype(((const Call*)nullptr)->usual()) {
+  return true;
+}
+template <class Call>
+constexpr bool has_flags(...) {
+  return false;
+}
+
+// Inputs and gradients of a chunk as arrays of S. Gradients that are not wanted are null.
+template <class S, int kInputs>
+struct Operands {
+  const S* x[kInputs];
+  S* grad[kInputs];
+  bool streams[kInputs];
+
+  // Gradient v in its own memory, where nothing needs converting.
+  MBK_FN bool take_grad(const PointwiseArgs& a, const Range& range, int v) {
+    const View& view = a.views[kGrad + v];
+    grad[v] = view.data && !a.accumulate ? in_place<S>(view, range) : nullptr;
+    streams[v] = grad[v] && streams_past_caches<Vector<Compute<S>>>(view.data, a.views[v].data,
+                                                                    a.size * (int64_t)sizeof(S), 0);
+    return grad[v] || !view.data;
+  }
+  // All of them in their own memory, if none needs converting. `ones` is what is absent.
+  MBK_FN bool take(const PointwiseArgs& a, const Range& range, const S* ones) {
+    for (int v = 0; v < kInputs; ++v) {
+      x[v] = a.views[v].data ? in_place<S>(a.views[v], range) : ones;
+      if (!take_grad(a, range, v) || !x[v]) return false;
+    }
+    return true;
+  }
+  MBK_FN bool only_first_grad() const {
+    bool only = grad[0] != nullptr;
+    for (int v = 1; v < kInputs; ++v) only = only && !grad[v];
+    return only;
+  }
+};
+
+// What multiplies the elements of a chunk, or null, and where their losses go.
+template <class T>
+struct Extras {
+  T factor;
+  const T *weight, *rescale, *item_scale;
+  T* losses;
+  bool any;  // factors
+  MBK_FN Extras(T f, const T* w, const T* r, const T* s, T* l)
+      : factor(f), weight(w), rescale(r), item_scale(s), losses(l), any(w || r || s) {}
+};
+
+// Elements from k on. Usual are the usual flags, no extras, and nothing wanted but the loss and the
+// gradient of the first input: without a branch, so that the vectors' steps can be interleaved.
+template <class Loss, bool kUsual, class Call, class S, class T, class V, int kVectors>
+MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Extras<T>& extras,
+                 int k, V (&loss)[kVectors], bool keep_loss) {
+  constexpr int kInputs = Loss::kInputs;
+  if constexpr (kUsual && has_flags<Call>(0)) call.assume_usual();
+  V x[kVectors][kInputs], d[kVectors][kInputs], f[kVectors];
+  for (int u = 0; u < kVectors; ++u)
+    for (int v = 0; v < kInputs; ++v) x[u][v] = load<V>(operands.x[v] + k + u * lanes<V>);
+  for (int u = 0; u < kVectors; ++u) {
+    Loss::eval(call, x[u], loss[u], d[u]);
+    f[u] = splat<V>(extras.factor);
+  }
+  if (!kUsual && extras.any) {
+    const T *const w = extras.weight, *const r = extras.rescale, *const s = extras.item_scale;
+    for (int u = 0; u < kVectors; ++u) {
+      const int at = k + u * lanes<V>;
+      if (s) f[u] = f[u] * load<V>(s + at);
+      if (w) f[u] = f[u] * load<V>(w + at), loss[u] = loss[u] * load<V>(w + at);
+      if (r) f[u] = f[u] * load<V>(r + at), loss[u] = loss[u] * load<V>(r + at);
+    }
+  }
+  if (!kUsual && keep_loss)
+    for (int u = 0; u < kVectors; ++u) store(extras.losses + k + u * lanes<V>, canonical(loss[u]));
+  for (int v = 0; v < (kUsual ? 1 : kInputs); ++v) {
+    if (!kUsual && !operands.grad[v]) continue;
+    S* const to = operands.grad[v] + k;
+    V g[kVectors];
+    for (int u = 0; u < kVectors; ++u) g[u] = canonical(d[u][v] * f[u]);
+    if (operands.streams[v])
+      for (int u = 0; u < kVectors; ++u) stream(to + u * lanes<V>, g[u]);
+    else
+      for (int u = 0; u < kVectors; ++u) store(to + u * lanes<V>, g[u]);
+  }
+}
+
+// Elements [0, whole). Losses in fp32 are summed at once: hidden behind the memory accesses.
+template <class Loss, bool kUsual, class Call, class S, class T>
+MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
+                  const Extras<T>& extras, int whole, bool keep_losses, ExactBins& bins,
+                  bool sums) {
+  typedef Vector<T> V;
+  V loss[kAtOnce<V, kUsual>];
+  for (int k = 0; k < whole; k += kAtOnce<V, kUsual> * lanes<V>) {
+    step<Loss, kUsual>(call, operands, extras, k, loss, keep_losses);
+    if constexpr (sizeof(T) == 4)
+      if (sums) bins.add(loss);
+  }
+}
+template <class Loss, class Call, class S, class T>
+MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
+                  const Extras<T>& extras, int whole, bool keep_losses, ExactBins& bins,
+                  bool sums) {
+  bool usual = !extras.any && !keep_losses && operands.only_first_grad();
+  if constexpr (has_flags<Call>(0)) usual = usual && call.usual();
+  if (usual)
+    steps<Loss, true>(call, operands, extras, whole, false, bins, sums);
+  else
+    steps<Loss, false>(call, operands, extras, whole, keep_losses, bins, sums);
+}
+
+}  // namespace
+}  // namespace mbk::MBK_ISA
