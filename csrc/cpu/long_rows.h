@@ -89,14 +89,23 @@ struct LongRow : RowSums<Loss, In> {
       Out* to = j == tail ? tail_out : grad + j;
       if constexpr (!kKept) prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
       prefetch(next.grad, j * (int64_t)sizeof(Out), kGroup * sizeof(Out));
-      for (int k = 0; k < kGroup; k += lanes<W>) {
-        W e = load<W>(p + k), capped = e, coefficient = W{};
-        if constexpr (!kKept) e = Loss::term(e - m);
-        if constexpr (Loss::kHasCoefficients) coefficient = q.template at<W>(call, j, k);
-        W g = Loss::gradient(call, e, capped, coefficient, splat<W>(factor), splat<W>(scale));
-        if constexpr (kAccumulate) g = load<W>(to + k) + g;
-        if constexpr (kAccumulate || kCanonical) g = canonical(g);
-        store(to + k, g);
+      constexpr int kAtOnce = lanes<W> == 1 ? 1 : Base::kAtOnce;
+      for (int first = 0; first < kGroup; first += kAtOnce * lanes<W>) {
+        W term[kAtOnce], capped[kAtOnce];
+        for (int u = 0; u < kAtOnce; ++u) {
+          capped[u] = load<W>(p + first + u * lanes<W>);
+          term[u] = kKept ? capped[u] : Loss::term(capped[u] - m);
+        }
+        for (int u = 0; u < kAtOnce; ++u) {
+          const int k = first + u * lanes<W>;
+          W coefficient = W{};
+          if constexpr (Loss::kHasCoefficients) coefficient = q.template at<W>(call, j, k);
+          W g = Loss::gradient(call, term[u], capped[u], coefficient, splat<W>(factor),
+                               splat<W>(scale));
+          if constexpr (kAccumulate) g = load<W>(to + k) + g;
+          if constexpr (kAccumulate || kCanonical) g = canonical(g);
+          store(to + k, g);
+        }
       }
     }
     memcpy(grad + tail, tail_out, tail_bytes);

@@ -195,12 +195,12 @@ struct Rows {
   }
 
   // Vectors of a group at a time: four, for rows are read faster in the order of memory. One where
-  // the maximum has brought the row into the caches, or where much is computed in fp64; and the
+  // maxima have brought several rows into the caches, or where much is computed in fp64; and the
   // sums get half of the registers.
   template <int kLevel>
   static constexpr int vectors_at_once() {
     const int most = lanes<f32v> == 16 ? 16 : 8;
-    int n = Loss::kMaxima > 0 || Loss::kWideGradient ? 1 : 4;
+    int n = Loss::kMaxima > 1 || Loss::kWideGradient ? 1 : 4;
     while (n > 1 && kLevel > 0 && n * Loss::kSums * kWideParts > most) n /= 2;
     return n;
   }

@@ -14,6 +14,8 @@ struct RowSums {
   typedef Vector<T> V;
   typedef typename Loss::template Call<T> Call;
   static constexpr int kLanes = lanes<V>, kUnroll = kGroup / kLanes;
+  // Terms that are computed before any is stored, so that the steps of one fill the waits of others.
+  static constexpr int kAtOnce = kLanes == 16 ? 4 : 1;
 
   const RowArgs& args;
   const Call call;
@@ -127,27 +129,32 @@ struct RowSums {
       const auto add_group = [&](auto has_apart, int64_t j, const S* p, T* to,
                                  bool in_tail) __attribute__((always_inline)) {
         prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
-        for (int k = 0; k < kUnroll; ++k) {
-          V e = Loss::term(load<V>(p + k * kLanes) - m);
-          if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
-            const V logit = in_tail ? load<V>(near_tail + k * kLanes) : load<V>(p + k * kLanes);
-            const V qs = q.template at<V>(call, j, k * kLanes);
-            for (int part = 0; part < kWide; ++part) {
-              W& d = distance[k * kWide + part];
-              if constexpr (Loss::kWideDistance) {
-                d = Loss::add_distance(to_double(logit, part) - (double)m, to_double(qs, part), d);
-              } else {
-                d = Loss::add_distance(logit - m, qs, d);
+        for (int first = 0; first < kUnroll; first += kAtOnce) {
+          V terms_at_once[kAtOnce];
+          for (int u = 0; u < kAtOnce; ++u)
+            terms_at_once[u] = Loss::term(load<V>(p + (first + u) * kLanes) - m);
+          for (int k = first; k < first + kAtOnce; ++k) {
+            V e = terms_at_once[k - first];
+            if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
+              const V logit = in_tail ? load<V>(near_tail + k * kLanes) : load<V>(p + k * kLanes);
+              const V qs = q.template at<V>(call, j, k * kLanes);
+              for (int part = 0; part < kWide; ++part) {
+                W& d = distance[k * kWide + part];
+                if constexpr (Loss::kWideDistance) {
+                  d = Loss::add_distance(to_double(logit, part) - (double)m, to_double(qs, part), d);
+                } else {
+                  d = Loss::add_distance(logit - m, qs, d);
+                }
               }
+              coefficient[k] = coefficient[k] + qs;
             }
-            coefficient[k] = coefficient[k] + qs;
+            if constexpr (kKeep) store(to + k * kLanes, e);
+            if constexpr (decltype(has_apart)::value) {
+              store(terms_apart + k * kLanes, e);
+              e = select(lane_numbers<V>(k * kLanes) == splat<V>((T)(apart - j)), V{}, e);
+            }
+            sum[k] = sum[k] + e;
           }
-          if constexpr (kKeep) store(to + k * kLanes, e);
-          if constexpr (decltype(has_apart)::value) {
-            store(terms_apart + k * kLanes, e);
-            e = select(lane_numbers<V>(k * kLanes) == splat<V>((T)(apart - j)), V{}, e);
-          }
-          sum[k] = sum[k] + e;
         }
       };
       for (int64_t j = begin; j < end;) {
