@@ -6,8 +6,8 @@
 // change of its internal interfaces must be followed here. One thread; the twins alternate over the
 // same batch, and restoring the logits is not timed.
 //
-//   g++ -std=c++17 -O3 -march=x86-64-v4 -DMBK_ISA=avx512 -ffp-contract=off -fno-math-errno
-//       -fno-trapping-math -Wno-psabi -I csrc bench/twin.cpp -o twin
+//   g++ -std=c++17 -O3 -march=x86-64-v4 -fschedule-insns -DMBK_ISA=avx512 -ffp-contract=off
+//       -fno-math-errno -fno-trapping-math -Wno-psabi -I csrc bench/twin.cpp -o twin
 //   ./twin [milliseconds a measurement] [--raw: one line "columns twin error ns ns ..." each]
 #include <math.h>
 #include <stdio.h>
@@ -39,10 +39,14 @@ struct Plain : Canonical {
       const float* from = x.group(j);
       float* const out = j == x.tail ? tail_to : to + j;
       prefetch(next.input, j * (int64_t)sizeof(float), kGroup * sizeof(float));
-      for (int k = 0; k < kUnroll; ++k) {
-        const V e = Loss::term(load<V>(from + k * kLanes) - m);
-        store(out + k * kLanes, e);
-        sum[k] = sum[k] + e;
+      for (int first = 0; first < kUnroll; first += kAtOnce) {
+        V distance[kAtOnce], e[kAtOnce];
+        for (int u = 0; u < kAtOnce; ++u) distance[u] = load<V>(from + (first + u) * kLanes) - m;
+        Loss::terms(distance, e);
+        for (int u = 0; u < kAtOnce; ++u) {
+          store(out + (first + u) * kLanes, e[u]);
+          sum[first + u] = sum[first + u] + e[u];
+        }
       }
     }
     for (int k = 1; k < kUnroll; ++k) sum[0] = sum[0] + sum[k];

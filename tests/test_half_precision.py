@@ -13,6 +13,7 @@ from torch import Tensor
 import mbkern
 
 DTYPES = [torch.bfloat16, torch.float16]
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 88.0, -88.0, 3e4, 1e-7, -6e-8, torch.inf, -torch.inf, torch.nan]
 LAYOUTS = ["plain", "in place", "odd beginnings", "every other"]
 # Around a vector, the vectors of a step, a chunk and a task.
 SIZES = (1, 15, 64, 480, 512, 1023, 16384 + 512, 33000)
@@ -68,6 +69,46 @@ def test_as_in_fp32(isa: str, dtype: torch.dtype, case: Case, variation: Variati
                     assert torch.equal(loss, want_loss), (size, reduction, layout)
                     for grad, exact in zip(grads, want, strict=True):
                         assert torch.equal(grad, exact.to(dtype)), (size, reduction, layout)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32)
+
+
+def _rounded_bits(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the numbers in ``dtype``, with the one NaN: torch's own conversion makes another."""
+    nan = 0x7FC0 if dtype is torch.bfloat16 else 0x7E00
+    return torch.where(wide.isnan(), nan, _bits(wide.to(dtype)))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("case", ELEMENT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_as_in_fp32(isa: str, dtype: torch.dtype, case: Case) -> None:
+    """Pairwise, with plain gradients, gradients of another type, and accumulated ones."""
+    special = [v for v in SPECIAL if 0 <= v <= 1 or case.name != "binary_cross_entropy"]
+    values = torch.tensor(special * 16)[:64]
+    sample = case.sample((64 * 64,), dtype, case.variations[0])
+    tensors = case.tensors(sample)
+    first, second, *_ = tensors
+    tensors[first] = values.repeat_interleave(64).to(dtype)
+    tensors[second] = values.repeat(64).to(dtype)
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    losses, want = mbkern.loss_and_grad(
+        case.name, **wide, reduction="none", loss_dtype=torch.float32
+    )
+    numbers = want.isfinite()
+    for options in ({"reduction": "none"}, {"reduction": "sum"}):
+        got, grad = mbkern.loss_and_grad(case.name, **tensors, **options, loss_dtype=torch.float32)
+        assert torch.equal(_bits(grad), _rounded_bits(want, dtype))
+        if options["reduction"] == "none":
+            assert torch.equal(_bits(got), _bits(losses))
+    mixed = tensors | {second: wide[second]}
+    _, grad = mbkern.loss_and_grad(case.name, **mixed, reduction="sum")
+    assert torch.equal(_bits(grad), _rounded_bits(want, dtype))
+    buffer = torch.full(grad.shape, 0.25)
+    mbkern.loss_and_grad(case.name, **tensors, reduction="sum", grad_out=buffer, accumulate=True)
+    assert torch.equal(_bits(buffer[numbers]), _bits((want + 0.25)[numbers]))
 
 
 @pytest.mark.cpu

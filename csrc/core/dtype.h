@@ -161,17 +161,17 @@ MBK_FN void store(S* p, V v) {
   }
 }
 
+#if MBK_SIMD
 // stream() of core/lane.h, into a 16-bit type: p is aligned to half a vector.
 template <class S>
 MBK_FN void stream(S* p, f32v v) {
-#if MBK_SIMD && defined(__AVX512F__)
+#if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)p, (__m256i)narrow_vector<S>(v));
-#elif MBK_SIMD
-  _mm_stream_si128((__m128i*)p, (__m128i)narrow_vector<S>(v));
 #else
-  *p = narrow<S>(v);
+  _mm_stream_si128((__m128i*)p, (__m128i)narrow_vector<S>(v));
 #endif
 }
+#endif
 
 // A scalar argument: read where it lies.
 MBK_FN double read(const Scalar& s) {

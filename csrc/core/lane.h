@@ -4,9 +4,9 @@
 //
 // Everything above this file is written for "V", which is float or double (the scalar tier and
 // CUDA) or the vectors f32v and f64v of the ISA being compiled. + - * / < ?: and integer shifts
-// come from the compiler's vector extensions; only what those lack (fma, square root, partial
-// access) is named here. No function may be contracted, reordered or approximated: see
-// docs/numerics.md.
+// come from the compiler's vector extensions; what those lack (fma, square root, partial access),
+// or compile to more than one instruction, is named here. No function may be contracted, reordered
+// or approximated: see docs/numerics.md.
 //
 // One definition rule: the build compiles these headers once per ISA with MBK_ISA defined, so every
 // symbol lives in namespace mbk::MBK_ISA and every function is inlined. No STL here: a weak
@@ -306,6 +306,11 @@ template <class V>
 MBK_FN V canonical(V x) {
   return select(is_nan(x), quiet_nan<V>(), x);
 }
+// Lanes in which one of two is NaN.
+template <class V>
+MBK_FN auto either_nan(V a, V b) {
+  return is_nan(a) | is_nan(b);
+}
 // Whether the lanes have scale(p, n): p 2^n for a whole n, rounded once; a NaN stays one.
 template <class V>
 inline constexpr bool kScales = false;
@@ -316,6 +321,12 @@ MBK_FN f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)
 MBK_FN f64v min(f64v a, f64v b) { return (f64v)_mm512_min_pd((__m512d)a, (__m512d)b); }
 MBK_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 MBK_FN f64v max(f64v a, f64v b) { return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b); }
+MBK_FN i32v either_nan(f32v a, f32v b) {
+  return (i32v)_mm512_movm_epi32(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q));
+}
+MBK_FN i64v either_nan(f64v a, f64v b) {
+  return (i64v)_mm512_movm_epi64(_mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_UNORD_Q));
+}
 // Of a number's kinds, from the lowest digit: quiet and signalling NaN, 0, 1, -inf, inf, negative,
 // positive. Digits are answers: 0 the first operand, 1 the second, 3 a NaN, 4 -inf, 5 inf.
 inline constexpr int kNumberOrFirst = 0x11111100, kLogEdges = 0x03530433;
@@ -335,6 +346,12 @@ MBK_FN f32v min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)
 MBK_FN f64v min(f64v a, f64v b) { return (f64v)_mm256_min_pd((__m256d)a, (__m256d)b); }
 MBK_FN f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
 MBK_FN f64v max(f64v a, f64v b) { return (f64v)_mm256_max_pd((__m256d)a, (__m256d)b); }
+MBK_FN i32v either_nan(f32v a, f32v b) {
+  return (i32v)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+}
+MBK_FN i64v either_nan(f64v a, f64v b) {
+  return (i64v)_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_UNORD_Q);
+}
 #endif
 // a * b + c where one rounding or two make no difference that is promised: fused in fp32; in fp64
 // two roundings, because the x86-64 baseline has no fused operation and emulating it would be slow.

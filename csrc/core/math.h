@@ -62,6 +62,14 @@ template <class V, class... C>
 MBK_FN V horner(V x, V sum, Element<V> c, C... lower) {
   return horner(x, multiply_add(sum, x, splat<V>(c)), lower...);
 }
+// The same of several vectors, a step of all at a time: sum becomes the result.
+template <class V, int n>
+MBK_FN void horner(const V (&)[n], V (&)[n]) {}
+template <class V, int n, class... C>
+MBK_FN void horner(const V (&x)[n], V (&sum)[n], Element<V> c, C... lower) {
+  for (int u = 0; u < n; ++u) sum[u] = multiply_add(sum[u], x[u], splat<V>(c));
+  horner(x, sum, lower...);
+}
 template <class V>
 MBK_FN V canonical_nan(V x, V y) {  // y, or the one NaN where x is NaN
   return select(x == x, y, quiet_nan<V>());
@@ -95,39 +103,65 @@ struct Reduced {
   V r, n;
   Int<V> power;
 };
+template <class V, int n, F32<V> = 0>
+MBK_FN void reduce_exp(const V (&x)[n], Reduced<V> (&a)[n], float bias = 0) {
+  const V magic = splat<V>(0x1.8p23f + bias);  // adding it rounds to an integer
+  V t[n];
+  for (int u = 0; u < n; ++u) t[u] = fma(x[u], splat<V>(0x1.715476p0f), magic);
+  for (int u = 0; u < n; ++u) a[u].n = t[u] - magic, a[u].power = as_int(t[u]);
+  for (int u = 0; u < n; ++u) a[u].r = fma(a[u].n, splat<V>(-0x1.62e43p-1f), x[u]);  // exact
+  for (int u = 0; u < n; ++u) a[u].r = fma(a[u].n, splat<V>(0x1.05c61p-29f), a[u].r);
+}
 template <class V, F32<V> = 0>
 MBK_FN Reduced<V> reduce_exp(V x, float bias = 0) {
-  const V magic = splat<V>(0x1.8p23f + bias);  // adding it rounds to an integer
-  const V t = fma(x, splat<V>(0x1.715476p0f), magic);
-  const V n = t - magic;
-  const V high = fma(n, splat<V>(-0x1.62e43p-1f), x);  // exact
-  return {fma(n, splat<V>(0x1.05c61p-29f), high), n, as_int(t)};
+  const V one[1] = {x};
+  Reduced<V> a[1];
+  reduce_exp(one, a, bias);
+  return a[0];
 }
 // exp(r) = 1 + r (1 + r P(r))
+template <class V, int n, F32<V> = 0>
+MBK_FN void exp_reduced(const Reduced<V> (&a)[n], V (&y)[n]) {
+  V r[n];
+  for (int u = 0; u < n; ++u) r[u] = a[u].r, y[u] = splat<V>(0x1.6a5a54p-10f);
+  horner(r, y, 0x1.123aecp-7f, 0x1.5558a6p-5f, 0x1.55549p-3f, 0x1.fffffcp-2f, 1.0f, 1.0f);
+}
 template <class V, F32<V> = 0>
-MBK_FN V exp_reduced(V r) {
-  return horner(r, splat<V>(0x1.6a5a54p-10f), 0x1.123aecp-7f, 0x1.5558a6p-5f, 0x1.55549p-3f,
-                0x1.fffffcp-2f, 1.0f, 1.0f);
+MBK_FN V exp_reduced(const Reduced<V>& a) {
+  const Reduced<V> one[1] = {a};
+  V y[1];
+  exp_reduced(one, y);
+  return y[0];
 }
 
 // exp(d) for d <= 0, the term of a softmax: 0.9 ulp. Exactly 0 for d < -80 (so it is never
 // denormal), for -inf and for NaN; exactly 1 for 0. The hot loop of the library: ten fp steps, two
-// integer steps.
+// integer steps; of several vectors a step at a time, so that one fills the waits of the others.
+template <class V, int n, F32<V> = 0>
+MBK_FN void exp_nonpositive(const V (&d)[n], V (&y)[n]) {
+  Reduced<V> a[n];
+  reduce_exp(d, a);
+  exp_reduced(a, y);
+  for (int u = 0; u < n; ++u)
+    y[u] = as_float(wrapping_add(as_int(y[u]), shift_left(a[u].power, 23)));
+  for (int u = 0; u < n; ++u) y[u] = select(d[u] >= splat<V>(-80.0f), y[u], splat<V>(0.0f));
+}
 template <class V, F32<V> = 0>
 MBK_FN V exp_nonpositive(V d) {
-  const Reduced<V> a = reduce_exp(d);
-  const V y = as_float(wrapping_add(as_int(exp_reduced(a.r)), shift_left(a.power, 23)));
-  return select(d >= splat<V>(-80.0f), y, splat<V>(0.0f));
+  const V one[1] = {d};
+  V y[1];
+  exp_nonpositive(one, y);
+  return y[0];
 }
 
-// exp(x): 0.9 ulp. 2^n is applied in two factors, since n reaches from -150 to 128.
+// exp(x): 0.9 ulp. Without scale() 2^n is applied in two factors, since n reaches from -150 to 128.
 template <class V, F32<V> = 0>
 MBK_FN V exp(V x) {
   const Reduced<V> a = reduce_exp(min(splat<V>(89.0f), max(splat<V>(-104.0f), x)));
-  if constexpr (kScales<V>) return canonical(scale(exp_reduced(a.r), a.n));
+  if constexpr (kScales<V>) return canonical(scale(exp_reduced(a), a.n));
   const Int<V> half = shift_left(a.power, 22) & bits_of<V>(-__builtin_inff());  // floor(n / 2) 2^23
   const Int<V> rest = wrapping_sub(shift_left(a.power, 23), half);
-  const V y = as_float(wrapping_add(as_int(exp_reduced(a.r)), rest));
+  const V y = as_float(wrapping_add(as_int(exp_reduced(a)), rest));
   return canonical_nan(x, y * as_float(wrapping_add(half, bits_of<V>(1.0f))));
 }
 
@@ -145,7 +179,7 @@ MBK_FN V expm1(V x) {
   return canonical_nan(x, or_sign(y, x));  // the sign is lost only of -0
 }
 
-// p 2^n, denormal where it must be, from `power` with a bias of 64.
+// p 2^n, denormal where it must be; `power` has a bias of 64.
 template <class V, F32<V> = 0>
 MBK_FN V scale_down(V p, const Reduced<V>& a) {
   if constexpr (kScales<V>) return scale(p, a.n);
@@ -167,7 +201,7 @@ MBK_FN V sigmoid(V x) {
 template <class V, F32<V> = 0>
 MBK_FN V exp_of_minus_abs(V x) {
   const Reduced<V> a = reduce_exp(max(splat<V>(-104.0f), -abs(x)), 64);
-  return scale_down(exp_reduced(a.r), a);
+  return scale_down(exp_reduced(a), a);
 }
 template <class V, F32<V> = 0>
 MBK_FN V log1p_of_exp(V e) {

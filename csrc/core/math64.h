@@ -51,6 +51,11 @@ MBK_FN V exp_nonpositive(V d) {
   return select(d >= splat<V>(-700.0), y, splat<V>(0.0));
 }
 
+template <class V, int n, F64<V> = 0>
+MBK_FN void exp_nonpositive(const V (&d)[n], V (&y)[n]) {
+  for (int u = 0; u < n; ++u) y[u] = exp_nonpositive(d[u]);
+}
+
 template <class V, F64<V> = 0>
 MBK_FN V exp(V x) {
   const Reduced64<V> a = reduce_exp(min(splat<V>(710.0), max(splat<V>(-746.0), x)));

@@ -31,9 +31,11 @@ MBK_FN T item_value(const void* values, const Strides& strides, const ItemPositi
 }
 
 // The target class; -1 for an ignored item. The binding has checked that it is in range otherwise.
+MBK_FN int64_t target_class(const RowArgs& a, int64_t index) {
+  return index == a.ignore_index || (uint64_t)index >= (uint64_t)a.columns ? -1 : index;
+}
 MBK_FN int64_t item_target(const RowArgs& a, const ItemPosition& at) {
-  const int64_t t = read_index(a.target, a.target_type, at.offset(a.target_strides));
-  return t == a.ignore_index || (uint64_t)t >= (uint64_t)a.columns ? -1 : t;
+  return target_class(a, read_index(a.target, a.target_type, at.offset(a.target_strides)));
 }
 
 // The weight that an item has in the mean's divisor.

@@ -91,10 +91,12 @@ struct LongRow : RowSums<Loss, In> {
       prefetch(next.grad, j * (int64_t)sizeof(Out), kGroup * sizeof(Out));
       constexpr int kAtOnce = lanes<W> == 1 ? 1 : Base::kAtOnce;
       for (int first = 0; first < kGroup; first += kAtOnce * lanes<W>) {
-        W term[kAtOnce], capped[kAtOnce];
-        for (int u = 0; u < kAtOnce; ++u) {
-          capped[u] = load<W>(p + first + u * lanes<W>);
-          term[u] = kKept ? capped[u] : Loss::term(capped[u] - m);
+        W capped[kAtOnce], term[kAtOnce];
+        for (int u = 0; u < kAtOnce; ++u) term[u] = capped[u] = load<W>(p + first + u * lanes<W>);
+        if constexpr (!kKept) {
+          W distance[kAtOnce];
+          for (int u = 0; u < kAtOnce; ++u) distance[u] = capped[u] - m;
+          Loss::terms(distance, term);
         }
         for (int u = 0; u < kAtOnce; ++u) {
           const int k = first + u * lanes<W>;

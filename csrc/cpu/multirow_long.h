@@ -255,16 +255,18 @@ struct Rows {
     constexpr int kUnroll = kGroup / lanes<V> < 4 ? kGroup / lanes<V> : 4;
     const V low = splat<V>(-(T)__builtin_inff());
     V m[kUnroll];
-    Int<V> nan[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) m[k] = low, nan[k] = Int<V>{};
+    Int<V> nan[kUnroll / 2];
+    for (V& largest : m) largest = low;
+    for (Int<V>& some : nan) some = Int<V>{};
     for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
       const Block b = open(begin, -1, false);
       const int whole = b.full * kGroup;
       for (int j = 0; j < whole; j += kUnroll * lanes<V>)
-        for (int k = 0; k < kUnroll; ++k) {
-          const V v = load<V>(b.main[i] + j + k * lanes<V>);
-          m[k] = max(v, m[k]);
-          nan[k] |= is_nan(v);
+        for (int k = 0; k < kUnroll; k += 2) {
+          const V v = load<V>(b.main[i] + j + k * lanes<V>),
+                  w = load<V>(b.main[i] + j + (k + 1) * lanes<V>);
+          m[k] = max(v, m[k]), m[k + 1] = max(w, m[k + 1]);
+          nan[k / 2] |= either_nan(v, w);
         }
       for (int k = 0; k < b.rest; k += lanes<V>) {
         const V v =
@@ -273,10 +275,8 @@ struct Rows {
         nan[0] |= is_nan(v);
       }
     }
-    for (int k = 1; k < kUnroll; ++k) {
-      m[0] = max(m[0], m[k]);
-      nan[0] |= nan[k];
-    }
+    for (int k = 1; k < kUnroll; ++k) m[0] = max(m[0], m[k]);
+    for (int k = 1; k < kUnroll / 2; ++k) nan[0] |= nan[k];
     const T largest = max_lanes(m[0]) + 0;  // + 0: a maximum of -0 is that of +0
     result = (double)largest;
     return !any(nan[0]) && abs(largest) < (T)__builtin_inff();

@@ -56,8 +56,7 @@ struct TargetItems {
   MBK_PASS void read() {
     with_index(a.target, a.target_type, [&](auto* targets) {
       each([&](int k, const ItemPosition& at) {
-        const int64_t t = targets[at.offset(a.target_strides)];
-        target[k] = t == a.ignore_index || (uint64_t)t >= (uint64_t)a.columns ? -1 : t;
+        target[k] = target_class(a, targets[at.offset(a.target_strides)]);
       });
     });
     with_storage(x.dtype, [&](auto* type) {

@@ -65,8 +65,8 @@ struct Extras {
       : factor(f), weight(w), rescale(r), item_scale(s), losses(l), any(w || r || s) {}
 };
 
-// Elements from k on. Usual are the usual flags, no extras, and nothing wanted but the loss and the
-// gradient of the first input: without a branch, so that the vectors' steps can be interleaved.
+// Elements from k on. Usual are fp32, the usual flags, no extras, and nothing wanted but the sum of
+// the losses and the gradient of the first input: no branch then keeps the vectors' steps apart.
 template <class Loss, bool kUsual, class Call, class S, class T, class V, int kVectors>
 MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Extras<T>& extras,
                  int k, V (&loss)[kVectors], bool keep_loss) {
@@ -119,12 +119,12 @@ template <class Loss, class Call, class S, class T>
 MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
                   const Extras<T>& extras, int whole, bool keep_losses, ExactBins& bins,
                   bool sums) {
-  bool usual = !extras.any && !keep_losses && operands.only_first_grad();
-  if constexpr (has_flags<Call>(0)) usual = usual && call.usual();
-  if (usual)
-    steps<Loss, true>(call, operands, extras, whole, false, bins, sums);
-  else
-    steps<Loss, false>(call, operands, extras, whole, keep_losses, bins, sums);
+  if constexpr (sizeof(T) == 4) {
+    bool usual = !extras.any && !keep_losses && operands.only_first_grad();
+    if constexpr (has_flags<Call>(0)) usual = usual && call.usual();
+    if (usual) return steps<Loss, true>(call, operands, extras, whole, false, bins, sums);
+  }
+  steps<Loss, false>(call, operands, extras, whole, keep_losses, bins, sums);
 }
 
 }  // namespace

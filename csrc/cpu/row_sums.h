@@ -14,8 +14,9 @@ struct RowSums {
   typedef Vector<T> V;
   typedef typename Loss::template Call<T> Call;
   static constexpr int kLanes = lanes<V>, kUnroll = kGroup / kLanes;
-  // Terms that are computed before any is stored, so that the steps of one fill the waits of others.
-  static constexpr int kAtOnce = kLanes == 16 ? 4 : 1;
+  // Terms that are computed before any is stored, so that the steps of one fill the waits of
+  // others.
+  static constexpr int kAtOnce = kLanes == 16 ? 4 : kLanes == 8 && sizeof(T) == 4 ? 2 : 1;
 
   const RowArgs& args;
   const Call call;
@@ -31,15 +32,19 @@ struct RowSums {
   // Pass 1. With a soft cap, the capped logits go to the buffer.
   MBK_PASS Maximum maximum(const PaddedRow<In>& x) const {
     V m[kUnroll];
-    Int<V> nan[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) m[k] = splat<V>(-(T)__builtin_inff()), nan[k] = Int<V>{};
+    Int<V> nan[kUnroll / 2];
+    for (V& largest : m) largest = splat<V>(-(T)__builtin_inff());
+    for (Int<V>& some : nan) some = Int<V>{};
     for (int64_t j = 0; j < args.columns; j += kGroup) {
       const In* p = x.group(j);
-      for (int k = 0; k < kUnroll; ++k) {
-        const V v = Loss::logit(call, load<V>(p + k * kLanes));
-        if constexpr (Loss::kHasSoftcap) store(buffer + j + k * kLanes, v);
-        m[k] = max(v, m[k]);
-        nan[k] |= is_nan(v);
+      for (int k = 0; k < kUnroll; k += 2) {
+        V v[2];
+        for (int u = 0; u < 2; ++u) {
+          v[u] = Loss::logit(call, load<V>(p + (k + u) * kLanes));
+          if constexpr (Loss::kHasSoftcap) store(buffer + j + (k + u) * kLanes, v[u]);
+          m[k + u] = max(v[u], m[k + u]);
+        }
+        nan[k / 2] |= either_nan(v[0], v[1]);
       }
     }
     const V largest =
@@ -130,18 +135,19 @@ struct RowSums {
                                  bool in_tail) __attribute__((always_inline)) {
         prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
         for (int first = 0; first < kUnroll; first += kAtOnce) {
-          V terms_at_once[kAtOnce];
-          for (int u = 0; u < kAtOnce; ++u)
-            terms_at_once[u] = Loss::term(load<V>(p + (first + u) * kLanes) - m);
+          V distance_of[kAtOnce], term[kAtOnce];
+          for (int u = 0; u < kAtOnce; ++u) distance_of[u] = load<V>(p + (first + u) * kLanes) - m;
+          Loss::terms(distance_of, term);
           for (int k = first; k < first + kAtOnce; ++k) {
-            V e = terms_at_once[k - first];
+            V e = term[k - first];
             if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
               const V logit = in_tail ? load<V>(near_tail + k * kLanes) : load<V>(p + k * kLanes);
               const V qs = q.template at<V>(call, j, k * kLanes);
               for (int part = 0; part < kWide; ++part) {
                 W& d = distance[k * kWide + part];
                 if constexpr (Loss::kWideDistance) {
-                  d = Loss::add_distance(to_double(logit, part) - (double)m, to_double(qs, part), d);
+                  d = Loss::add_distance(to_double(logit, part) - (double)m, to_double(qs, part),
+                                         d);
                 } else {
                   d = Loss::add_distance(logit - m, qs, d);
                 }

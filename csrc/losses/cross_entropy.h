@@ -71,10 +71,14 @@ struct SoftmaxCrossEntropy {
     }
   }
 
-  // e_j, of the distance c_j - m.
+  // e_j, of the distance c_j - m; of several vectors at once.
   template <class V>
   MBK_FN static V term(V distance) {
     return exp_nonpositive(distance);
+  }
+  template <class V, int n>
+  MBK_FN static void terms(const V (&distance)[n], V (&e)[n]) {
+    exp_nonpositive(distance, e);
   }
 
   // Adds q_j (m - c_j) to a sum.
