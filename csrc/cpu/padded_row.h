@@ -38,11 +38,6 @@ MBK_PASS void fill(S* grad, int64_t n, Compute<S> value) {
     grad[j] = narrow<S>(kAccumulate ? canonical((T)(widen(grad[j]) + value)) : value);
 }
 
-template <bool kValue>
-struct Constant {
-  static constexpr bool value = kValue;
-};
-
 // The rows that come after this one, fetched into the second-level cache while it is computed: the
 // input during the sums, memory for a gradient during the gradient. Null: nothing to fetch.
 struct NextRows {

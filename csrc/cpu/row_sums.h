@@ -113,8 +113,13 @@ struct RowSums {
   template <bool kKeep, class S>
   MBK_PASS T sums(const PaddedRow<S>& x, T m, int64_t apart, const Coefficients<Loss, In>& q,
                   T* terms, T* tail_terms, const NextRows& next, double (&result)[3]) const {
+    // The group of `apart`, in a copy where it has no term: in a loop of its own it would end the
+    // others' loop where no processor foresees it.
     const int64_t group_apart = apart / kGroup * kGroup;
-    T terms_apart[kGroup];
+    S others[kGroup];
+    memcpy(others, x.group(group_apart), sizeof others);
+    const T term_apart = Loss::term((T)widen(others[apart - group_apart]) - m);
+    others[apart - group_apart] = narrow<S>(-(T)__builtin_inff());
     // Padding is -inf for the terms, but must be at a finite distance for the coefficients' sum.
     T near_tail[kGroup];
     if constexpr (Loss::kHasCoefficients)
@@ -131,17 +136,20 @@ struct RowSums {
       W distance[kUnroll * kWide];
       for (int k = 0; k < kUnroll; ++k) sum[k] = coefficient[k] = V{};
       for (W& d : distance) d = W{};
-      const auto add_group = [&](auto has_apart, int64_t j, const S* p, T* to,
-                                 bool in_tail) __attribute__((always_inline)) {
+      for (int64_t j = begin; j < end; j += kGroup) {
+        const bool in_tail = j == x.tail;
+        const S* const logits = in_tail ? x.padded : x.data + j;
+        const S* const p = j == group_apart ? others : logits;
+        T* const to = !kKeep ? nullptr : in_tail ? tail_terms : terms + j;
         prefetch(next.input, j * (int64_t)sizeof(In), kGroup * sizeof(In));
         for (int first = 0; first < kUnroll; first += kAtOnce) {
           V distance_of[kAtOnce], term[kAtOnce];
           for (int u = 0; u < kAtOnce; ++u) distance_of[u] = load<V>(p + (first + u) * kLanes) - m;
           Loss::terms(distance_of, term);
           for (int k = first; k < first + kAtOnce; ++k) {
-            V e = term[k - first];
-            if constexpr (Loss::kHasCoefficients) {  // before e, in place, takes the logit's memory
-              const V logit = in_tail ? load<V>(near_tail + k * kLanes) : load<V>(p + k * kLanes);
+            if constexpr (Loss::kHasCoefficients) {  // before a term, in place, takes the memory
+              const V logit =
+                  in_tail ? load<V>(near_tail + k * kLanes) : load<V>(logits + k * kLanes);
               const V qs = q.template at<V>(call, j, k * kLanes);
               for (int part = 0; part < kWide; ++part) {
                 W& d = distance[k * kWide + part];
@@ -154,29 +162,9 @@ struct RowSums {
               }
               coefficient[k] = coefficient[k] + qs;
             }
-            if constexpr (kKeep) store(to + k * kLanes, e);
-            if constexpr (decltype(has_apart)::value) {
-              store(terms_apart + k * kLanes, e);
-              e = select(lane_numbers<V>(k * kLanes) == splat<V>((T)(apart - j)), V{}, e);
-            }
-            sum[k] = sum[k] + e;
+            if constexpr (kKeep) store(to + k * kLanes, term[k - first]);
+            sum[k] = sum[k] + term[k - first];
           }
-        }
-      };
-      for (int64_t j = begin; j < end;) {
-        const bool in_tail = j == x.tail;
-        const S* p = in_tail ? x.padded : x.data + j;
-        T* to = !kKeep ? nullptr : in_tail ? tail_terms : terms + j;
-        if (j == group_apart) {
-          add_group(Constant<true>{}, j, p, to, in_tail);
-          j += kGroup;
-          continue;
-        }
-        int64_t stop = in_tail || end < x.tail ? end : x.tail;
-        if (j < group_apart && group_apart < stop) stop = group_apart;
-        for (; j < stop; j += kGroup, p += kGroup) {
-          add_group(Constant<false>{}, j, p, to, in_tail);
-          if constexpr (kKeep) to += kGroup;
         }
       }
       rest.add(sum_lanes(sum));
@@ -186,7 +174,9 @@ struct RowSums {
     result[Loss::kRest] = (double)rest.total();
     if constexpr (Loss::kSums > 1) result[Loss::kDistance] = (double)distances.total();
     if constexpr (Loss::kSums > 2) result[Loss::kCoefficients] = (double)coefficients.total();
-    return terms_apart[apart - group_apart];
+    if constexpr (kKeep && !Loss::kHasIndex)  // a target's own gradient is not made of its term
+      (apart < x.tail ? terms + apart : tail_terms + (apart - x.tail))[0] = term_apart;
+    return term_apart;
   }
 };
 
