@@ -136,7 +136,8 @@ MBK_FN V exp_reduced(const Reduced<V>& a) {
 
 // exp(d) for d <= 0, the term of a softmax: 0.9 ulp. Exactly 0 for d < -80 (so it is never
 // denormal), for -inf and for NaN; exactly 1 for 0. The hot loop of the library: ten fp steps, two
-// integer steps; of several vectors a step at a time, so that one fills the waits of the others.
+// integer steps; of several vectors a step at a time, so that one fills the waits of the others: d
+// is read again at the end, so y must not be d.
 template <class V, int n, F32<V> = 0>
 MBK_FN void exp_nonpositive(const V (&d)[n], V (&y)[n]) {
   Reduced<V> a[n];
