@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from guarded import Arena, in_child
 from torch import Tensor
 
 from mbkern import _C
@@ -98,6 +99,70 @@ def test_the_chain_is_one_of_fused_operations() -> None:
     c = products.product(torch.tensor([[-1.0]]), a, b)
     exact = (1 + 2.0**-12) ** 2 - 1  # 2^-11 + 2^-24: fits a float, a rounded product would not
     assert c.item() == torch.tensor(exact + 2.0**-30, dtype=torch.float64).float().item()
+
+
+# Of (depth, width) matrices: neighbours along the width, along the depth, nowhere.
+LAYOUTS = {
+    "width": lambda depth, width: (width, 1),
+    "depth": lambda depth, width: (1, depth),
+    "rows of others": lambda depth, width: (1, depth + 3),
+    "neither": lambda depth, width: (3 * width, 3),
+}
+
+
+def integers(arena: Arena, layout: str, depth: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Small whole numbers, whose products add up exactly in every order; guarded."""
+    stride = LAYOUTS[layout](depth, width)
+    like = torch.empty_strided((depth, width), stride, dtype=dtype, device="meta")
+    values = (torch.arange(depth).unsqueeze(1) * 7 + torch.arange(width) * 3) % 17 - 8
+    return arena.output(like).copy_(values)
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operands_are_packed_from_any_layout(
+    isa: str, dtype: torch.dtype, layouts: tuple[str, str]
+) -> None:
+    """Every rest of the depth, and rows and columns around whole tiles; nothing beside an operand
+    is read."""
+    orders = [products.CHAIN]
+    if dtype is torch.bfloat16 and products.has_pairs():
+        orders.append(products.PAIRS)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def all_sizes() -> None:
+        torch.set_num_threads(1)  # torch's own products hang in a child
+        arena = Arena(2, 8 * 3 * 70 * 50)
+        depths = [*range(1, 20), 31, 32, 33, 47, 48, 50]
+        widths = [(12, 32), (11, 31), (13, 33), (16, 48), (6, 16), (7, 15), (23, 17), (28, 70)]
+        for (k, depth), back in itertools.product(enumerate(depths), (True, False)):
+            rows, columns = widths[k % len(widths)]
+            arena.start(0, back)
+            a = integers(arena, layouts[0], depth, rows, dtype)
+            b = integers(arena, layouts[1], depth, columns, dtype)
+            want = (a.double().t() @ b.double()).to(wide)
+            for order in orders:
+                c = torch.full((rows, columns), torch.nan, dtype=wide)
+                products.product(c, a, b, order, fresh=True)
+                assert torch.equal(c, want), (depth, rows, columns, order, back)
+
+    in_child(all_sizes)
+
+
+def test_threads_share_the_work() -> None:
+    """However few rows or columns: as many parts as threads, and the same bits."""
+    threads = torch.get_num_threads()
+    try:
+        for shape in [(300, 13, 700), (300, 700, 13), (300, 100, 100), (300, 1, 1), (40, 512, 512)]:
+            a, b, c = operands(*shape, torch.float32, torch.float32)
+            want = None
+            for n in (1, 2, 3, 7, 16, 61):
+                torch.set_num_threads(n)
+                got = products.product(c.clone(), a, b)
+                want = got if want is None else want
+                assert torch.equal(got, want), (shape, n)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_special_values_and_strides(isa: str) -> None:

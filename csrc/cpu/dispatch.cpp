@@ -114,4 +114,14 @@ bool has_bf16_pairs() {
 #endif
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  const Cpuid vendor(0, 0);
+  return vendor.ebx == signature_AMD_ebx && vendor.ecx == signature_AMD_ecx &&
+         vendor.edx == signature_AMD_edx;
+#else
+  return false;
+#endif
+}
+
 }  // namespace mbk

@@ -21,4 +21,7 @@ void set_current_backend(const std::string& name);
 // Whether the processor multiplies pairs of bf16, and the backend in use would.
 bool has_bf16_pairs();
 
+// Whether AMD made the processor: MKL, which torch is built with, takes AVX2 there at most.
+bool is_amd();
+
 }  // namespace mbk

@@ -5,14 +5,11 @@
 //
 // As in BLIS (Van Zee & van de Geijn 2015), operands are packed into the order in which they are
 // used, widened on the way, and a tile of C is held in registers while the depth runs by.
-#include "core/dtype.h"
-#include "core/product_args.h"
+#include "cpu/pack.h"
 #include "cpu/parallel.h"
 
 namespace mbk::MBK_ISA {
 namespace {
-
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- a tile of C in registers -------------------------------------------------------------------
 
@@ -43,16 +40,30 @@ struct Accumulators {
   V v[kTileRows][kTileVectors];
 
   MBK_FN explicit Accumulators(const TilePlace<T>& p) {
-    for (int i = 0; i < kTileRows; ++i)
-      for (int j = 0; j < kTileVectors; ++j)
-        v[i][j] = p.start ? load<V>(p.start + i * p.start_stride + j * lanes<V>) : V{};
+    if (p.start) {
+      for (int i = 0; i < kTileRows; ++i)
+        for (int j = 0; j < kTileVectors; ++j)
+          v[i][j] = load<V>(p.start + i * p.start_stride + j * lanes<V>);
+    } else {
+      for (int i = 0; i < kTileRows; ++i)
+        for (int j = 0; j < kTileVectors; ++j) {
+          v[i][j] = V{};
+          __builtin_prefetch(p.c + i * p.stride + j * lanes<V>, 1);
+        }
+    }
   }
   MBK_FN void finish(const TilePlace<T>& p) const {
-    for (int i = 0; i < kTileRows; ++i)
-      for (int j = 0; j < kTileVectors; ++j) {
-        T* const place = p.c + i * p.stride + j * lanes<V>;
-        store(place, canonical(p.add ? load<V>(place) + v[i][j] : v[i][j]));
-      }
+    if (p.add) {
+      for (int i = 0; i < kTileRows; ++i)
+        for (int j = 0; j < kTileVectors; ++j) {
+          T* const place = p.c + i * p.stride + j * lanes<V>;
+          store(place, canonical(load<V>(place) + v[i][j]));
+        }
+    } else {
+      for (int i = 0; i < kTileRows; ++i)
+        for (int j = 0; j < kTileVectors; ++j)
+          store(p.c + i * p.stride + j * lanes<V>, canonical(v[i][j]));
+    }
   }
 };
 
@@ -75,83 +86,10 @@ MBK_PASS void chain_tile(const void* packed_a, const void* packed_b, int64_t dep
   sum.finish(place);
 }
 
-// ---- packing ------------------------------------------------------------------------------------
-
-// to(k, i) = o(k, i), widened, for `depth` by kWidth elements from (first_k, first) on; 0 past
-// `count`.
-typedef void (*Pack)(void* to, const Operand& o, int64_t first_k, int64_t first, int64_t depth,
-                     int64_t count);
-
-template <class S>
-MBK_FN const S* begin_of(const Operand& o, int64_t k, int64_t i) {
-  return (const S*)o.data + k * o.depth_stride + i * o.stride;
-}
-
-template <int kWidth, class S>
-MBK_PASS void pack(void* packed, const Operand& o, int64_t first_k, int64_t first, int64_t depth,
-                   int64_t count) {
-  typedef Compute<S> T;
-  typedef Vector<T> V;
-  const S* from = begin_of<S>(o, first_k, first);
-  const int64_t down = o.depth_stride, across = o.stride;
-  T* to = (T*)packed;
-  if (count < kWidth) {
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = 0; i < kWidth; ++i)
-        to[k * kWidth + i] = i < count ? widen(from[k * down + i * across]) : (T)0;
-  } else if (across == 1) {
-    constexpr int kRest = kWidth % lanes<V>;
-    for (int64_t k = 0; k < depth; ++k, from += down, to += kWidth) {
-      for (int j = 0; j < kWidth - kRest; j += lanes<V>) store(to + j, load<V>(from + j));
-      for (int j = kWidth - kRest; j < kWidth; ++j) to[j] = widen(from[j]);
-    }
-  } else {
-    // Down the depth, where neighbours are, usually: a few lines of each row are in use at a time.
-    constexpr int64_t kRun = 64;
-    for (int64_t begin = 0; begin < depth; begin += kRun) {
-      const int64_t end = smaller(begin + kRun, depth);
-      for (int64_t i = 0; i < kWidth; ++i)
-        for (int64_t k = begin; k < end; ++k)
-          to[k * kWidth + i] = widen(from[k * down + i * across]);
-    }
-  }
-}
-
-template <int kWidth>
-Pack find_pack(DType type) {
-  switch (type) {
-    case DType::f32:
-      return &pack<kWidth, float>;
-    case DType::bf16:
-      return &pack<kWidth, bf16>;
-    case DType::f16:
-      return &pack<kWidth, f16>;
-    default:
-      return nullptr;
-  }
-}
-
 // ---- bf16 in pairs ------------------------------------------------------------------------------
 
 #if MBK_SIMD && defined(__AVX512F__)
 #define MBK_PAIRS 1
-
-// Pairs of the depth, the first one low; the last one of an odd depth is paired with 0.
-template <int kWidth>
-MBK_PASS void pack_pairs(void* packed, const Operand& o, int64_t first_k, int64_t first,
-                         int64_t depth, int64_t count) {
-  const uint16_t* from = begin_of<uint16_t>(o, first_k, first);
-  const int64_t down = o.depth_stride, across = o.stride;
-  uint32_t* to = (uint32_t*)packed;
-  for (; depth >= 2 && count >= kWidth && across == 1; depth -= 2, from += 2 * down, to += kWidth)
-    for (int i = 0; i < kWidth; ++i) to[i] = (uint32_t)from[i] | (uint32_t)from[down + i] << 16;
-  for (int64_t k = 0; k < depth; k += 2, from += 2 * down, to += kWidth)
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const uint32_t low = i < count ? from[i * across] : 0;
-      const uint32_t high = i < count && k + 1 < depth ? from[down + i * across] : 0;
-      to[i] = low | high << 16;
-    }
-}
 
 MBK_PASS double largest_of_pairs(const void* packed, int64_t n) {
   const uint32_t* const pairs = (const uint32_t*)packed;
@@ -210,12 +148,8 @@ MBK_PASS double largest(const void* packed, int64_t n) {
 // The depth that is packed at once. A chain may be cut anywhere; longer runs go over C less often.
 constexpr int64_t kChainDepth = 512;
 constexpr int64_t kBytesOfB = 1 << 20;
-static_assert(kBytesOfB + kChainDepth * kTileRows * 8 <= kProductScratch, "a strip of A fits");
-
-// Columns that are packed at once, in whole tiles.
-template <class T>
-constexpr int64_t kPanelColumns =
-    kBytesOfB / (kChainDepth * (int64_t)sizeof(T)) / kTileColumns<T> * kTileColumns<T>;
+static_assert(kBytesOfB + kChainDepth * kTileRows * 8 + 64 <= kProductScratch,
+              "a strip of A fits, and a vector that hangs over");
 
 template <class T>
 struct Part {
@@ -284,26 +218,54 @@ struct Part {
   }
 };
 
-// Parts of C, enough of them that threads end together, yet with rows to use a panel for.
+constexpr int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How many panels of columns C is cut into, each at most what is packed at once, and how many parts
+// of rows those: enough that all threads have work and end together, yet with rows to use a panel
+// for, and columns to use a strip for, as long as there are any.
+struct Cut {
+  int64_t panels, parts, columns, rows;  // columns and rows of one, in whole tiles
+
+  MBK_FN Cut(const ProductArgs& p, int64_t most_columns, int64_t tile_columns) {
+    constexpr int64_t kGoodRows = 16 * kTileRows, kFewRows = 4 * kTileRows, kPartsOfThread = 4;
+    const int64_t threads = p.threads, few_columns = 4 * tile_columns;
+    panels = parts_of(p.columns, most_columns), parts = 1;
+    if (threads > 1) {
+      parts = cut(p.rows, kGoodRows, parts_of(threads * kPartsOfThread, panels));
+      if (parts * panels < threads)
+        panels = larger(panels, cut(p.columns, few_columns, parts_of(threads, parts)));
+      if (parts * panels < threads) parts = cut(p.rows, kFewRows, parts_of(threads, panels));
+      const int64_t even = threads / divisor(threads, panels);
+      if (parts >= even) parts = parts / even * even;
+    }
+    columns = parts_of(parts_of(p.columns, panels), tile_columns) * tile_columns;
+    rows = parts_of(parts_of(p.rows, parts), kTileRows) * kTileRows;
+    panels = parts_of(p.columns, columns), parts = parts_of(p.rows, rows);
+  }
+
+ private:
+  // At most `wanted` pieces, each of at least `least` if there is more than one.
+  static int64_t cut(int64_t whole, int64_t least, int64_t wanted) {
+    return larger(smaller(whole / least, wanted), 1);
+  }
+  static int64_t divisor(int64_t a, int64_t b) { return b ? divisor(b, a % b) : a; }
+};
+
 template <class T>
 MBK_PASS void product(const ProductArgs& p, const Way<T>& way) {
-  constexpr int64_t kLeastRows = 16 * kTileRows, kPartsOfThread = 4;
-  const int64_t panels = (p.columns + kPanelColumns<T> - 1) / kPanelColumns<T>;
-  if (!p.rows || !panels) return;
-  const int64_t wanted = (p.threads > 1 ? p.threads * kPartsOfThread : 1) / panels + 1;
-  int64_t rows = (p.rows + wanted - 1) / wanted;
-  if (rows < kLeastRows) rows = kLeastRows;
-  rows = (rows + kTileRows - 1) / kTileRows * kTileRows;
-  const int64_t parts = (p.rows + rows - 1) / rows;
-  auto body = [&p, &way, rows, parts](int64_t begin, int64_t end, int thread) {
+  if (!p.rows || !p.columns) return;
+  const int64_t bytes = kChainDepth * way.element_bytes / way.element_depth;
+  const Cut cut(p, kBytesOfB / bytes / kTileColumns<T> * kTileColumns<T>, kTileColumns<T>);
+  auto body = [&p, &way, &cut](int64_t begin, int64_t end, int thread) {
     char* const scratch = p.scratch + thread * kProductScratch;
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t i = k % parts * rows, j = k / parts * kPanelColumns<T>;
-      const Part<T> part{p, way, scratch, scratch + kBytesOfB, i, smaller(p.rows, i + rows)};
-      part.run(j, smaller(kPanelColumns<T>, p.columns - j));
+      const int64_t i = k % cut.parts * cut.rows, j = k / cut.parts * cut.columns;
+      const Part<T> part{p, way, scratch, scratch + kBytesOfB, i, smaller(p.rows, i + cut.rows)};
+      part.run(j, smaller(cut.columns, p.columns - j));
     }
   };
-  parallel_for(parts * panels, 1, p.threads, body);
+  parallel_for(cut.parts * cut.panels, 1, p.threads, body);
 }
 
 }  // namespace

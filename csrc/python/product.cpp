@@ -65,6 +65,7 @@ py::object product(const py::tuple& fields) {
 void add_product(py::module_& m) {
   m.def("product", &product, py::arg("fields"));
   m.def("has_bf16_pairs", &has_bf16_pairs);
+  m.def("is_amd", &is_amd);
   m.attr("PRODUCT_SCRATCH") = kProductScratch;
   m.attr("PRODUCT_BLOCK") = kProductBlock;
 }

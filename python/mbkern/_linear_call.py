@@ -35,6 +35,7 @@ _NUMBER = find("cross_entropy").number
 _CHUNK_BYTES = 64 << 20  # more than the caches hold: torch's products take longer with fewer rows
 _CHUNK_BYTES_CUDA = 512 << 20  # never measured
 _PACKED_ROWS, _PACKED_TERMS = 128, 1 << 24  # from which our product is worth its packing
+_TILE_ROWS = 16  # the same, where torch's takes twice the time
 
 
 @dataclass(slots=True)
@@ -94,11 +95,17 @@ class LinearCall(LinearRows):
         if not self.has_index:
             self.logits_dtype = torch.promote_types(self.logits_dtype, self.target.dtype)
         self.step = self._rows_of_chunk()
+        self.own_input_gradient = self.own or (
+            self.step >= _TILE_ROWS and products.beat_torch(dtype) and not on_cuda(self.x)
+        )
         # torch's product of logits takes half as long again where their rows are not aligned. Ours
         # needs some rows to be worth its packing; in blocks it rounds at most 1.4 times as much.
-        unaligned = dtype is torch.float32 and self.w.shape[0] * dtype.itemsize % 64 != 0
+        single = dtype is torch.float32
+        unaligned = single and self.w.shape[0] * dtype.itemsize % 64 != 0
         large = self.step >= _PACKED_ROWS and self.step * self.w.numel() >= _PACKED_TERMS
-        self.own_logits = self.own or (self.fast and unaligned and large)
+        self.own_logits = (
+            self.own or (self.fast and unaligned and large) or (self.own_input_gradient and single)
+        )
         in_blocks = not self.own and self.w.shape[1] > products.BLOCK
         self.order_of_logits = products.BLOCKS if in_blocks else products.CHAIN
 
@@ -192,14 +199,18 @@ class LinearCall(LinearRows):
 
     def _input_gradient(self, g: Tensor, first: int, end: int, out: Tensor | None) -> Tensor:
         """``G W``; of full precision where it is ours."""
-        if self.own or self.skip_below:
-            shape = (g.shape[0], self.w.shape[1])
-            dx = torch.zeros(shape, dtype=self.compute, device=g.device)
+        direct = self.rows is None and self.scale is None
+        place = out[first:end] if out is not None and direct else None
+        if self.own_input_gradient or self.skip_below:
+            dx = place
+            if dx is None or dx.dtype is not self.compute or not dx.is_contiguous():
+                shape = (g.shape[0], self.w.shape[1])
+                dx = torch.empty(shape, dtype=self.compute, device=g.device)
             order = products.BLOCKS if self.own else self._order(g)
             order = products.BLOCKS if order == products.CHAIN else order
-            return products.product(dx, g.t(), self.w, order, skip_below=self.skip_below)
-        direct = out is not None and self.rows is None and self.scale is None
-        return torch.mm(g, self.w, out=out[first:end] if direct else None)  # type: ignore[index]
+            skip_below = self.skip_below
+            return products.product(dx, g.t(), self.w, order, fresh=True, skip_below=skip_below)
+        return torch.mm(g, self.w, out=place)
 
     def _keep(self, dx: Tensor, first: int, end: int, out: Tensor) -> None:
         dx = converted(dx, out.dtype)
