@@ -45,12 +45,14 @@ class List {
       for (int d = 0; d < std::min(x.dims, kMaxDims); ++d) t.shape[d] = x.shape[d];
     }
     const int dims = dims_[static_cast<std::size_t>(k)];
-    if (x.dims != dims || dims > kMaxDims || !std::equal(x.shape, x.shape + dims, t.shape))
-      return refuse();
+    if (x.dims != dims || dims > kMaxDims) return refuse();
     t.dims = dims;
     View& v = t.views[view];
     v.data = x.data, v.dtype = x.dtype;
-    std::copy(x.strides, x.strides + dims, v.strides);
+    for (int d = 0; d < dims; ++d) {  // a call of a library function takes longer
+      if (x.shape[d] != t.shape[d]) return refuse();
+      v.strides[d] = x.strides[d];
+    }
     if (!t.size) return;
     const View& buffer = t.views[kBuffer];
     bool in_place = view == kListGrad && v.data == buffer.data && v.dtype == buffer.dtype;
@@ -104,6 +106,7 @@ class List {
 
   // Whether two elements of a view may share memory.
   static bool meets_itself(const ListTensor& t, const View& v) {
+    if (t.dims == 1) return t.shape[0] > 1 && v.strides[0] <= 0;
     struct Dim {
       std::int64_t stride, size;
     } dims[kMaxDims];
@@ -124,11 +127,15 @@ class List {
 
   // Whether something that is written meets anything else.
   bool overlap() {
-    others_.insert(others_.end(), buffers_.begin(), buffers_.end());
-    std::sort(others_.begin(), others_.end(),
-              [](const Bytes& a, const Bytes& b) { return a.first < b.first; });
+    const auto earlier = [](const Bytes& a, const Bytes& b) { return a.first < b.first; };
+    for (std::vector<Bytes>* list : {&buffers_, &others_})  // often they are allocated in order
+      if (!std::is_sorted(list->begin(), list->end(), earlier))
+        std::sort(list->begin(), list->end(), earlier);
+    std::vector<Bytes> all(buffers_.size() + others_.size());
+    std::merge(buffers_.begin(), buffers_.end(), others_.begin(), others_.end(), all.begin(),
+               earlier);
     const char *written = nullptr, *any = nullptr;
-    for (const Bytes& b : others_) {
+    for (const Bytes& b : all) {
       if (b.first < written || (b.written && b.first < any)) return true;
       if (b.written) written = std::max(written, b.end);
       any = std::max(any, b.end);

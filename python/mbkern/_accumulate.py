@@ -144,8 +144,9 @@ def accumulate_(
         RuntimeError: a buffer requires grad, outside ``torch.no_grad()``.
         Nothing has been written then.
     """
-    to = as_tensors(buffers, "buffers", written=True)
-    of = as_tensors(grads, "grads")
+    # Lists go to the kernel as they are; it takes tensors only, and looks at each in any case.
+    to = list(buffers) if type(buffers) is list else as_tensors(buffers, "buffers", written=True)
+    of = list(grads) if type(grads) is list else as_tensors(grads, "grads")
     refuse_tracing("accumulate_")
     low = as_long("compensation", compensation, to, written=True)
     keys = None if seeds is None else _as_keys(seeds, len(to))
@@ -154,9 +155,13 @@ def accumulate_(
         refuse_differentiated(low or [], "compensation")
     squares = None
     if measure:
-        device = to[0].device if to and isinstance(to[0], Tensor) else None
+        device = to[0].device if to and isinstance(to[0], Tensor) else torch.device("cpu")
         squares = torch.empty(len(to), dtype=torch.float64, device=device)
-    _launch_lists.accumulate(to, of, alpha, beta, squares, low, keys)
+    more = (alpha, beta, squares, low, keys)
+    if not _launch_lists.accumulate(to, of, *more):
+        to, of = as_tensors(to, "buffers", written=True), as_tensors(of, "grads")
+        if not _launch_lists.accumulate(to, of, *more):
+            _launch_lists.explain_accumulate(to, of, *more)
     return None if squares is None else Measured(squares, squares.isfinite())
 
 

@@ -52,27 +52,42 @@ def accumulate(
     squares: Tensor | None,
     low: list[Tensor | None] | None = None,
     keys: list[int] | None = None,
-) -> None:
+) -> bool:
     """buffers = beta * buffers + alpha * grads; squares: (len,) float64 for the grads' norms.
 
     Of bfloat16 buffers, low: what they cannot hold; keys: of their random rounding instead.
+    Returns False, with nothing written, for what no kernel takes.
     """
     if not buffers and not grads:
-        return
+        return True
     scalars = (scalar_argument(alpha, "alpha"), scalar_argument(beta, "beta"))
     fields = (buffers, grads, low, keys, *scalars, squares)
     if _call(_C.accumulate, buffers, fields, squares is not None) is None:
-        _explain_lists(buffers, grads, "grads")
-        lows: Sequence[Any] = [None] * len(buffers) if low is None else low
-        for k, (buffer, grad) in enumerate(zip(buffers, grads, strict=True)):
-            _explain_pair(buffer, grad, k)
-            _explain_low(buffer, lows[k], k, needed=keys is None)
-        written = _named(buffers, "buffers") + _named(lows, "compensation")
-        _explain_overlap(_named(grads, "grads"), written)
-        _explain_rest(buffers, {"alpha": alpha, "beta": beta})
+        return False
     _changed(buffers)
     if low is not None:
         _changed([tensor for tensor in low if tensor is not None])
+    return True
+
+
+def explain_accumulate(
+    buffers: list[Tensor],
+    grads: list[Tensor],
+    alpha: Number,
+    beta: Number,
+    squares: Tensor | None,
+    low: list[Tensor | None] | None,
+    keys: list[int] | None,
+) -> NoReturn:
+    """Raise for what :func:`accumulate` does not take."""
+    _explain_lists(buffers, grads, "grads")
+    lows: Sequence[Any] = [None] * len(buffers) if low is None else low
+    for k, (buffer, grad) in enumerate(zip(buffers, grads, strict=True)):
+        _explain_pair(buffer, grad, k)
+        _explain_low(buffer, lows[k], k, needed=keys is None)
+    written = _named(buffers, "buffers") + _named(lows, "compensation")
+    _explain_overlap(_named(grads, "grads"), written)
+    _explain_rest(buffers, {"alpha": alpha, "beta": beta})
 
 
 @dataclass(frozen=True)
@@ -157,7 +172,7 @@ def _call(
 
 
 def _new_workspace(tensors: Sequence[Tensor]) -> Tensor:
-    blocks = sum(-(-t.numel() // _LIST_BLOCK) for t in tensors)
+    blocks = sum(-(-t.numel() // _LIST_BLOCK) for t in tensors if isinstance(t, Tensor))
     size = _C.cuda_list_workspace_bytes(len(tensors), blocks) // 8
     return torch.empty(size, dtype=torch.float64, device=tensors[0].device)
 
