@@ -8,8 +8,12 @@
 namespace mbk::MBK_ISA {
 namespace {
 
-// Clears memory by whole vectors: memset's string instructions are half as fast where a piece is of
-// hundreds of kilobytes.
+// From where on a gradient is cleared past the caches. That takes 0.4 of the time where its memory
+// is in no cache, as after a step of a model, and 1.25 where it is.
+inline constexpr int64_t kMostClearedInCache = 1 << 23;
+
+// Clears memory by whole vectors: memset's string instructions are half as fast on some processors
+// where a piece is of hundreds of kilobytes.
 MBK_PASS void clear(char* to, int64_t bytes, bool streams) {
   constexpr int64_t kSize = sizeof(f32v), kAtOnce = 4;
   int64_t end = 0;
@@ -94,7 +98,7 @@ struct TargetItems {
       const int64_t size = sizeof(S), inner_size = a.inner_size, columns = a.columns;
       if (s.column == 1 && s.outer == columns * inner_size &&
           (inner_size == 1 || s.inner == columns)) {  // row after row
-        const bool streams = data != x.data && a.items * columns * size >= kMostCachedBytes;
+        const bool streams = data != x.data && a.items * columns * size >= kMostClearedInCache;
         clear((char*)(data + first * columns), count * columns * size, streams);
       } else if (s.column == 1) {
         each([&](int, const ItemPosition& at) {
