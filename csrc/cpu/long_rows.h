@@ -81,9 +81,8 @@ struct LongRow : RowSums<Loss, In> {
   MBK_FN void gradient_in(const S* from, const S* tail_from, T m, T factor, T scale,
                           const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
     const int64_t tail = args.columns / kGroup * kGroup;
-    const size_t tail_bytes = (size_t)(args.columns - tail) * sizeof(Out);
-    Out tail_out[kGroup] = {};
-    if (kAccumulate) memcpy(tail_out, grad + tail, tail_bytes);
+    Out tail_out[kGroup];
+    if (kAccumulate) copy_group(tail_out, grad + tail, args.columns - tail, Out{});
     for (int64_t j = 0; j < args.columns; j += kGroup) {
       const S* p = j == tail ? tail_from : from + j;
       Out* to = j == tail ? tail_out : grad + j;
@@ -110,7 +109,7 @@ struct LongRow : RowSums<Loss, In> {
         }
       }
     }
-    memcpy(grad + tail, tail_out, tail_bytes);
+    copy_few(grad + tail, tail_out, args.columns - tail);
   }
 
   MBK_FN T* state(int64_t i, int which) const {

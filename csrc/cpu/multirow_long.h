@@ -4,6 +4,7 @@
 #include "core/exact_sum.h"
 #include "core/multirow_items.h"
 #include "core/row_items.h"
+#include "cpu/copy_few.h"
 #include "cpu/multirow_row.h"
 #include "cpu/parallel.h"
 
@@ -15,6 +16,7 @@ struct Rows {
   typedef Vector<T> V;
   typedef typename Pick<Loss::kWide, f64v, V>::type W;  // what is added up
   static constexpr int kWideParts = Loss::kWide ? kParts<V> : 1;
+  static constexpr int kTerms = Loss::kSums > 0 ? Loss::kSums : 1;
   static constexpr bool kList = Loss::kTarget == ItemTarget::list;
 
   const MultirowArgs& a;
@@ -57,6 +59,7 @@ struct Rows {
     int full, rest;  // whole groups, and columns of the partial one
     int apart;       // the column that is kept out, or -1
     int stop[2];     // where a group with a mask follows: that of `apart`, the partial one
+    int plain;       // columns of the partial one that fill vectors, without `apart`: no mask
   };
 
   MBK_FN Block open(int64_t begin, int64_t apart, bool gradients) {
@@ -67,6 +70,7 @@ struct Rows {
     b.apart = apart >= begin && apart < begin + b.columns ? (int)(apart - begin) : -1;
     b.stop[0] = b.apart >= 0 && b.apart / kGroup < b.full ? b.apart / kGroup : -1;
     b.stop[1] = b.full;
+    b.plain = b.apart >= b.full * kGroup ? 0 : b.rest / lanes<V> * lanes<V>;
     b.weight = Loss::kColumnWeights && a.class_weight ? (const T*)a.class_weight + begin : nullptr;
     for (int k = 0; k < kMaxKept; ++k) b.kept[k] = kept[k] + begin;
     for (int i = 0; i < Loss::kInputs; ++i) {
@@ -76,7 +80,7 @@ struct Rows {
         b.main[i] = (const T*)x[i].data + begin;
         b.tail[i] = x_tail[i];
         if (b.rest && !x[i].has_tail) {
-          memcpy(x_tail[i], b.main[i] + b.full * kGroup, (size_t)b.rest * sizeof(T));
+          copy_few(x_tail[i], b.main[i] + b.full * kGroup, b.rest);
           x[i].has_tail = true;
         }
       } else {
@@ -104,8 +108,8 @@ struct Rows {
   MBK_FN void close(const Block& b) const {
     for (int i = 0; i < Loss::kGradients; ++i) {
       if (!b.grad[i]) continue;
-      if (grad[i].direct && b.rest)
-        memcpy(b.grad[i] + b.full * kGroup, grad_tail[i], (size_t)b.rest * sizeof(T));
+      if (grad[i].direct)
+        copy_few(b.grad[i] + b.full * kGroup + b.plain, grad_tail[i] + b.plain, b.rest - b.plain);
       if (grad[i].direct) continue;
       grad[i].write(grad_block[i], b.begin, b.columns, a.accumulate);
       grad[i].fetch_block(b.begin, b.columns);
@@ -116,7 +120,7 @@ struct Rows {
   // first row only, 2 all that are wanted.
   template <int kLevel, int kGrads, bool kStore, bool kMasked>
   MBK_FN void step(const Block& b, const Constants& c, int group, int k,
-                   W (&sum)[kMaxSums][kWideParts]) const {
+                   W (&sum)[kTerms][kWideParts]) const {
     const bool in_tail = kMasked && group == b.full;
     const int column = group * kGroup + k;
     V v[Loss::kInputs], w = splat<V>(1), stored[kMaxKept] = {};
@@ -179,7 +183,7 @@ struct Rows {
   }
   template <bool kMasked>
   MBK_FN static void add(const Block& b, bool in_tail, int group, int k, const W* term, int part,
-                         W (&sum)[kMaxSums][kWideParts]) {
+                         W (&sum)[kTerms][kWideParts]) {
     typedef Element<W> E;
     for (int s = 0; s < Loss::kSums; ++s) {
       W t = term[s];
@@ -191,6 +195,21 @@ struct Rows {
         t = select(inside, t, W{});
       }
       sum[s][part] = sum[s][part] + t;
+    }
+  }
+
+  // The same for a row of less than a group, whose first vectors were filled. Those without a
+  // column would add 0 to what is never -0.
+  template <int kCount, int kVectors>
+  MBK_FN static void join_filled(W (&lane)[kCount][kVectors], int filled,
+                                 double (&totals)[kMaxSums]) {
+    int joined = 1;
+    while (joined < filled) joined *= 2;
+    for (int s = 0; s < Loss::kSums; ++s) {
+      for (int k = filled; k < joined; ++k) lane[s][k] = W{};
+      for (int half = joined / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) lane[s][k] = lane[s][k] + lane[s][k + half];
+      totals[s] += (double)sum_lanes(lane[s][0]);
     }
   }
 
@@ -212,12 +231,11 @@ struct Rows {
     for (double& total : totals) total = 0;
     for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
       const Block b = open(begin, apart, kGrads > 0);
-      constexpr int kCount = Loss::kSums > 0 ? Loss::kSums : 1,
-                    kVectors = vectors_at_once<kLevel>();
-      W lane[kCount][kGroup / lanes<W>];
+      constexpr int kVectors = vectors_at_once<kLevel>();
+      W lane[kTerms][kGroup / lanes<W>];
       const int end = b.full ? kGroup : b.rest;
       for (int k = 0; k < end; k += kVectors * lanes<V>) {
-        W sum[kVectors][kMaxSums][kWideParts] = {};
+        W sum[kVectors][kTerms][kWideParts] = {};
         int group = 0;
         for (const int stop : b.stop) {
           for (; group < stop; ++group)
@@ -225,8 +243,14 @@ struct Rows {
               step<kLevel, kGrads, kStore, false>(b, c, group, k + u * lanes<V>, sum[u]);
           if (stop < 0 || (stop == b.full && k >= b.rest)) continue;
           const int columns = stop == b.full ? b.rest : kGroup;
-          for (int u = 0; u < kVectors && k + u * lanes<V> < columns; ++u)
-            step<kLevel, kGrads, kStore, true>(b, c, group, k + u * lanes<V>, sum[u]);
+          const int plain = stop == b.full ? b.plain : 0;
+          for (int u = 0; u < kVectors && k + u * lanes<V> < columns; ++u) {
+            const int first = k + u * lanes<V>;
+            if (first < plain)
+              step<kLevel, kGrads, kStore, false>(b, c, group, first, sum[u]);
+            else
+              step<kLevel, kGrads, kStore, true>(b, c, group, first, sum[u]);
+          }
           ++group;
         }
         for (int u = 0; u < kVectors; ++u)
@@ -235,15 +259,10 @@ struct Rows {
               lane[s][(k / lanes<V> + u) * kWideParts + part] = sum[u][s][part];
       }
       if constexpr (kLevel > 0) {
-        // Lanes without a column would add 0 to what is never -0.
-        const int filled = (end + lanes<V> - 1) / lanes<V> * kWideParts;
-        int joined = 1;
-        while (joined < filled) joined *= 2;
-        for (int s = 0; s < Loss::kSums; ++s) {
-          for (int k = filled; k < joined; ++k) lane[s][k] = W{};
-          for (int half = joined / 2; half; half /= 2)
-            for (int k = 0; k < half; ++k) lane[s][k] = lane[s][k] + lane[s][k + half];
-          totals[s] += (double)sum_lanes(lane[s][0]);
+        if (b.full && kGroup / lanes<W> <= 8) {
+          for (int s = 0; s < Loss::kSums; ++s) totals[s] += (double)sum_lanes(lane[s]);
+        } else {
+          join_filled(lane, (end + lanes<V> - 1) / lanes<V> * kWideParts, totals);
         }
       }
       if constexpr (kGrads > 0) close(b);

@@ -1,6 +1,7 @@
 #pragma once
 // One row of logits for the loops of long_rows.h: its groups, its copy, what is fetched ahead.
 #include "core/row_items.h"
+#include "cpu/copy_few.h"
 
 namespace mbk::MBK_ISA {
 namespace {
@@ -14,8 +15,7 @@ struct PaddedRow {
 
   MBK_FN PaddedRow(const S* row, int64_t columns, S fill)
       : data(row), tail(columns / kGroup * kGroup) {
-    for (int k = 0; k < kGroup; ++k) padded[k] = fill;
-    memcpy(padded, row + tail, (size_t)(columns - tail) * sizeof(S));
+    copy_group(padded, row + tail, columns - tail, fill);
   }
   MBK_FN const S* group(int64_t j) const { return j == tail ? padded : data + j; }
 };
