@@ -9,6 +9,7 @@ import torch
 from guarded import Arena, in_child
 from torch import Tensor
 
+import mbkern.functional as M
 from mbkern import _C
 from mbkern import _launch_product as products
 
@@ -147,6 +148,29 @@ def test_operands_are_packed_from_any_layout(
                 assert torch.equal(c, want), (depth, rows, columns, order, back)
 
     in_child(all_sizes)
+
+
+def test_products_in_bfloat16_stay_torchs_where_they_are_allowed(isa: str) -> None:
+    """Ours take the place of torch's only where those of full precision are asked for."""
+    before = torch.get_float32_matmul_precision()
+    ours = _C.is_amd() and isa == "avx512" and torch.backends.mkl.is_available()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            assert products.beat_torch(torch.float32) == ours
+        torch.set_float32_matmul_precision("medium")
+        assert not products.beat_torch(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(torch.backends.mkldnn, "matmul"):  # not in older versions
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            x, w = torch.randn(32, 8, requires_grad=True), torch.randn(5, 8)
+            M.linear_cross_entropy(x, w, torch.arange(32) % 5).backward()
+            assert not products.beat_torch(torch.float32)
+            torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+            assert products.beat_torch(torch.float32) == ours
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not products.beat_torch(torch.float64)
 
 
 def test_threads_share_the_work() -> None:

@@ -29,6 +29,7 @@ struct Elements {
 };
 
 // Words of two steps of the depth, the first one low. They are only moved: no number is a float.
+// (The tile and largest_of_pairs read them as integers, beyond a call that no compiler looks into.)
 struct Pairs {
   typedef float T;
   typedef f32v V;
