@@ -38,8 +38,9 @@ def beat_torch(dtype: torch.dtype) -> bool:
 def _may_round_to_bfloat16() -> bool:
     # The older getter raises where the newer settings say what it has no word for.
     settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if hasattr(settings, "fp32_precision"):
-        return bool(settings.fp32_precision == "bf16")
+    precision = getattr(settings, "fp32_precision", None)
+    if precision is not None:
+        return bool(precision == "bf16")
     return torch.get_float32_matmul_precision() == "medium"
 
 
