@@ -198,8 +198,8 @@ struct Rows {
     }
   }
 
-  // The same for a row of less than a group, whose first vectors were filled. Those without a
-  // column would add 0 to what is never -0.
+  // Joins lanes by halves. Of a block of less than a group only the first `filled` vectors were
+  // written; those without a column would add 0 to what is never -0.
   template <int kCount, int kVectors>
   MBK_FN static void join_filled(W (&lane)[kCount][kVectors], int filled,
                                  double (&totals)[kMaxSums]) {
