@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from datetime import timedelta
 
+import process_group
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -79,7 +80,7 @@ def main() -> None:
     if rank == 0:
         torch.save(weights, out)
     dist.barrier()
-    dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import process_group
 import pytest
 import torch
 import torch.distributed as dist
@@ -477,7 +478,7 @@ def main() -> None:
     check_bits(rank, world)
     check_buffers(rank, world)
     check_refusals(rank, world)
-    dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

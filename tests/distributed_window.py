@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 from typing import Any
 
+import process_group
 import pytest
 import torch
 import torch.distributed as dist
@@ -220,7 +221,7 @@ def main() -> None:
         result = train(model, accumulator, rank, world, mode)
     torch.save(result, f"{out}.{rank}")
     dist.barrier()
-    dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

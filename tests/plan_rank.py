@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import process_group
 import torch
 import torch.distributed as dist
 
@@ -28,7 +29,7 @@ def main() -> None:
     )
     out.with_suffix(f".{rank}").write_text(found.to_json())
     dist.barrier()
-    dist.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -84,3 +84,35 @@ def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
 def test_streaming_is_refused() -> None:
     with pytest.raises(ValueError, match="all-reduce each"):
         mbkern.GradAccumulator(worker.new_model(), mode="streaming", process_group=object())
+
+
+GROUP_ENDS = """
+import sys, torch, mbkern
+from pathlib import Path
+
+def gloo_threads():
+    return sum("gloo_runloop" in p.read_text() for p in Path("/proc/self/task").glob("*/comm"))
+
+torch.distributed.init_process_group("gloo", f"file://{sys.argv[1]}", rank=0, world_size=1)
+model = torch.nn.Linear(3, 2)
+accumulator = mbkern.GradAccumulator(
+    model, max_norm=1.0, process_group=torch.distributed.group.WORLD
+)
+accumulator.backward(model(torch.ones(4, 3)).sum(), count=4)
+accumulator.flush()
+assert gloo_threads()
+assert "torch.distributed.fsdp" not in sys.modules
+del accumulator
+torch.distributed.destroy_process_group()
+assert not gloo_threads()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_process_group_ends(tmp_path: Path) -> None:
+    """Nothing of an accumulator keeps the group, and so gloo's threads, until Python ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", GROUP_ENDS, str(tmp_path / "store")],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

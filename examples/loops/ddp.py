@@ -7,6 +7,7 @@ Gradients are sums, so shares need not be even; one all-reduce, when the mini-ba
 
 from __future__ import annotations
 
+import processes
 import tokens
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ def main() -> None:
     losses = train()
     if dist.get_rank() == 0:
         print(f"loss of the first mini-batch {losses[0]:.3f}, of the last {losses[-1]:.3f}")
-    dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":

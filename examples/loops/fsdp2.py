@@ -8,6 +8,7 @@ many micro-batches, of its own number of tokens.
 
 from __future__ import annotations
 
+import processes
 import tokens
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def main() -> None:
     losses = train()
     if dist.get_rank() == 0:
         print(f"loss of the first mini-batch {losses[0]:.3f}, of the last {losses[-1]:.3f}")
-    dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":
