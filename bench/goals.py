@@ -213,7 +213,14 @@ def _of_the_head() -> list[Goal]:
         ("head fp32, split-invariant / fast, way 2", h.SPLIT_BACKWARD, h.BACKWARD, 1.2, fp32),
         ("head fp32, split-invariant / fast, way 3", h.SPLIT_IMPERATIVE, h.IMPERATIVE, 1.2, fp32),
         ("head fp32, split-invariant on AVX2 / fast", h.AVX2, h.IMPERATIVE, 1.8, fp32),
-        ("head fp32, split-invariant / fast, both on AVX2", h.AVX2, h.AVX2_FAST, 1.8, fp32),
+        (
+            "head fp32, split-invariant / fast, way 2, both on AVX2",
+            h.AVX2_BACKWARD,
+            h.AVX2_BACKWARD_FAST,
+            1.8,
+            fp32,
+        ),
+        ("head fp32, split-invariant / fast, way 3, both on AVX2", h.AVX2, h.AVX2_FAST, 1.8, fp32),
     ]
     return [
         *(Goal(what, h.SUITE, a, b, bound, where, at_least=False)

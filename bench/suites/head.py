@@ -35,6 +35,8 @@ UNFUSED, CHUNKED = "torch", "torch chunked"
 FORWARD, BACKWARD, IMPERATIVE = "formed in forward", "into a buffer", "imperative"
 SPLIT_BACKWARD, SPLIT_IMPERATIVE = "into a buffer, split-invariant", "imperative, split-invariant"
 AVX2, AVX2_FAST = "avx2, imperative, split-invariant", "avx2, imperative"
+AVX2_BACKWARD = "avx2, into a buffer, split-invariant"
+AVX2_BACKWARD_FAST = "avx2, into a buffer"
 SHAPES = ((1024, 512, 32000), (2048, 768, 50257))
 QUICK = ((256, 128, 8000),)
 CHUNK = 64 << 20
@@ -98,13 +100,16 @@ def _chunked(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def _on_avx2(p: Problem, **options: Any) -> Tensor:
-    before = _C.isa()
-    _C.set_isa("avx2")
-    try:
-        return p.imperative(**options)
-    finally:
-        _C.set_isa(before)
+def _on_avx2(way: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        before = _C.isa()
+        _C.set_isa("avx2")
+        try:
+            return way()
+        finally:
+            _C.set_isa(before)
+
+    return run
 
 
 def _time(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -> Group:
@@ -126,9 +131,11 @@ def _time(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -
         UNFUSED: lambda: p.through(_unfused),
     }
     if "avx2" in _C.isas():
-        runs[AVX2] = lambda: _on_avx2(p, split_invariant=True)
+        runs[AVX2] = _on_avx2(runs[SPLIT_IMPERATIVE])
         if dtype == torch.float32:
-            runs[AVX2_FAST] = lambda: _on_avx2(p)
+            runs[AVX2_FAST] = _on_avx2(runs[IMPERATIVE])
+            runs[AVX2_BACKWARD] = _on_avx2(runs[SPLIT_BACKWARD])
+            runs[AVX2_BACKWARD_FAST] = _on_avx2(runs[BACKWARD])
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         runs[CHUNKED] = lambda: p.through(_chunked)
     few = Problem.__new__(Problem)
@@ -145,7 +152,8 @@ def _time(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -
     }
     errors[BACKWARD], errors[SPLIT_BACKWARD] = errors[IMPERATIVE], errors[SPLIT_IMPERATIVE]
     errors[AVX2], errors[CHUNKED] = errors[SPLIT_IMPERATIVE], errors[UNFUSED]
-    errors[AVX2_FAST] = errors[IMPERATIVE]
+    errors[AVX2_FAST] = errors[AVX2_BACKWARD_FAST] = errors[IMPERATIVE]
+    errors[AVX2_BACKWARD] = errors[SPLIT_IMPERATIVE]
     entries = interleave(
         [Way(name, run) for name, run in runs.items()], settings.effort(20.0, least=3)
     )
