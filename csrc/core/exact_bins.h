@@ -146,11 +146,25 @@ MBK_FN float round_bins(double coarse, double fine) {
     s = as_float((int64_t)(bits(s) + ((error > 0) == (s > 0) ? 1 : -1)));
   return (float)s;
 }
+// The sum of at most kScalar numbers of [2^-16, 2^11), exact in fp64: a multiple of 2^-39 below
+// 2^14. False if one is not. The shortest chain of operations: a row waits for its sum.
+inline constexpr int kScalar =
+    8;  // just written one by one, they are not yet a vector to be loaded
+MBK_FN bool sum_near(const float* x, int64_t n, double& sum) {
+  constexpr uint32_t kLeast = 0x37800000, kEnd = 0x45000000;
+  bool outside = false;
+  sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    outside |= (bits(x[i]) & 0x7fffffff) - kLeast >= kEnd - kLeast;
+    sum += (double)x[i];
+  }
+  return !outside;
+}
 // The exact sum of at most kFlush numbers, rounded once to float. What lies behind the last number,
 // up to a whole vector, must be 0.
 MBK_FN float sum_few(const float* x, int64_t n) {
-  constexpr int kScalar = 8;  // just written one by one, they are not yet a vector to be loaded
   double c, f;
+  if (n <= kScalar && sum_near(x, n, c)) return (float)c;
   if (!(n <= kScalar ? sum_bins<float>(x, n, c, f) : sum_bins<f32v>(x, n, c, f))) {
     ExactSumState s{};
     add_each(s, x, n);

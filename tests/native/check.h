@@ -143,6 +143,7 @@ struct Options {
 int64_t numbers_fma(const Options&);
 int64_t numbers_storage(const Options&);
 int64_t numbers_exact_sum(const Options&);
+int64_t numbers_sum_few(const Options&);
 int64_t row_losses(const Options&);
 int64_t row_threads(const Options&);
 int64_t row_devices(const Options&);

@@ -58,6 +58,7 @@ int main(int argc, char** argv) {
       {"fma of the tier without hardware for it", test::numbers_fma},
       {"storage types, both ways", test::numbers_storage},
       {"exact sums", test::numbers_exact_sum},
+      {"exact sums of few", test::numbers_sum_few},
       {"row losses", test::row_losses},
       {"row losses on several threads", test::row_threads},
 #if defined(MBKERN_CUDA)

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "core/environment.h"
+#include "core/exact_bins.h"
 #include "core/exact_sum.h"
 #include "cpu/dispatch.h"
 #include "cpu/pointwise_call.h"
@@ -192,8 +193,16 @@ float term_of_kind(Random& r, int kind) {
       return (first ? -1 : 1) * (second ? 1e38f : 1e-38f);
     case 3:
       return float_of((uint32_t)r.below(1 << 24) | (first ? 0x80000000u : 0));
-    default:  // around the limits of what the bins of exact_bins.h hold
+    case 4:  // around the limits of what the bins of exact_bins.h hold
       return (float)ldexp(1 + r.below(3) * 0x1p-23, (first ? 19 : -37) + (int)second);
+    default: {  // around the limits of its sum_near: whole numbers, what makes a tie, and a bit
+                // more
+      const int fourth = (int)r.below(4);
+      if (second == 0) return (float)(1024 + r.below(1100));
+      if (second == 1) return (float)ldexp(1, -10 - fourth);
+      const float x = (float)ldexp(1 + (first ? 0x1p-23 : 0), -15 - fourth);
+      return r.one_in(2) ? -x : x;
+    }
   }
 }
 
@@ -296,6 +305,27 @@ int64_t numbers_exact_sum(const Options& options) {
       for (const int64_t limb : sum.limb) digest_of(t).add((uint64_t)limb);
     }
     count += n * (int64_t)(1 + tiers.size());
+  }
+  return count;
+}
+
+int64_t numbers_sum_few(const Options& options) {
+  const mbk::DefaultEnvironment environment;
+  Random r{3};
+  int64_t count = 0;
+  for (int64_t round = 0; round < (options.quick ? 10'000 : 1'000'000); ++round) {
+    const int kind = (int)(round % 7);  // 6: a mixture
+    const int64_t n = 1 + r.below(round % 10 ? m::kScalar : m::kFlush);
+    float terms[m::kFlush + m::lanes<m::f32v>] = {};
+    Wide exact;
+    for (int64_t i = 0; i < n; ++i) {
+      terms[i] = term_of_kind(r, kind == 6 ? (int)r.below(6) : kind);
+      if (i && r.one_in(8)) terms[i] = -terms[r.below(i)];
+      exact.add(terms[i]);
+    }
+    const float got = m::sum_few(terms, n), want = (float)exact.value(kFormats[0]);
+    CHECK(got == want, "%lld terms of kind %d sum to %a, not %a", (long long)n, kind, got, want);
+    ++count;
   }
   return count;
 }
