@@ -17,10 +17,10 @@ REASONS: dict[str, tuple[str, ...]] = {
         "2, less what both wait for memory; it was 1.28 to 1.38 on one with units half as wide.",
     ),
     "twin": (
-        "V = 4096 with AVX-512 is at the limit: 1.05 to 1.08 from run to run. A row costs 65 cycles "
-        "(the queue of its loss, the copy of the group with the target, the exact sum of its "
-        "blocks), and each block of 1024 columns 24 (a reduction over its lanes, where the plain "
-        "sum has one a row): 160 of 2750.",
+        "V = 4096 with AVX-512 is at the limit: 1.05 to 1.08 from run to run. A row costs some 65 "
+        "cycles (the queue of its loss, the copy of the group with the target, the exact sum of "
+        "its blocks), and each block of 1024 columns some 24 (a reduction over its lanes, where "
+        "the plain sum has one a row): 160 of 2750.",
     ),
     "integration": (
         "The kernels take the same time. The rest is what `torch.compile` adds to any operator: "

@@ -57,3 +57,28 @@ def test_nothing_is_in_every_domain() -> None:
     empty = torch.empty(0)
     assert F.binary_cross_entropy(empty, empty).isnan()
     assert F.gaussian_nll_loss(empty, empty, empty, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits(dtype: torch.dtype) -> None:
+    """The numbers next to the limits; -0 is within, in any layout, and what is negated lazily."""
+    one, zero = torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype)
+    above, below = torch.nextafter(one, 2 * one), torch.nextafter(zero, -one)
+    for number, good in ((one, True), (-zero, True), (above, False), (below, False)):
+        x = shares(702, dtype).view(2, 351).t()
+        x[7, 1] = number
+        negated = torch._neg_view(-x)
+        for probabilities in (x, negated):
+            grad = probabilities.clone() if probabilities is negated else x.clone().t().t()
+            if good:
+                mbkern.loss_and_grad("binary_cross_entropy", grad, x, grad_out=grad)
+                mbkern.functional.binary_cross_entropy(probabilities, x)
+                mbkern.functional.gaussian_nll_loss(x, x, probabilities)
+                continue
+            with pytest.raises(ValueError, match=r"\[0, 1\]"):
+                mbkern.loss_and_grad("binary_cross_entropy", grad, x, grad_out=grad)
+            with pytest.raises(ValueError, match=r"\[0, 1\]; target"):
+                F.binary_cross_entropy(x.clamp(0, 1), probabilities)
+            if number < 0:
+                with pytest.raises(ValueError, match="takes variances"):
+                    F.gaussian_nll_loss(x, x, probabilities)
