@@ -157,11 +157,10 @@ def accumulate_(
     if measure:
         device = to[0].device if to and isinstance(to[0], Tensor) else torch.device("cpu")
         squares = torch.empty(len(to), dtype=torch.float64, device=device)
-    more = (alpha, beta, squares, low, keys)
-    if not _launch_lists.accumulate(to, of, *more):
+    if not _launch_lists.accumulate(to, of, alpha, beta, squares, low, keys):
         to, of = as_tensors(to, "buffers", written=True), as_tensors(of, "grads")
-        if not _launch_lists.accumulate(to, of, *more):
-            _launch_lists.explain_accumulate(to, of, *more)
+        if not _launch_lists.accumulate(to, of, alpha, beta, squares, low, keys):
+            _launch_lists.explain_accumulate(to, of, alpha, beta, low, keys)
     return None if squares is None else Measured(squares, squares.isfinite())
 
 

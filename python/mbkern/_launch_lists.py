@@ -75,7 +75,6 @@ def explain_accumulate(
     grads: list[Tensor],
     alpha: Number,
     beta: Number,
-    squares: Tensor | None,
     low: list[Tensor | None] | None,
     keys: list[int] | None,
 ) -> NoReturn:
