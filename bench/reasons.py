@@ -46,8 +46,8 @@ REASONS: dict[str, tuple[str, ...]] = {
     "rows": (
         "nll_loss: both clear the gradient's memory, and write one number a row. (512, 32000): "
         "65 MB past the caches take 0.7 ms, more than a third of torch's time. Default, 2 threads: "
-        "in this run torch met a free block of an earlier case (no page fault), and mbkern fresh "
-        "pages (675); where both do, the ratio is 2.8.",
+        "where both get fresh pages the ratio is 2.8 to 2.9; in one run torch met a free block of "
+        "an earlier case (no page fault), and mbkern fresh pages (675): 0.36.",
         "dice_loss: two sums must be known before the gradient, so rows are read twice.",
         "(4096, 1000), default: blocks of 16 MB are below the size from which glibc maps fresh "
         "pages, so this is recycled memory, where the aim is 2.5.",
