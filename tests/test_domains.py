@@ -69,7 +69,7 @@ def test_limits(dtype: torch.dtype) -> None:
         x[7, 1] = number
         negated = torch._neg_view(-x)
         for probabilities in (x, negated):
-            grad = probabilities.clone() if probabilities is negated else x.clone().t().t()
+            grad = probabilities.clone()
             if good:
                 mbkern.loss_and_grad("binary_cross_entropy", grad, x, grad_out=grad)
                 mbkern.functional.binary_cross_entropy(probabilities, x)

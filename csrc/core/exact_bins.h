@@ -147,9 +147,9 @@ MBK_FN float round_bins(double coarse, double fine) {
   return (float)s;
 }
 // The sum of at most kScalar numbers of [2^-16, 2^11), exact in fp64: a multiple of 2^-39 below
-// 2^14. False if one is not. The shortest chain of operations: a row waits for its sum.
-inline constexpr int kScalar =
-    8;  // just written one by one, they are not yet a vector to be loaded
+// 2^14. False if one is not. The shortest chain of operations: a row waits for its sum. One by one,
+// as they were just written: they are not yet a vector to be loaded.
+inline constexpr int kScalar = 8;
 MBK_FN bool sum_near(const float* x, int64_t n, double& sum) {
   constexpr uint32_t kLeast = 0x37800000, kEnd = 0x45000000;
   bool outside = false;

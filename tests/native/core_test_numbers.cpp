@@ -195,8 +195,7 @@ float term_of_kind(Random& r, int kind) {
       return float_of((uint32_t)r.below(1 << 24) | (first ? 0x80000000u : 0));
     case 4:  // around the limits of what the bins of exact_bins.h hold
       return (float)ldexp(1 + r.below(3) * 0x1p-23, (first ? 19 : -37) + (int)second);
-    default: {  // around the limits of its sum_near: whole numbers, what makes a tie, and a bit
-                // more
+    default: {  // around the limits of its sum_near: whole numbers, half of a unit, a bit more
       const int fourth = (int)r.below(4);
       if (second == 0) return (float)(1024 + r.below(1100));
       if (second == 1) return (float)ldexp(1, -10 - fourth);
