@@ -171,20 +171,26 @@ def test_python_threads_at_once() -> None:
 
 
 def test_the_lock_is_released() -> None:
-    """Python runs while a kernel does: a thread sees time pass between two of its steps."""
+    """Python runs while a kernel does: a thread sees time pass between two of its steps.
+
+    Once is enough: on a busy machine a thread may wait for other reasons.
+    """
     x = torch.zeros(2000, 20_000)
     target = torch.zeros(2000, dtype=torch.int64)
     torch.set_num_threads(1)
-    seen: list[float] = []
+    longest = []
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(mbkern.loss_and_grad, "cross_entropy", x, target, grad_out=x)
-        while not future.done():
-            seen.append(time.perf_counter())
-            time.sleep(0.001)
-        end = time.perf_counter()
-    gaps = [b - a for a, b in pairwise([*seen, end])]
-    assert len(gaps) > 3
-    assert max(gaps) < 0.5 * (end - seen[0]), "Python stood still for most of the call"
+        for _ in range(10):
+            seen: list[float] = []
+            future = pool.submit(mbkern.loss_and_grad, "cross_entropy", x, target, grad_out=x)
+            while not future.done():
+                seen.append(time.perf_counter())
+                time.sleep(0.001)
+            end = time.perf_counter()
+            longest.append(max(b - a for a, b in pairwise([*seen, end])) / (end - seen[0]))
+            if len(seen) > 3 and longest[-1] < 0.5:
+                return
+    pytest.fail(f"Python stood still for {min(longest):.0%} of the call, or more")
 
 
 def test_deterministic_algorithms() -> None:
