@@ -202,6 +202,61 @@ def test_elements_of_every_size(name: str, isa: str) -> None:
         _C.set_isa(before)
 
 
+#: Powers of two of successive stretches of losses: bins move to what is small, or large.
+STRETCHES = {
+    "small": (-70,),
+    "tiny": (-140, -149),
+    "large": (60,),
+    "huge": (100, 120),
+    "smaller and smaller": (0, -20, -40, -60, -80, -100, -120, -140),
+    "larger and larger": (-60, -30, 0, 30, 60, 90, 110),
+    "just beyond the bins": (-60, -37, -14, 9, 32),
+    "to and fro": (-60, 0, -60, 40, -60, 110),
+}
+
+
+@pytest.mark.parametrize("layout", ["plain", "strided", "losses kept", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STRETCHES)
+def test_stretches_of_one_size(name: str, dtype: torch.dtype, layout: str, isa: str) -> None:
+    """Losses that are all small or large, from stretch to stretch, and a few others among them."""
+    length, step, total = 6 * 1024, 2 if layout == "strided" else 1, mbkern.LossSum()
+    g = torch.Generator().manual_seed(1)
+    parts = [
+        torch.ldexp(torch.rand(length, generator=g) + 1, torch.tensor(power))
+        for power in STRETCHES[name]
+    ]
+    x = torch.cat(parts).to(dtype)
+    x[5::701], x[7::1501], x[9::2003] = 1.0, 0.0, 2.0**-100
+    x = x[: len(x) - (3 if layout == "ragged" else 0)]
+    wide = torch.zeros(step * len(x), dtype=dtype)
+    wide[::step] = x
+    reduction = "none" if layout == "losses kept" else "sum"
+    options = {"reduction": reduction, "loss_sum": total}
+    mbkern.loss_and_grad("l1_loss", wide[::step], torch.zeros_like(x), **options)
+    assert torch.equal(total.state, mbkern.LossSum().add(x.float()).state)
+    if math.isfinite(total.value(dtype=torch.float32).item()):
+        assert_exact(total, x)
+
+
+def test_small_losses_that_fill_the_bins(isa: str) -> None:
+    """Rests of nearly half a unit of the coarse bin, all of one sign, above one of the last bit."""
+    total, top = mbkern.LossSum(), 2.0**-60
+    x = torch.full((80_000,), top * 2.0**-27 * (1 - 2.0**-24))
+    x[::512], x[1::512] = top, top * 2.0**-46 * (1 + 2.0**-23)
+    mbkern.loss_and_grad("l1_loss", x, torch.zeros_like(x), reduction="sum", loss_sum=total)
+    assert torch.equal(total.state, mbkern.LossSum().add(x).state)
+
+
+def test_no_numbers_among_small_losses() -> None:
+    x = torch.full((20_000,), 2.0**-70)
+    for index, value in ((3, math.inf), (9_000, -math.inf), (19_999, math.nan)):
+        x[index], total = value, mbkern.LossSum()
+        mbkern.loss_and_grad("l1_loss", x, torch.zeros_like(x), reduction="sum", loss_sum=total)
+        want = mbkern.LossSum().add(x.abs())
+        assert torch.equal(total.state, want.state), value
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(TypeError, match="float64"):
         mbkern.LossSum().add(torch.zeros(3, dtype=torch.float64))

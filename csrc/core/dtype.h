@@ -3,7 +3,7 @@
 // narrowing rounds once to nearest even in integer arithmetic or by F16C (AVX512-BF16's conversion
 // flushes denormals, so it is not used). A NaN that is stored must be canonical: see canonical().
 #include "core/args.h"
-#include "core/lane.h"
+#include "core/kinds.h"
 
 namespace mbk::MBK_ISA {
 
@@ -123,18 +123,25 @@ MBK_FN V load(const S* p) {
 }
 
 #if MBK_SIMD
+// Whose high words are v rounded to bf16.
+MBK_FN i32v rounded_words(f32v v) {
+  const i32v u = as_int(v);
+#if defined(__AVX512BW__)
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_set1_epi32(0x7fff), up = _mm512_set1_epi32(0x8000);
+  return u + (i32v)_mm512_mask_blend_epi32(odd, half, up);
+#else
+  return u + 0x7fff + ((u >> 16) & 1);
+#endif
+}
 template <class S>
 MBK_FN u16v narrow_vector(f32v v) {
   if constexpr (__is_same(S, bf16)) {
-    const i32v u = as_int(v);
 #if defined(__AVX512BW__)
-    const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
-    const __m512i half = _mm512_set1_epi32(0x7fff), up = _mm512_set1_epi32(0x8000);
-    const __m512i rounded = _mm512_add_epi32((__m512i)u, _mm512_mask_blend_epi32(odd, half, up));
+    const __m512i rounded = (__m512i)rounded_words(v);
     return (u16v)_mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words(), rounded));
 #else
-    const i32v rounded = u + 0x7fff + ((u >> 16) & 1);
-    const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
+    const __m256i high = _mm256_srli_epi32((__m256i)rounded_words(v), 16);
     return (u16v)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 #endif
   } else {
@@ -170,6 +177,47 @@ MBK_FN void stream(S* p, f32v v) {
 #else
   _mm_stream_si128((__m128i*)p, (__m128i)narrow_vector<S>(v));
 #endif
+}
+#endif
+
+// Two vectors of elements at once, for those who do not ask which element is where: the words of
+// bf16 then stay in their places, even ones in the first vector, odd ones in the second.
+template <class V, class S>
+MBK_FN void load_two(const S* p, V& first, V& second) {
+  if constexpr (__is_same(S, bf16) && lanes<V> > 1) {
+    Int<V> words;
+    memcpy(&words, p, sizeof words);
+    first = as_float(words << 16), second = as_float(words & -0x10000);
+  } else {
+    first = load<V>(p), second = load<V>(p + lanes<V>);
+  }
+}
+#if MBK_SIMD
+MBK_FN i32v two_of_bf16(f32v even, f32v odd) {
+  const i32v low = rounded_words(even), high = rounded_words(odd);
+#if defined(__AVX512BW__)
+  const __m512i shifted = _mm512_srli_epi32((__m512i)low, 16);
+  return (i32v)_mm512_mask_blend_epi16(0xaaaaaaaa, shifted, (__m512i)high);
+#else
+  return (i32v)_mm256_blend_epi16(_mm256_srli_epi32((__m256i)low, 16), (__m256i)high, 0xaa);
+#endif
+}
+template <class S>
+MBK_FN void store_two(S* p, f32v first, f32v second) {
+  if constexpr (__is_same(S, bf16)) {
+    const i32v words = two_of_bf16(first, second);
+    memcpy(p, &words, sizeof words);
+  } else {
+    store(p, first), store(p + lanes<f32v>, second);
+  }
+}
+template <class S>
+MBK_FN void stream_two(S* p, f32v first, f32v second) {
+  if constexpr (__is_same(S, bf16)) {
+    stream((float*)p, as_float(two_of_bf16(first, second)));
+  } else {
+    stream(p, first), stream(p + lanes<f32v>, second);
+  }
 }
 #endif
 

@@ -38,9 +38,9 @@ MBK_FN D coarse_part(D x) {
   constexpr double kShift = 0x1.8p36;
   return (x + kShift) - kShift;
 }
-MBK_FN void add_bins(ExactSumState& s, double coarse, double fine) {
-  add_integer(s, (int64_t)(coarse * 0x1p16), 149 - kCoarse);
-  add_integer(s, (int64_t)(fine * 0x1p60), 149 - kFine);
+MBK_FN void add_bins(ExactSumState& s, double coarse, double fine, int shift) {
+  add_integer(s, (int64_t)(coarse * 0x1p16), 149 - kCoarse - shift);
+  add_integer(s, (int64_t)(fine * 0x1p60), 149 - kFine - shift);
 }
 
 // Zeros, and numbers of a narrower range, need no splitting at first: kBatch of them add up exactly
@@ -49,17 +49,21 @@ inline constexpr int32_t kNarrowLeast = 0x35800000, kNarrowEnd = 0x42800000;  //
 inline constexpr int kBatch = 16;
 
 // Out of line and by value, so that the bins of a loop stay in registers.
-static MBK_RARE void add_bins_of(ExactSumState& s, f64v coarse, f64v fine) {
-  for (int l = 0; l < lanes<f64v>; ++l) add_bins(s, get(coarse, l), get(fine, l));
+static MBK_RARE void add_bins_of(ExactSumState& s, f64v coarse, f64v fine, int shift = 0) {
+  for (int l = 0; l < lanes<f64v>; ++l) add_bins(s, get(coarse, l), get(fine, l), shift);
 }
 static MBK_RARE void add_lanes_of(ExactSumState& s, f32v x) {
   for (int l = 0; l < lanes<f32v>; ++l) add(s, get(x, l));
 }
 
+// What misses cost: a vector outside the narrow range some 10 cycles, one that has to be added one
+// by one as many as kLongMiss of them.
+inline constexpr int kLongMiss = 32;
+
 struct ExactBins {
   ExactSumState& total;
   f64v narrow[kDoubleParts], coarse[kDoubleParts], fine[kDoubleParts];
-  int batch = 0, additions = 0;
+  int batch = 0, additions = 0, misses = 0;
 
   MBK_FN explicit ExactBins(ExactSumState& t) : total(t) {
     for (int part = 0; part < kDoubleParts; ++part)
@@ -76,9 +80,11 @@ struct ExactBins {
     }
     if (batch + n > kBatch) split_batch();
     batch += n;
-    for (int k = 0; k < n; ++k)
-      for (int part = 0; part < kDoubleParts; ++part)
-        narrow[part] = narrow[part] + widen_part(x[k], part);
+    for (int part = 0; part < kDoubleParts; ++part) {
+      f64v wide[n];
+      for (int k = 0; k < n; ++k) wide[k] = widen_part(x[k], part);
+      narrow[part] = narrow[part] + sum_vectors(wide);
+    }
   }
   MBK_FN void split_batch() {
     for (int part = 0; part < kDoubleParts; ++part) {
@@ -96,8 +102,10 @@ struct ExactBins {
   MBK_FN void add_wide(f32v x) {
     if (any(fits_bins(abs(x)) == 0)) {
       add_lanes_of(total, x);
+      misses += kLongMiss;
       return;
     }
+    ++misses;
     for (int part = 0; part < kDoubleParts; ++part) add_split(widen_part(x, part), part);
     if (++additions == kFlush) flush_bins();
   }

@@ -291,26 +291,6 @@ template <class V>
 MBK_FN V max(V a, V b) {
   return select(a > b, a, b);
 }
-template <class V>
-MBK_FN auto is_nan(V x) {
-  return x != x;
-}
-// The one NaN: 0x7fc00000, 0x7ff8000000000000.
-template <class V>
-MBK_FN V quiet_nan() {
-  return splat<V>(sizeof(Element<V>) == 4 ? (Element<V>)as_float((int32_t)0x7fc00000)
-                                          : (Element<V>)as_float((int64_t)0x7ff8000000000000));
-}
-// x, or the one NaN.
-template <class V>
-MBK_FN V canonical(V x) {
-  return select(is_nan(x), quiet_nan<V>(), x);
-}
-// Lanes in which one of two is NaN.
-template <class V>
-MBK_FN auto either_nan(V a, V b) {
-  return is_nan(a) | is_nan(b);
-}
 // Whether the lanes have scale(p, n): p 2^n for a whole n, rounded once; a NaN stays one.
 template <class V>
 inline constexpr bool kScales = false;
@@ -321,23 +301,6 @@ MBK_FN f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)
 MBK_FN f64v min(f64v a, f64v b) { return (f64v)_mm512_min_pd((__m512d)a, (__m512d)b); }
 MBK_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 MBK_FN f64v max(f64v a, f64v b) { return (f64v)_mm512_max_pd((__m512d)a, (__m512d)b); }
-MBK_FN i32v either_nan(f32v a, f32v b) {
-  return (i32v)_mm512_movm_epi32(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q));
-}
-MBK_FN i64v either_nan(f64v a, f64v b) {
-  return (i64v)_mm512_movm_epi64(_mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_UNORD_Q));
-}
-// Of a number's kinds, from the lowest digit: quiet and signalling NaN, 0, 1, -inf, inf, negative,
-// positive. Digits are answers: 0 the first operand, 1 the second, 3 a NaN, 4 -inf, 5 inf.
-inline constexpr int kNumberOrFirst = 0x11111100, kLogEdges = 0x03530433;
-MBK_FN f32v canonical(f32v x) {
-  return (f32v)_mm512_fixupimm_ps((__m512)quiet_nan<f32v>(), (__m512)x,
-                                  _mm512_set1_epi32(kNumberOrFirst), 0);
-}
-MBK_FN f64v canonical(f64v x) {
-  return (f64v)_mm512_fixupimm_pd((__m512d)quiet_nan<f64v>(), (__m512d)x,
-                                  _mm512_set1_epi64(kNumberOrFirst), 0);
-}
 template <>
 inline constexpr bool kScales<f32v> = true;
 MBK_FN f32v scale(f32v p, f32v n) { return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n); }
@@ -346,12 +309,6 @@ MBK_FN f32v min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)
 MBK_FN f64v min(f64v a, f64v b) { return (f64v)_mm256_min_pd((__m256d)a, (__m256d)b); }
 MBK_FN f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
 MBK_FN f64v max(f64v a, f64v b) { return (f64v)_mm256_max_pd((__m256d)a, (__m256d)b); }
-MBK_FN i32v either_nan(f32v a, f32v b) {
-  return (i32v)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
-}
-MBK_FN i64v either_nan(f64v a, f64v b) {
-  return (i64v)_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_UNORD_Q);
-}
 #endif
 // a * b + c where one rounding or two make no difference that is promised: fused in fp32; in fp64
 // two roundings, because the x86-64 baseline has no fused operation and emulating it would be slow.
@@ -420,8 +377,12 @@ MBK_FN Element<V> sum_lanes(V v) {
   return join_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 template <class V, int kCount>
+MBK_FN V sum_vectors(const V (&v)[kCount]) {
+  return join_vectors(v, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+}
+template <class V, int kCount>
 MBK_FN Element<V> sum_lanes(const V (&v)[kCount]) {
-  return sum_lanes(join_vectors(v, [](V a, V b) __attribute__((always_inline)) { return a + b; }));
+  return sum_lanes(sum_vectors(v));
 }
 // The largest lane, if none is NaN.
 template <class V>

@@ -8,7 +8,7 @@
 // right, every NaN result is 0x7fc00000, zeros keep their sign as in C99. Polynomials are minimax
 // fits with fp32 coefficients. The caller sees to the default floating-point environment
 // (core/environment.h).
-#include "core/lane.h"
+#include "core/kinds.h"
 
 namespace mbk::MBK_ISA {
 
@@ -84,10 +84,8 @@ template <class V>
 MBK_FN V log_edges(V x, Element<V> edge, V y) {
 #if MBK_SIMD && defined(__AVX512F__)
   if constexpr (kScales<V>) {
-    const __m512 above =
-        (__m512)(x - splat<V>(edge));  // 0 at the edge only, as the edge is 0 or -1
-    const __m512i edges = _mm512_set1_epi32(kLogEdges);
-    return canonical((V)_mm512_fixupimm_ps((__m512)y, above, edges, 0));
+    const V above = x - splat<V>(edge);  // 0 at the edge only, as the edge is 0 or -1
+    return canonical(by_kind<kLogEdges>(y, above));
   }
 #endif
   const V inf = splat<V>(Element<V>(__builtin_inff()));

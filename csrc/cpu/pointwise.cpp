@@ -4,6 +4,7 @@
 #include "core/row_items.h"
 #include "cpu/parallel.h"
 #include "cpu/pointwise_step.h"
+#include "cpu/pointwise_sum.h"
 #include "losses/all.h"
 
 namespace mbk::MBK_ISA {
@@ -32,6 +33,25 @@ struct Chunk {
   alignas(64) uint16_t ones[kChunk];  // of a 16-bit type: an input that is absent
 };
 
+// Where inputs and gradients are plain arrays of one type, and nothing else takes part, nothing is
+// copied to a chunk's arrays: it can be long. Only vectors of 16-bit types are converted on the
+// way.
+inline constexpr int64_t kLongChunk = 4096;
+template <class V>
+MBK_FN bool copies_nothing(const PointwiseArgs& a, int inputs) {
+  const View* const v = a.views;
+  const DType storage = v[kInput].dtype;
+  bool plain = a.dims == 1 && !a.accumulate;
+  plain = plain && (storage == DType::f32 || (lanes<V> > 1 && storage != DType::f64));
+  for (int extra = kWeight; extra <= kLosses; ++extra) plain = plain && !v[extra].data;
+  for (int k = 0; k < inputs; ++k) {
+    const View &x = v[k], &grad = v[kGrad + k];
+    plain = plain && x.data && x.dtype == storage && x.strides[0] == 1;
+    plain = plain && (!grad.data || (grad.dtype == storage && grad.strides[0] == 1));
+  }
+  return plain;
+}
+
 template <class Loss, class T>
 void pointwise(const PointwiseArgs& a) {
   typedef Vector<T> V;
@@ -54,10 +74,14 @@ void pointwise(const PointwiseArgs& a) {
     };
     ExactSumState unused;
     ExactBins bins(a.totals ? a.totals[thread] : unused);
+    LossSums sums(a.totals ? &a.totals[thread] : nullptr, unused);
     OrderedSum ordered;
-    const bool sums = a.totals;
-    for (int64_t i = begin; i < end; i += kChunk) {
-      const Range range{a, i, end - i < kChunk ? (int)(end - i) : kChunk};
+    const bool can_be_long = sizeof(T) == 4 && copies_nothing<V>(a, kInputs);
+    for (int64_t i = begin, next; i < end; i = next) {
+      const int64_t left = end - i, chunks = left / kChunk * kChunk;
+      const int64_t longest = can_be_long && !sums.from_array ? kLongChunk : kChunk;
+      next = i + (chunks == 0 ? left : chunks < longest ? chunks : longest);
+      const Range range{a, i, (int)(next - i)};
       const int count = (range.count + lanes<V> - 1) / lanes<V> * lanes<V>;
       const int whole = range.count / kStep * kStep;
       // Where nothing needs converting, results go straight to their place.
@@ -65,12 +89,13 @@ void pointwise(const PointwiseArgs& a) {
       const Extras<T> extras{
           factor, read_if(kWeight, range, chunk.weight), read_if(kRescale, range, chunk.rescale),
           read_if(kItemScale, range, chunk.item_scale), direct_loss ? direct_loss : chunk.loss};
-      const bool keep = losses.data || sizeof(T) == 8;
+      const bool keep = losses.data || sizeof(T) == 8 || sums.from_array;
       if constexpr (sizeof(T) == 4 && lanes<V> > 1) {
         // Plain arrays of a 16-bit type are converted on the way, without a copy.
         const auto stepped = [&](auto operands, auto* ones) __attribute__((always_inline)) {
           if (whole != range.count || !operands.take(a, range, ones)) return false;
-          steps<Loss>(call, operands, extras, whole, keep, bins, sums);
+          steps<Loss>(call, operands, extras, whole, keep, bins, sums.at_once());
+          sums.end_chunk(extras.losses, whole, count, bins);
           if (losses.data && !direct_loss) write_chunk<false>(losses, range, extras.losses);
           return true;
         };
@@ -87,14 +112,13 @@ void pointwise(const PointwiseArgs& a) {
         direct[v] = operands.take_grad(a, range, v);
         if (!direct[v]) operands.grad[v] = chunk.grad[v];
       }
-      steps<Loss>(call, operands, extras, whole, keep, bins, sums);
+      steps<Loss>(call, operands, extras, whole, keep, bins, sums.at_once());
       V rest[1];
       for (int k = whole; k < count; k += lanes<V>)
         step<Loss, false>(call, operands, extras, k, rest, true);
       for (int k = range.count; k < count; ++k) extras.losses[k] = 0;  // padding is no item
       if constexpr (sizeof(T) == 4) {
-        if (a.totals)
-          for (int k = whole; k < count; k += lanes<V>) bins.add({load<V>(extras.losses + k)});
+        sums.end_chunk(extras.losses, whole, count, bins);
       } else if (a.partial_sums) {
         if (i % kPointwiseBlock == 0) ordered = OrderedSum();
         ordered.add(extras.losses, count);
@@ -111,6 +135,7 @@ void pointwise(const PointwiseArgs& a) {
     fence();
     if (sizeof(T) == 4 && a.totals) {
       bins.flush();
+      sums.shifted.flush();
       normalise(a.totals[thread]);
     }
   };

@@ -71,10 +71,17 @@ template <class Loss, bool kUsual, class Call, class S, class T, class V, int kV
 MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Extras<T>& extras,
                  int k, V (&loss)[kVectors], bool keep_loss) {
   constexpr int kInputs = Loss::kInputs;
+  constexpr bool kInPairs = kUsual && kVectors % 2 == 0;
   if constexpr (kUsual && has_flags<Call>(0)) call.assume_usual();
   V x[kVectors][kInputs], d[kVectors][kInputs], f[kVectors];
-  for (int u = 0; u < kVectors; ++u)
-    for (int v = 0; v < kInputs; ++v) x[u][v] = load<V>(operands.x[v] + k + u * lanes<V>);
+  for (int v = 0; v < kInputs; ++v) {
+    const S* const from = operands.x[v] + k;
+    if constexpr (kInPairs) {
+      for (int u = 0; u < kVectors; u += 2) load_two(from + u * lanes<V>, x[u][v], x[u + 1][v]);
+    } else {
+      for (int u = 0; u < kVectors; ++u) x[u][v] = load<V>(from + u * lanes<V>);
+    }
+  }
   for (int u = 0; u < kVectors; ++u) {
     Loss::eval(call, x[u], loss[u], d[u]);
     f[u] = splat<V>(extras.factor);
@@ -95,10 +102,16 @@ MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Ex
     S* const to = operands.grad[v] + k;
     V g[kVectors];
     for (int u = 0; u < kVectors; ++u) g[u] = canonical(d[u][v] * f[u]);
-    if (operands.streams[v])
+    if constexpr (kInPairs) {
+      if (operands.streams[v])
+        for (int u = 0; u < kVectors; u += 2) stream_two(to + u * lanes<V>, g[u], g[u + 1]);
+      else
+        for (int u = 0; u < kVectors; u += 2) store_two(to + u * lanes<V>, g[u], g[u + 1]);
+    } else if (operands.streams[v]) {
       for (int u = 0; u < kVectors; ++u) stream(to + u * lanes<V>, g[u]);
-    else
+    } else {
       for (int u = 0; u < kVectors; ++u) store(to + u * lanes<V>, g[u]);
+    }
   }
 }
 

@@ -15,7 +15,7 @@ struct Hinge {
   template <class V>
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
                           V (&d)[kInputs]) {
-    const V value = multiply_add(-x[1], x[0], splat<V>(call.margin)), slope = hinge_slope(value);
+    const V value = multiply_add(-x[1], x[0], splat<V>(call.margin)), slope = unit_step(value);
     loss = hinge(value);
     d[0] = -(x[1] * slope);
     d[1] = -(x[0] * slope);

@@ -19,7 +19,7 @@ struct HingeEmbedding {
     const V zero = V{}, one = splat<V>(1), r = splat<V>(call.margin) - x[0];
     const auto far = x[1] != one, near = x[1] != -one;
     loss = select(far, hinge(r), zero) + select(near, x[0], zero);
-    d[0] = select(near, one, zero) - select(far, hinge_slope(r), zero);
+    d[0] = select(near, one, zero) - select(far, unit_step(r), zero);
     d[1] = zero;
   }
 };

@@ -16,7 +16,7 @@ struct MarginRanking {
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
                           V (&d)[kInputs]) {
     const V r = x[0] - x[1], value = multiply_add(-x[2], r, splat<V>(call.margin));
-    const V slope = hinge_slope(value);
+    const V slope = unit_step(value);
     loss = hinge(value);
     d[1] = x[2] * slope;
     d[0] = -d[1];

@@ -18,21 +18,27 @@ struct NoParameters {
   MBK_FN explicit NoParameters(const double*) {}
 };
 
-// 1, -1, and 0 for 0 and NaN, as in torch.
-template <class V>
-MBK_FN V sign(V x) {
-  const V zero = V{}, one = splat<V>(1);
-  return select(x > zero, one, select(x < zero, -one, zero));
-}
-
-// max(0, x), and 1 where x >= 0, else 0: the subgradient of torch's clamp_min. NaN stays NaN.
+// max(0, x); unit_step(x) is the subgradient of torch's clamp_min. NaN stays NaN.
 template <class V>
 MBK_FN V hinge(V x) {
   return max(V{}, x);
 }
+
+// x, but -limit below that and limit above. NaN stays NaN. limit > 0.
 template <class V>
-MBK_FN V hinge_slope(V x) {
-  return select(x >= V{}, splat<V>(1), V{});
+MBK_FN V clamp(V x, V limit) {
+  return max(-limit, min(limit, x));
+}
+
+// a * b + c where one rounding or two make no difference: a b is exact, or neither negative nor
+// added to. One operation for vectors; a single lane may have to put a fused one together.
+template <class V>
+MBK_FN V add_exact(V a, V b, V c) {
+  if constexpr (lanes<V> == 1) {
+    return a * b + c;
+  } else {
+    return multiply_add(a, b, c);
+  }
 }
 
 // log(1 + e^x), log(1 + e^-x), 1 / (1 + e^-x), 1 / (1 + e^x) with one exponential, e^-|x|.

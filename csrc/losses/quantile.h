@@ -17,8 +17,8 @@ struct Quantile {
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
                           V (&d)[kInputs]) {
     const V r = x[1] - x[0], zero = V{}, q = splat<V>(call.q), rest = splat<V>(call.rest);
-    const V slope = select(r > zero, q, select(r < zero, rest, zero));
-    loss = r * select(r < zero, rest, q);
+    const V side = select(r < zero, rest, q), slope = abs(sign(r)) * side;
+    loss = r * side;
     d[0] = -slope;
     d[1] = slope;
   }

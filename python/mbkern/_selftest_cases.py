@@ -17,7 +17,7 @@ from torch import Tensor
 from mbkern import functional
 from mbkern._loss_and_grad import loss_and_grad
 from mbkern._loss_sum import LossSum
-from mbkern._losses import Loss, find
+from mbkern._losses import Loss, Parameter, find
 
 #: Integer of the same size, bits of exponent and mantissa.
 FORMATS = {
@@ -136,6 +136,7 @@ POINTWISE = [
     Case("channels last", (3, 5, 7, 11), "mean", "sample", "channels_last"),
     Case("transposed", (33, 129), "accumulate", "sample", "transposed"),
     Case("backward", (3, 777), "backward", "sample", "gaps"),
+    Case("other parameters", (2003,), with_="parameters"),
     Case("reduced", (20011,), "reduced", "sample"),
 ]
 
@@ -149,6 +150,8 @@ MULTIROW = [
     Case("long rows", (9, 2047), "mean", "ignored", index=torch.int32),
     Case("accumulated", (13, 700), "accumulate", "sample", "transposed"),
     Case("backward", (17, 330), "backward", "", "gaps"),
+    Case("short rows, other parameters", (301, 10), with_="parameters"),
+    Case("long rows, other parameters", (9, 330), with_="parameters"),
     Case("long special values", (36, 130), with_="sprinkled"),
     Case("reduced", (101, 77), "reduced", "sample"),
 ]
@@ -156,7 +159,7 @@ MULTIROW = [
 #: The element-wise cases that see what a formula does, and not only what its loop does.
 FORMULA = (
     "elements of every size", "pairs of special values", "in place", "mean", "accumulated",
-    "backward",
+    "backward", "other parameters",
 )  # fmt: skip
 
 
@@ -207,6 +210,8 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
         "softcap": ("softcap", 7.0),
     }
     data["options"].update(extras[word] for word in words if word in extras)
+    if "parameters" in words:
+        data["options"].update((name, _another(p)) for name, p in loss.parameters.items())
     if "weight" in words:
         data["options"]["weight"] = numbers(7, (shape[1],), compute, 2.0).abs()
     data["sample_weight"] = numbers(8, items, compute, 4.0).abs() if "sample" in words else None
@@ -226,6 +231,14 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     }
     data["buffer"] = _arrange(numbers(10, shape, compute), case.layout)
     return data
+
+
+def _another(parameter: Parameter) -> float | bool:
+    """A value that is not the default one: a flag is turned, other numbers get larger."""
+    default = parameter.default
+    if isinstance(default, bool):
+        return not default
+    return default + 1 if isinstance(default, int) else default + 0.375
 
 
 def _row_tensors(
