@@ -67,6 +67,7 @@ struct ShiftedBins {
     shift = wanted < kLeast ? kLeast : wanted > kMost ? kMost : wanted;
   }
   MBK_RARE void flush() {
+    if (additions == 0) return;
     for (int part = 0; part < kDoubleParts; ++part)
       add_bins_of(total, coarse[part], fine[part], shift);
     clear();
