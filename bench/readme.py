@@ -11,6 +11,7 @@ faster. Each cell has one number for each number of threads.
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from mbkern.bench.display import speedup
 from mbkern.bench.machine import BUSY
 from mbkern.bench.rows import SKIPPED, Row, grouped, load
+from mbkern.bench.statistics import summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "readme.jsonl"
@@ -80,8 +82,26 @@ def _table(title: str, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _spread(rows: Sequence[Row]) -> str:
+    """How far the quartiles of a row's samples are apart: the median of the rows."""
+    return f"{statistics.median(summarise(r.samples_s).spread for r in rows):.1%}"
+
+
+def _noise(rows: Sequence[Row]) -> list[str]:
+    """How far samples spread where a row waits for arithmetic, and where it waits for memory."""
+    ours = [r for r in rows if r.provider.startswith("mbkern")]
+    scalar = [r for r in ours if "scalar" in r.provider]
+    passes = [r for r in rows if r.limit and "pass" in r.provider]
+    return [
+        f"Quartiles of mbkern's samples are {_spread(ours)} of the median apart, in the median of",
+        f"all rows; {_spread(scalar)} on the scalar tier, which waits for arithmetic, and",
+        f"{_spread(passes)} in bare passes over memory.",
+    ]
+
+
 def text(rows: Sequence[Row]) -> str:
     """What stands between the markers. KeyError if a case lacks a number."""
+    noise = _noise([r for r in rows if r.samples_s])
     rows = [r for r in rows if r.status != SKIPPED and not r.limit]
     machine = rows[0].environment
     isa = machine["isa"].split()[0]
@@ -97,6 +117,7 @@ def text(rows: Sequence[Row]) -> str:
         "arithmetic.",
         f"{busy} took {typical:.2f} CPUs meanwhile, at most {most:.2f}. Measured on",
         f"{machine['date'][:10]} by `python bench/readme.py --measure`.",
+        *noise,
         "",
         *_table("logits", [r for r in rows if r.suite == "cross_entropy"]),
         "",
