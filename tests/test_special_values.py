@@ -402,17 +402,19 @@ def test_lattice(case: Case, variation: Variation, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("option", ["beta", "delta"])
-def test_a_threshold_that_is_never_reached(option: str, dtype: torch.dtype, isa: str) -> None:
-    """Infinite, or larger than any number of the type: torch's loss and gradient."""
+def test_thresholds_at_the_ends(option: str, dtype: torch.dtype, isa: str) -> None:
+    """Infinite, or larger or smaller than any number of the type: torch's loss and gradient."""
     name = "smooth_l1_loss" if option == "beta" else "huber_loss"
     values = torch.tensor([0.0, -0.0, 1e-30, -1.0, 3.5, -1e15] * 40, dtype=dtype)
-    for limit in (math.inf, 3e38, 1e300 if dtype is torch.float64 else 3.4e38):
+    for limit in (math.inf, 1e300, 1e44, 1e42, 1e39, 3e38, 1e-38, 1e-39, 1e-46, 1e-50, 1e-310):
         ours, torchs = (values.clone().requires_grad_() for _ in range(2))
         target, options = torch.zeros_like(values), {option: limit, "reduction": "none"}
         loss = getattr(mbkern.functional, name)(ours, target, **options)
         want = getattr(torch.nn.functional, name)(torchs, target, **options)
         loss.sum().backward()
         want.sum().backward()
+        assert torchs.grad is not None
+        torchs.grad[values == 0] = 0  # torch: -1 where the threshold is rounded to 0
         torch.testing.assert_close(loss, want, rtol=2e-6, atol=1e-37)
         torch.testing.assert_close(ours.grad, torchs.grad, rtol=2e-6, atol=1e-37)
         assert not torch.signbit(loss).any()

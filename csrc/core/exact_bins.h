@@ -63,7 +63,8 @@ inline constexpr int kLongMiss = 32;
 struct ExactBins {
   ExactSumState& total;
   f64v narrow[kDoubleParts], coarse[kDoubleParts], fine[kDoubleParts];
-  int batch = 0, additions = 0, misses = 0;
+  int batch = 0, additions = 0;
+  unsigned misses = 0;
 
   MBK_FN explicit ExactBins(ExactSumState& t) : total(t) {
     for (int part = 0; part < kDoubleParts; ++part)

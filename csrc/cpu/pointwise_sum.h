@@ -92,7 +92,7 @@ struct LossSums {
     if (!wanted) return;
     if (from_array) return shifted.add(losses, count);
     for (int k = whole; k < count; k += lanes<f32v>) bins.add({load<f32v>(losses + k)});
-    from_array = bins.misses > 2 * count / lanes<f32v>;
+    from_array = (int)bins.misses > 2 * count / lanes<f32v>;
     bins.misses = 0;
   }
 };

@@ -17,6 +17,7 @@ struct Huber {
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
                           V (&d)[kInputs]) {
     const V r = x[0] - x[1], slope = clamp(r, splat<V>(call.delta));
+    // Exact but for denormal slopes, whose loss is 0 in any case.
     const V rest = add_exact(splat<V>((Element<V>)-0.5), slope, r);
     loss = add_exact(slope, rest, V{});  // 0, not -0
     d[0] = slope;

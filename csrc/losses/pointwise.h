@@ -30,8 +30,8 @@ MBK_FN V clamp(V x, V limit) {
   return max(-limit, min(limit, x));
 }
 
-// a * b + c where one rounding or two make no difference: a b is exact, or neither negative nor
-// added to. One operation for vectors; a single lane may have to put a fused one together.
+// a * b + c where one rounding or two make no difference: a b is exact, or c is 0 and a b is not
+// negative. One operation for vectors; a single lane may have to put a fused one together.
 template <class V>
 MBK_FN V add_exact(V a, V b, V c) {
   if constexpr (lanes<V> == 1) {

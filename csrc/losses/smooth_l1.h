@@ -5,16 +5,21 @@ namespace mbk::MBK_ISA {
 
 // With r = x0 - x1: r^2 / (2 beta) where |r| < beta, else |r| - beta / 2. With the slope s, which
 // is r / beta between -1 and 1, both are s (r - beta s / 2); of a relative error of s only the
-// square gets into that. beta > 0, perhaps infinite: then s is 0, and so must be beta s.
+// square gets into that. beta > 0. One whose inverse is no number counts as the smallest normal
+// one; one that is infinite in T has the slope 0, as in torch, but for infinite r, where all is
+// NaN.
 struct SmoothL1 {
   static constexpr const char* name = "smooth_l1_loss";
   static constexpr int kInputs = 2;
   template <class T>
   struct Call {
-    static constexpr T kMost = sizeof(T) == 4 ? (T)__FLT_MAX__ : (T)__DBL_MAX__;
-    T half_beta, inverse;
-    MBK_FN explicit Call(const double* p)
-        : half_beta(min((T)(0.5 * p[0]), kMost)), inverse((T)(1 / p[0])) {}
+    T half_beta = 0, inverse = 0;
+    MBK_FN explicit Call(const double* p) {
+      constexpr double kLeast = sizeof(T) == 4 ? __FLT_MIN__ : __DBL_MIN__;
+      constexpr double kMost = sizeof(T) == 4 ? __FLT_MAX__ : __DBL_MAX__;
+      const double beta = p[0] > kLeast ? p[0] : kLeast;
+      if (beta / 2 <= kMost) half_beta = (T)(beta / 2), inverse = (T)(1 / beta);
+    }
   };
   template <class V>
   MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
