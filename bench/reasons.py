@@ -60,8 +60,8 @@ REASONS: dict[str, tuple[str, ...]] = {
         "on AVX-512 is at 82 %.",
     ),
     "accumulate": (
-        "400 fp32 tensors: both read and write the same 101 MB, at the bandwidth of the memory "
-        "(that of `x *= c`).",
+        "400 fp32 tensors, one thread: both read and write the same 101 MB, at the bandwidth of "
+        "the memory (that of `x *= c`).",
         "Norm and finiteness: not the arithmetic (half of the time that memory takes). Sums kept "
         "apart until a block's end change nothing. Fetching ahead by 1024 elements brings bf16 to "
         "1.02, but by 512 or 2048 it makes it 1.07 to 1.16, and fp32 slower by any: not done.",
