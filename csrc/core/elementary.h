@@ -66,14 +66,14 @@ struct LogCoshValue {
   static constexpr const char* name = "log_cosh";
   template <class V>
   MBK_FN static V of(V x) {
-    return canonical_nan(x, log_cosh(x).value);
+    return canonical_nan(x, log_cosh(x, log_cosh_exp(x)).value);
   }
 };
 struct LogCoshSlope {
   static constexpr const char* name = "log_cosh_slope";
   template <class V>
   MBK_FN static V of(V x) {
-    return canonical_nan(x, log_cosh(x).slope);
+    return canonical_nan(x, log_cosh(x, log_cosh_exp(x)).slope);
   }
 };
 

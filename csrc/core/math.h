@@ -275,21 +275,25 @@ MBK_FN V log1p(V x) {
 }
 
 // log(cosh(x)) and its derivative tanh(x): 2 ulp each (in fp64 7 ulp and 2). Where |x| < 1 both are
-// polynomials of x^2, which do not cancel; elsewhere, with e = exp(-2|x|), they are |x| - log 2 +
-// log(1 + e) and +-(1 - 2 e / (1 + e)). A NaN stays one, but which is the caller's.
+// polynomials of x^2, which do not cancel; elsewhere, with e = log_cosh_exp(x) = exp(-2|x|), they
+// are |x| - log 2 + log(1 + e) and +-(1 - 2 e / (1 + e)). A NaN stays one, but which is the
+// caller's.
 template <class V>
 struct LogCoshOf {
   V value, slope;
 };
 template <class V, F32<V> = 0>
-MBK_FN LogCoshOf<V> log_cosh(V x) {
+MBK_FN V log_cosh_exp(V x) {
+  return exp_nonpositive(abs(x) * splat<V>(-2.0f));
+}
+template <class V, F32<V> = 0>
+MBK_FN LogCoshOf<V> log_cosh(V x, V e) {
   const V one = splat<V>(1.0f), a = abs(x), z = a * a;
   const V Q = horner(z, splat<V>(0x1.7088e6p-14f), -0x1.25d03p-11f, 0x1.10f5d2p-9f, -0x1.b7f9d8p-8f,
                      0x1.6c02bcp-6f, -0x1.555516p-4f);
   const V near = fma(z * z, Q, z * splat<V>(0.5f));
   const V P = horner(z, splat<V>(-0x1.77d628p-12f), 0x1.2da3p-9f, -0x1.04609ep-7f, 0x1.6009c6p-6f,
                      -0x1.b9623cp-5f, 0x1.110be4p-3f, -0x1.55553cp-2f);
-  const V e = exp_nonpositive(a * splat<V>(-2.0f));
   const V tail = horner(e, splat<V>(0x1.32522ep-3f), -0x1.f36146p-3f, 0x1.55005cp-2f,
                         -0x1.fffe72p-2f);  // for e < e^-2 only
   const V far = fma(e * e, tail, e) + (a - splat<V>(0x1.62e43p-1f));

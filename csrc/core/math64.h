@@ -174,10 +174,14 @@ MBK_FN V softplus(V x) {
 
 // Where |x| < 1 from the derivative t: -log(1 - t^2) / 2.
 template <class V, F64<V> = 0>
-MBK_FN LogCoshOf<V> log_cosh(V x) {
+MBK_FN V log_cosh_exp(V x) {
+  return exp_of_minus_abs(x + x);
+}
+template <class V, F64<V> = 0>
+MBK_FN LogCoshOf<V> log_cosh(V x, V e) {
   const V t = tanh(x), a = abs(x);
   const V near = log1p(-(t * t)) * splat<V>(-0.5);
-  const V far = a + (log1p_of_exp(exp_of_minus_abs(a + a)) - splat<V>(0x1.62e42fefa39efp-1));
+  const V far = a + (log1p_of_exp(e) - splat<V>(0x1.62e42fefa39efp-1));
   return {select(a < splat<V>(1.0), near, far), t};
 }
 

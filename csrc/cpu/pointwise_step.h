@@ -3,6 +3,7 @@
 // storing their gradients.
 #include "core/exact_bins.h"
 #include "cpu/chunk.h"
+#include "losses/pointwise.h"
 
 namespace mbk::MBK_ISA {
 namespace {
@@ -65,15 +66,9 @@ struct Extras {
       : factor(f), weight(w), rescale(r), item_scale(s), losses(l), any(w || r || s) {}
 };
 
-// Elements from k on. Usual are fp32, the usual flags, no extras, and nothing wanted but the sum of
-// the losses and the gradient of the first input: no branch then keeps the vectors' steps apart.
-template <class Loss, bool kUsual, class Call, class S, class T, class V, int kVectors>
-MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Extras<T>& extras,
-                 int k, V (&loss)[kVectors], bool keep_loss) {
-  constexpr int kInputs = Loss::kInputs;
-  constexpr bool kInPairs = kUsual && kVectors % 2 == 0;
-  if constexpr (kUsual && has_flags<Call>(0)) call.assume_usual();
-  V x[kVectors][kInputs], d[kVectors][kInputs], f[kVectors];
+// The inputs of elements from k on.
+template <bool kInPairs, class S, int kInputs, class V, int kVectors>
+MBK_FN void load_inputs(const Operands<S, kInputs>& operands, int k, V (&x)[kVectors][kInputs]) {
   for (int v = 0; v < kInputs; ++v) {
     const S* const from = operands.x[v] + k;
     if constexpr (kInPairs) {
@@ -82,8 +77,26 @@ MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Ex
       for (int u = 0; u < kVectors; ++u) x[u][v] = load<V>(from + u * lanes<V>);
     }
   }
+}
+
+// Elements from k on. Usual are fp32, the usual flags, no extras, and nothing wanted but the sum of
+// the losses and the gradient of the first input: no branch then keeps the vectors' steps apart.
+// `early` are the elements' early numbers, where they have been computed.
+template <class Loss, bool kUsual, bool kEarly = false, class Call, class S, class T, class V,
+          int kVectors>
+MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Extras<T>& extras,
+                 int k, V (&loss)[kVectors], bool keep_loss, const T* early = nullptr) {
+  constexpr int kInputs = Loss::kInputs;
+  constexpr bool kInPairs = kUsual && kVectors % 2 == 0;
+  if constexpr (kUsual && has_flags<Call>(0)) call.assume_usual();
+  V x[kVectors][kInputs], d[kVectors][kInputs], f[kVectors];
+  load_inputs<kInPairs>(operands, k, x);
   for (int u = 0; u < kVectors; ++u) {
-    Loss::eval(call, x[u], loss[u], d[u]);
+    if constexpr (kEarly) {
+      Loss::eval(call, x[u], load<V>(early + u * lanes<V>), loss[u], d[u]);
+    } else {
+      evaluate<Loss>(call, x[u], loss[u], d[u]);
+    }
     f[u] = splat<V>(extras.factor);
   }
   if (!kUsual && extras.any) {
@@ -115,7 +128,7 @@ MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Ex
   }
 }
 
-// Elements [0, whole). Losses in fp32 are summed at once: hidden behind the memory accesses.
+// Elements [0, whole), losses in fp32 summed at once, hidden behind the memory accesses.
 template <class Loss, bool kUsual, class Call, class S, class T>
 MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
                   const Extras<T>& extras, int whole, bool keep_losses, ExactBins& bins,
@@ -128,6 +141,40 @@ MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
       if (sums) bins.add(loss);
   }
 }
+// The same of a loss with an early number in the usual case, block by block in three loops: for the
+// early numbers, for losses and gradients, for the sum. In one loop the chain of steps of an
+// element is longer than a processor can look ahead to others. The next block is fetched meanwhile.
+template <class Loss, class Call, class S>
+MBK_FN void steps_in_blocks(Call call, const Operands<S, Loss::kInputs>& operands,
+                            const Extras<float>& extras, int whole, ExactBins& bins, bool sums) {
+  typedef f32v V;
+  constexpr int kInputs = Loss::kInputs, kVectors = kAtOnce<V, true>;
+  if constexpr (has_flags<Call>(0)) call.assume_usual();
+  alignas(64) float block[kChunk];  // early numbers, then losses
+  for (int begin = 0; begin < whole; begin += kChunk) {
+    const int count = whole - begin < kChunk ? whole - begin : kChunk;
+    for (int k = 0; k < count; k += kVectors * lanes<V>) {
+      V x[kVectors][kInputs], early[kVectors];
+      load_inputs<true>(operands, begin + k, x);
+      for (const S* const from : operands.x)
+        for (int at = 0; at < kVectors * lanes<V>; at += 64 / (int)sizeof(S))
+          __builtin_prefetch(from + begin + kChunk + k + at);
+      for (int u = 0; u < kVectors; ++u) early[u] = Loss::early(call, x[u]);
+      for (int u = 0; u < kVectors; ++u) store(block + k + u * lanes<V>, early[u]);
+    }
+    for (int k = 0; k < count; k += 2 * lanes<V>) {
+      V loss[2];
+      step<Loss, true, true>(call, operands, extras, begin + k, loss, false, block + k);
+      for (int u = 0; u < 2; ++u) store(block + k + u * lanes<V>, loss[u]);
+    }
+    if (!sums) continue;
+    for (int k = 0; k < count; k += kVectors * lanes<V>) {
+      V loss[kVectors];
+      for (int u = 0; u < kVectors; ++u) loss[u] = load<V>(block + k + u * lanes<V>);
+      bins.add(loss);
+    }
+  }
+}
 template <class Loss, class Call, class S, class T>
 MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
                   const Extras<T>& extras, int whole, bool keep_losses, ExactBins& bins,
@@ -135,7 +182,11 @@ MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
   if constexpr (sizeof(T) == 4) {
     bool usual = !extras.any && !keep_losses && operands.only_first_grad();
     if constexpr (has_flags<Call>(0)) usual = usual && call.usual();
-    if (usual) return steps<Loss, true>(call, operands, extras, whole, false, bins, sums);
+    if constexpr (has_early<Loss>(0) && lanes<Vector<T>> > 1) {
+      if (usual) return steps_in_blocks<Loss>(call, operands, extras, whole, bins, sums);
+    } else {
+      if (usual) return steps<Loss, true>(call, operands, extras, whole, false, bins, sums);
+    }
   }
   steps<Loss, false>(call, operands, extras, whole, keep_losses, bins, sums);
 }

@@ -119,7 +119,7 @@ struct Pointwise {
     T in[kInputs], loss, f = factor;
 #pragma unroll
     for (int v = 0; v < kInputs; ++v) in[v] = x[v];
-    Loss::eval(call, in, loss, grad);
+    evaluate<Loss>(call, in, loss, grad);
     if (has(kItemScale)) f = f * x[kItemScale];
 #pragma unroll
     for (int v = kWeight; v <= kRescale; ++v)

@@ -12,10 +12,14 @@ struct BinaryCrossEntropy {
   template <class T>
   using Call = NoParameters<T>;
   template <class V>
-  MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V& loss,
+  MBK_FN static V early(const Call<Element<V>>&, const V (&x)[kInputs]) {
+    return max(splat<V>(-100), log(x[0]));
+  }
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V yes, V& loss,
                           V (&d)[kInputs]) {
-    const V one = splat<V>(1), low = splat<V>(-100), rest = one - x[1];
-    const V yes = max(low, log(x[0])), no = max(low, log1p(-x[0]));
+    const V one = splat<V>(1), rest = one - x[1];
+    const V no = max(splat<V>(-100), log1p(-x[0]));
     const V nan = quiet_nan<V>(), zero = V{};
     const V outside = select(x[1] >= zero, select(rest >= zero, zero, nan), nan);
     loss = outside - multiply_add(x[1], yes, rest * no);

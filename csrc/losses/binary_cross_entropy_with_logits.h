@@ -11,9 +11,13 @@ struct BinaryCrossEntropyWithLogits {
   template <class T>
   using Call = NoParameters<T>;
   template <class V>
-  MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V& loss,
+  MBK_FN static V early(const Call<Element<V>>&, const V (&x)[kInputs]) {
+    return exp_of_minus_abs(x[0]);
+  }
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V e, V& loss,
                           V (&d)[kInputs]) {
-    const Logistic<V> l = logistic(x[0]);
+    const Logistic<V> l = logistic(x[0], e);
     const V yes = x[2] * x[1], no = splat<V>(1) - x[1];
     loss = multiply_add(yes, l.softplus_of_minus, no * l.softplus);
     d[0] = multiply_add(no, l.sigmoid, -(yes * l.sigmoid_of_minus));

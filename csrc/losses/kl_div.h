@@ -16,15 +16,19 @@ struct KLDivergence {
     MBK_FN void assume_usual() { log_target = false; }
   };
   template <class V>
-  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
+  MBK_FN static V early(const Call<Element<V>>& call, const V (&x)[kInputs]) {
+    return call.log_target ? exp(x[1]) : log(x[1]);
+  }
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V early, V& loss,
                           V (&d)[kInputs]) {
     if (call.log_target) {
-      const V p = exp(x[1]), r = x[1] - x[0];
+      const V p = early, r = x[1] - x[0];
       loss = p * r;
       d[0] = -p;
       d[1] = multiply_add(p, r, p);
     } else {
-      const V logarithm = log(x[1]), zero = V{};
+      const V logarithm = early, zero = V{};
       loss = multiply_add(-x[1], x[0], select(x[1] == zero, zero, x[1] * logarithm));
       d[0] = -x[1];
       d[1] = (logarithm - x[0]) + splat<V>(1);

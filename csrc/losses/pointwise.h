@@ -6,6 +6,8 @@
 //   Call<T>   its parameters, made once a call from the numbers that Python passes, in their order;
 //             with flags among them, usual() and assume_usual() too (cpu/pointwise_step.h)
 //   eval      the loss of an element, and its derivative by each of the inputs
+//   early     optional: a number that takes many steps, an exponential or a logarithm, and that
+//             eval is given then. A loop may compute it of many elements before eval of the first
 //
 // A third tensor that is absent is 1 everywhere.
 #include "core/math.h"
@@ -17,6 +19,24 @@ template <class T>
 struct NoParameters {
   MBK_FN explicit NoParameters(const double*) {}
 };
+
+template <class Loss>
+constexpr auto has_early(int) -> decltype((void)&Loss::template early<float>, true) {
+  return true;
+}
+template <class Loss>
+constexpr bool has_early(...) {
+  return false;
+}
+template <class Loss, class V>
+MBK_FN void evaluate(const typename Loss::template Call<Element<V>>& call,
+                     const V (&x)[Loss::kInputs], V& loss, V (&d)[Loss::kInputs]) {
+  if constexpr (has_early<Loss>(0)) {
+    Loss::eval(call, x, Loss::early(call, x), loss, d);
+  } else {
+    Loss::eval(call, x, loss, d);
+  }
+}
 
 // max(0, x); unit_step(x) is the subgradient of torch's clamp_min. NaN stays NaN.
 template <class V>
@@ -47,9 +67,9 @@ struct Logistic {
   V softplus, softplus_of_minus, sigmoid, sigmoid_of_minus;
 };
 template <class V>
-MBK_FN Logistic<V> logistic(V x) {
+MBK_FN Logistic<V> logistic(V x, V exp_of_minus_abs) {
   const V zero = V{}, one = splat<V>(1);
-  V e = exp_of_minus_abs(x);
+  V e = exp_of_minus_abs;
   if constexpr (!kScales<V>) e = e + select(x == x, zero, x);  // NaN where x is
   const V tail = log1p_of_exp(e), near = one / (one + e), far = e * near;
   const auto negative = x < zero;

@@ -22,16 +22,20 @@ struct PoissonNll {
     MBK_FN void assume_usual() { log_input = true, full = false; }
   };
   template <class V>
-  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
+  MBK_FN static V early(const Call<Element<V>>& call, const V (&x)[kInputs]) {
+    return call.log_input ? exp(x[0]) : log(x[0] + call.eps);
+  }
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V early, V& loss,
                           V (&d)[kInputs]) {
     const V one = splat<V>(1), zero = V{};
     if (call.log_input) {
-      const V rate = exp(x[0]);
+      const V rate = early;
       loss = multiply_add(-x[1], x[0], rate);
       d[0] = rate - x[1];
       d[1] = -x[0];
     } else {
-      const V rate = x[0] + call.eps, logarithm = log(rate);
+      const V rate = x[0] + call.eps, logarithm = early;
       loss = multiply_add(-x[1], logarithm, x[0]);
       d[0] = one - x[1] / rate;
       d[1] = -logarithm;

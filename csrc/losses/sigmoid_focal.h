@@ -20,9 +20,13 @@ struct SigmoidFocal {
     MBK_FN void assume_usual() { weighted = true, gamma = 2; }
   };
   template <class V>
-  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
+  MBK_FN static V early(const Call<Element<V>>&, const V (&x)[kInputs]) {
+    return exp_of_minus_abs(x[0]);
+  }
+  template <class V>
+  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V e, V& loss,
                           V (&d)[kInputs]) {
-    const Logistic<V> l = logistic(x[0]);
+    const Logistic<V> l = logistic(x[0], e);
     const V one = splat<V>(1), zero = V{}, y = x[1], no = one - y;
     const V ce = multiply_add(y, l.softplus_of_minus, no * l.softplus);
     const V dce = multiply_add(no, l.sigmoid, -(y * l.sigmoid_of_minus));
