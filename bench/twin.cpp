@@ -6,8 +6,9 @@
 // change of its internal interfaces must be followed here. One thread; the twins alternate over the
 // same batch, and restoring the logits is not timed.
 //
-//   g++ -std=c++17 -O3 -march=x86-64-v4 -fschedule-insns -DMBK_ISA=avx512 -ffp-contract=off
-//       -fno-math-errno -fno-trapping-math -Wno-psabi -I csrc bench/twin.cpp -o twin
+//   g++ -std=c++17 -O3 -march=x86-64-v4 -fschedule-insns -falign-functions=64 -falign-loops=64
+//       -DMBK_ISA=avx512 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi
+//       -I csrc bench/twin.cpp -o twin
 //   ./twin [milliseconds a measurement] [--raw: one line "columns twin error ns ns ..." each]
 #include <math.h>
 #include <stdio.h>
@@ -88,7 +89,8 @@ struct PlainTotal {
 
 struct Batch {
   int64_t rows, columns;
-  std::vector<float> pristine, logits;
+  std::vector<float> pristine;
+  float* const logits;  // aligned to a cache line, as a tensor's memory is
   std::vector<int64_t> target;
   std::vector<char> scratch;
   RowArgs args{};
@@ -97,7 +99,7 @@ struct Batch {
       : rows(r),
         columns(c),
         pristine((size_t)(r * c)),
-        logits((size_t)(r * c)),
+        logits((float*)aligned_alloc(64, (size_t)(r * c) * sizeof(float))),
         target((size_t)r),
         scratch((size_t)row_scratch_bytes(c, sizeof(float))) {
     std::mt19937 random(5);
@@ -107,7 +109,7 @@ struct Batch {
     args.items = r;
     args.inner_size = 1;
     args.columns = c;
-    args.input = args.grad = logits.data();
+    args.input = args.grad = logits;
     args.input_strides = args.grad_strides = {c, 0, 1};
     args.target = target.data();
     args.target_is_index = true;
@@ -119,7 +121,9 @@ struct Batch {
     args.threads = 1;
     args.scratch = scratch.data();
   }
-  void restore() { logits = pristine; }
+  ~Batch() { free(logits); }
+  Batch(const Batch&) = delete;
+  void restore() { std::copy(pristine.begin(), pristine.end(), logits); }
 };
 
 template <class Row, class Total>
@@ -128,9 +132,9 @@ MBK_PASS double run(Batch& b) {
   const Row row(b.args, (float*)b.scratch.data());
   Total total(b.args, row);
   for (int64_t i = 0; i < b.rows; ++i) {
-    float* const x = b.logits.data() + i * b.columns;
+    float* const x = b.logits + i * b.columns;
     const int64_t after = i + 1 < b.rows ? i + 1 : i;
-    const NextRows next{b.logits.data() + after * b.columns, nullptr};
+    const NextRows next{b.logits + after * b.columns, nullptr};
     row.item(i, ItemPosition(b.args, i), x, nullptr, x, next, total.sink());
   }
   return total.value();
@@ -141,7 +145,7 @@ double error(const Batch& b, double loss) {
   double worst = 0, exact_loss = 0;
   for (int64_t i = 0; i < b.rows; ++i) {
     const float* x = b.pristine.data() + i * b.columns;
-    const float* g = b.logits.data() + i * b.columns;
+    const float* g = b.logits + i * b.columns;
     const double m = *std::max_element(x, x + b.columns);
     double sum = 0;
     for (int64_t j = 0; j < b.columns; ++j) sum += ::exp((double)x[j] - m);

@@ -146,6 +146,13 @@ MBK_FN bool sum_bins(const float* x, int64_t n, double& coarse, double& fine) {
   coarse = sum_lanes(c_sum), fine = sum_lanes(f_sum);
   return !any(unfit);
 }
+// Adds at most kFlush numbers, in memory for whole vectors; what lies behind the last is
+// overwritten.
+MBK_FN void add_few(ExactSumState& s, float* x, int n) {
+  for (int k = n; k % lanes<f32v> != 0; ++k) x[k] = 0;
+  double coarse, fine;
+  sum_bins<f32v>(x, n, coarse, fine) ? add_bins(s, coarse, fine, 0) : add_each(s, x, n);
+}
 // The sum of both bins, rounded once to float. |fine| is below 2^-7, coarse 0 or at least 2^-16:
 // Knuth's sum is exact, and rounding it to odd leaves one rounding, that to float.
 MBK_FN float round_bins(double coarse, double fine) {

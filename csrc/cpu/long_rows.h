@@ -9,20 +9,20 @@
 namespace mbk::MBK_ISA {
 namespace {
 
-// The losses of a thread's rows. Their logarithms are taken of a vector of rows at once: a single
-// one takes longer than the processor can look ahead into the gradient.
+// The losses of a thread's rows. The logarithms and the exact sum of kRows are formed at once: of a
+// single row they take longer than the processor can look ahead into the gradient.
 template <class Loss, class T>
 struct LossQueue {
-  typedef typename Loss::template Item<double> Item;
-  static constexpr int kLanes = lanes<f64v>;
+  typedef Vector<T> V;
+  static constexpr int kRows = 32;
 
   const RowArgs& args;
   const typename Loss::template Call<T>& call;
   ExactSumState* const total;  // null: not wanted
   int count = 0;
-  int64_t row[kLanes];
-  double sample_weight[kLanes] = {}, max[kLanes] = {}, target_logit[kLanes] = {},
-         target_term[kLanes] = {}, target_weight[kLanes] = {}, sums[3][kLanes] = {};
+  int64_t row[kRows];
+  double sample_weight[kRows] = {}, max[kRows] = {}, target_logit[kRows] = {},
+         target_term[kRows] = {}, target_weight[kRows] = {}, sums[3][kRows] = {};
 
   MBK_FN LossQueue(const RowArgs& a, const typename Loss::template Call<T>& c, ExactSumState* t)
       : args(a), call(c), total(t) {}
@@ -32,20 +32,33 @@ struct LossQueue {
     if constexpr (sizeof(T) == 4)
       if (total) add(*total, loss);
   }
-  MBK_FN void push(int64_t i, const Item& item, double weight) {
+  MBK_FN void push(int64_t i, const typename Loss::template Item<double>& item, double weight) {
     row[count] = i, sample_weight[count] = weight;
     max[count] = item.max, target_logit[count] = item.target_logit;
     target_term[count] = item.target_term, target_weight[count] = item.target_weight;
     for (int k = 0; k < Loss::kSums; ++k) sums[k][count] = item.sums[k];
-    if (++count == kLanes) flush();
+    if (++count == kRows) flush();
+  }
+  MBK_FN f64v losses_from(int first) const {
+    typename Loss::template Item<f64v> item;
+    item.max = load<f64v>(max + first), item.target_logit = load<f64v>(target_logit + first);
+    item.target_term = load<f64v>(target_term + first);
+    item.target_weight = load<f64v>(target_weight + first);
+    for (int k = 0; k < 3; ++k) item.sums[k] = load<f64v>(sums[k] + first);
+    return Loss::loss(call, item, Loss::log_sum(item)) * load<f64v>(sample_weight + first);
   }
   MBK_PASS void flush() {
-    typename Loss::template Item<f64v> item;
-    item.max = load<f64v>(max), item.target_logit = load<f64v>(target_logit);
-    item.target_term = load<f64v>(target_term), item.target_weight = load<f64v>(target_weight);
-    for (int k = 0; k < 3; ++k) item.sums[k] = load<f64v>(sums[k]);
-    const f64v loss = Loss::loss(call, item, Loss::log_sum(item)) * load<f64v>(sample_weight);
-    for (int l = 0; l < count; ++l) put(row[l], canonical((T)get(loss, l)));
+    T loss[kRows];
+    for (int first = 0; first < count; first += lanes<V>) {
+      f64v parts[kParts<V>];
+      for (int part = 0; part < kParts<V>; ++part)
+        parts[part] = losses_from(first + part * lanes<f64v>);
+      store(loss + first, canonical(from_double<V>(parts)));
+    }
+    if (args.losses)
+      for (int k = 0; k < count; ++k) ((T*)args.losses)[row[k]] = loss[k];
+    if constexpr (sizeof(T) == 4)
+      if (total) add_few(*total, loss, count);
     count = 0;
   }
 };
