@@ -21,15 +21,10 @@ SUITE = "twin"
 CANONICAL, PLAIN = "canonical", "plain"
 
 _ROOT = Path(__file__).resolve().parents[2]
+_INTERLEAVED = ["-fschedule-insns", "-falign-functions=64", "-falign-loops=64"]
 _FLAGS = {
-    "avx512": [
-        "-march=x86-64-v4",
-        "-Wno-uninitialized",
-        "-fschedule-insns",
-        "-falign-functions=64",
-        "-falign-loops=64",
-    ],
-    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4", "-Wno-uninitialized", *_INTERLEAVED],
+    "avx2": ["-march=x86-64-v3", *_INTERLEAVED, "-fsched-pressure"],
 }  # as in CMakeLists.txt, for gcc
 _COMMON = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
