@@ -75,7 +75,7 @@ inline constexpr int64_t kElementsPerTask = 32768;
 // Whether the lanes of a CPU kernel go across items instead of along the row: short rows, and
 // layouts where neighbouring items are neighbours in memory. Changes the speed, not one bit of the
 // result.
-inline constexpr int64_t kShortColumns = 512, kShortContiguousColumns = 64;
+inline constexpr int64_t kShortColumns = 512, kShortContiguousColumns = 100;
 inline bool lanes_across_items(const RowArgs& a) {
   return a.columns <= (a.input_strides.column == 1 ? kShortContiguousColumns : kShortColumns);
 }

@@ -2,7 +2,7 @@
 // Row losses with the lanes across items: for rows too short to fill vectors, and for layouts such
 // as (N, C, H, W) where neighbouring items, not columns, are neighbours in memory. The arithmetic
 // of an item is that of long_rows.h, operation by operation, so the bits are the same.
-#include "core/exact_sum.h"
+#include "core/exact_bins.h"
 #include "core/row_items.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
@@ -220,11 +220,10 @@ void short_rows(const RowArgs& args) {
         write_tile<kAccumulate>((Out*)args.grad, rows.tile,
                                 TilePlace<V>(args, i, count, args.grad_strides), args.columns,
                                 args.grad_strides.column, ignored);
-      for (int l = 0; l < count; ++l) {
-        if (args.losses) ((T*)args.losses)[i + l] = losses[l];
-        if constexpr (sizeof(T) == 4)
-          if (args.totals) add(args.totals[thread], losses[l]);
-      }
+      if (args.losses)
+        for (int l = 0; l < count; ++l) ((T*)args.losses)[i + l] = losses[l];
+      if constexpr (sizeof(T) == 4)
+        if (args.totals) add_few(args.totals[thread], losses, count);
       i += count;
     }
     if (args.totals) normalise(args.totals[thread]);
