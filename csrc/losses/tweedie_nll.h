@@ -27,19 +27,12 @@ struct TweedieNll {
     MBK_FN bool usual() const { return !is_poisson && !is_gamma && log_input; }
     MBK_FN void assume_usual() { is_poisson = is_gamma = false, log_input = true; }
   };
-  // log m
   template <class V>
-  MBK_FN static V logarithm_of(const Call<Element<V>>& call, V x) {
-    return call.log_input ? x : log(max(splat<V>(call.eps), x));
-  }
-  template <class V>
-  MBK_FN static V early(const Call<Element<V>>& call, const V (&x)[kInputs]) {
-    return call.is_poisson ? splat<V>(1) : exp(logarithm_of(call, x[0]) * call.one_minus_p);
-  }
-  template <class V>
-  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V a, V& loss,
+  MBK_FN static void eval(const Call<Element<V>>& call, const V (&x)[kInputs], V& loss,
                           V (&d)[kInputs]) {
-    const V mean = max(splat<V>(call.eps), x[0]), logarithm = logarithm_of(call, x[0]);
+    const V mean = max(splat<V>(call.eps), x[0]);
+    const V logarithm = call.log_input ? x[0] : log(mean);
+    const V a = call.is_poisson ? splat<V>(1) : exp(logarithm * call.one_minus_p);
     const V b = call.is_gamma ? splat<V>(1) : exp(logarithm * call.two_minus_p);
     const V first = call.is_poisson ? -logarithm : a * call.first;
     loss = multiply_add(x[1], first, call.is_gamma ? logarithm : b * call.second);
