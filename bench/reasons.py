@@ -13,14 +13,15 @@ REASONS: dict[str, tuple[str, ...]] = {
     ),
     "tiers": (
         "On a processor whose units are as wide as AVX-512's vectors, twice as much is computed "
-        "by as many instructions: 14 an exponential with AVX2, 13 with AVX-512. The ratio is then "
-        "2, less what both wait for memory; it was 1.28 to 1.38 on one with units half as wide.",
+        "by as many instructions: 14 an exponential with AVX2, 13 with AVX-512; both take 6 to 7 "
+        "cycles. The ratio is then 2, less what both wait for memory: 1.45 to 1.75 from run to "
+        "run. It was 1.28 to 1.38 on one with units half as wide.",
     ),
     "twin": (
-        "V = 4096 with AVX-512 is at the limit: 1.05 to 1.08 from run to run. A row costs some 65 "
-        "cycles (the queue of its loss, the copy of the group with the target, the exact sum of "
-        "its blocks), and each block of 1024 columns some 24 (a reduction over its lanes, where "
-        "the plain sum has one a row): 160 of 2750.",
+        "V = 4096 with AVX-512 is at the limit: 1.04 to 1.06 from run to run (14 processes, median "
+        "1.049). A row costs some 40 cycles (the copy of the group with the target, the exact sum "
+        "of its blocks), and each block of 1024 columns some 24 (a reduction over its lanes, where "
+        "the plain sum has one a row).",
     ),
     "integration": (
         "The kernels take the same time. The rest is what `torch.compile` adds to any operator: "
@@ -34,13 +35,14 @@ REASONS: dict[str, tuple[str, ...]] = {
     "elements": (
         "In place, against a bare pass: with exponentials or logarithms the arithmetic takes "
         "longer than memory: in cache (`mbkern.loss_and_grad` with `grad_out` on 2^20 elements, "
-        "one thread, the least of 25 times), ns an element in fp32: poisson_nll_loss 0.29, kl_div "
-        "0.35, log_cosh_loss 0.42, tweedie_nll_loss 0.42, soft_margin_loss 0.42, "
-        "binary_cross_entropy with logits or without 0.46, gaussian_nll_loss 0.50, "
-        "sigmoid_focal_loss 0.56. binary_cross_entropy reads its input once more, before anything "
-        "is overwritten: a number outside [0, 1] is an error.",
+        "one thread, the least of 200 times), ns an element in fp32: poisson_nll_loss 0.22, kl_div "
+        "0.26, soft_margin_loss 0.33, binary_cross_entropy_with_logits 0.35, gaussian_nll_loss "
+        "0.36, log_cosh_loss 0.42, tweedie_nll_loss 0.43, binary_cross_entropy and "
+        "sigmoid_focal_loss 0.45, at some four fifths of what the two multiply-add units can do "
+        "(an exponential is 9 such steps, log(1 + e) of it 12). binary_cross_entropy reads its "
+        "input once more, before anything is overwritten: a number outside [0, 1] is an error.",
         "In place, in bf16: half of the bytes, the same arithmetic and conversions, and a sum that "
-        "the pass does not form: in cache, likewise, 0.15 ns an element for mse_loss, 0.17 for "
+        "the pass does not form: in cache, likewise, 0.15 ns an element for mse_loss, 0.18 for "
         "huber_loss, 0.20 for hinge_embedding_loss. Of the 8 cycles for 16 elements of mse_loss "
         "the exact sum takes 4: range, two conversions to fp64, two additions.",
         "half_squared_error: torch's chain and this are both at the bandwidth of the memory.",
