@@ -38,9 +38,9 @@ REASONS: dict[str, tuple[str, ...]] = {
         "one thread, the least of 200 times), ns an element in fp32: poisson_nll_loss 0.22, kl_div "
         "0.26, soft_margin_loss 0.33, binary_cross_entropy_with_logits 0.35, gaussian_nll_loss "
         "0.36, log_cosh_loss 0.42, tweedie_nll_loss 0.43, binary_cross_entropy and "
-        "sigmoid_focal_loss 0.45, at some four fifths of what the two multiply-add units can do "
-        "(an exponential is 9 such steps, log(1 + e) of it 12). binary_cross_entropy reads its "
-        "input once more, before anything is overwritten: a number outside [0, 1] is an error.",
+        "sigmoid_focal_loss 0.45. An exponential is 9 multiply-adds, log(1 + e) of it 12, and two "
+        "start a cycle. binary_cross_entropy reads its input once more, before anything is "
+        "overwritten: a number outside [0, 1] is an error.",
         "In place, in bf16: half of the bytes, the same arithmetic and conversions, and a sum that "
         "the pass does not form: in cache, likewise, 0.15 ns an element for mse_loss, 0.18 for "
         "huber_loss, 0.20 for hinge_embedding_loss. Of the 8 cycles for 16 elements of mse_loss "
