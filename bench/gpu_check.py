@@ -6,9 +6,10 @@
     sanitize  compute-sanitizer's four tools over small calls
     bench     speed against copies, torch, and the peers that are installed
 
-Every stage runs in a process of its own, takes at most eight minutes, and adds its part to one file
-a GPU and day under bench/results/. Without a GPU nothing is checked and nothing is written; with
-``--rehearse`` each stage then does what it can on the CPU. The status is 1 if a stage failed.
+Every stage runs in a process of its own, takes at most eight minutes (``--seconds``: fewer), and
+adds its part to one file a GPU and day under bench/results/; stages may run side by side. Without a
+GPU nothing is checked and nothing is written; with ``--rehearse`` each stage then does what it can
+on the CPU. The status is 1 if a stage failed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +40,11 @@ def _bits(clock: Clock, rehearse: bool) -> Report:
 
     if rehearse:
         return bits.rehearse(clock)
-    report = bits.check("cuda", clock)
-    golden = run(python("-m", "mbkern", "selftest", "--device", "cuda"), clock.left())
+    command = python("-m", "mbkern", "selftest", "--device", "cuda")
+    with ThreadPoolExecutor(1) as pool:
+        selftest = pool.submit(run, command, clock.left())
+        report = bits.check("cuda", clock)
+        golden = selftest.result()
     print(golden.output)
     report.details["golden"] = golden.ending()
     if not golden.good:
@@ -71,7 +76,7 @@ STAGES: dict[str, Callable[[Clock, bool], Report]] = {
 }  # fmt: skip
 
 
-def _child(stage: str, rehearse: bool, answer: Path) -> int:
+def _child(stage: str, rehearse: bool, answer: Path, seconds: float) -> int:
     """A stage in this process: its report, and the machine that it ran on, as JSON."""
     from gpu import machine
 
@@ -79,19 +84,19 @@ def _child(stage: str, rehearse: bool, answer: Path) -> int:
     if reason and not rehearse:
         report = Report(NOT_RUN, reason)
     else:
-        report = STAGES[stage](Clock(), rehearse)
+        report = STAGES[stage](Clock(seconds), rehearse)
     facts = {} if reason else machine.fingerprint()
     answer.write_text(json.dumps({"report": asdict(report), "machine": facts}))
     return 0
 
 
-def _run(stage: str, rehearse: bool, folder: Path | None) -> Report:
+def _run(stage: str, rehearse: bool, folder: Path | None, seconds: float) -> Report:
     """A stage in a process of its own; a crash or a lack of time is a failure."""
     print(f"==== {stage}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         answer = Path(temporary) / "answer.json"
-        flags = ["--rehearse"] * rehearse
-        done = run(python(__file__, "--child", stage, answer, *flags), LIMIT + 30, show=True)
+        flags = ["--seconds", str(seconds), *["--rehearse"] * rehearse]
+        done = run(python(__file__, "--child", stage, answer, *flags), seconds + 30, show=True)
         if not answer.exists():
             return Report(FAILED, f"the stage ended without a report: {done.failure()}")
         found = json.loads(answer.read_text())
@@ -111,15 +116,18 @@ def main(argv: Sequence[str]) -> int:
     add("--stage", action="append", choices=STAGES, help="which stage; repeatable (default: all)")
     add("--rehearse", action="store_true", help="on the CPU: do the stages run at all?")
     add("--results", type=Path, metavar="FOLDER", help="where the results file goes")
+    add("--seconds", type=float, default=LIMIT, help="for each stage (default: %(default)s)")
     add("--child", nargs=2, metavar=("STAGE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if find_spec("torch") is None:
         print("no torch in this Python: nothing was checked")
         return 1
     if args.child:
-        return _child(args.child[0], args.rehearse, Path(args.child[1]))
+        return _child(args.child[0], args.rehearse, Path(args.child[1]), args.seconds)
 
-    reports = {name: _run(name, args.rehearse, args.results) for name in args.stage or STAGES}
+    reports = {
+        name: _run(name, args.rehearse, args.results, args.seconds) for name in args.stage or STAGES
+    }
     print()
     for name, report in reports.items():
         verdict = REHEARSED if args.rehearse and report.verdict == PASSED else report.verdict

@@ -13,12 +13,13 @@ import torch
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
-from gpu import bench, bits, goals, results, sanitize, stage, ways  # noqa: E402
+from gpu import bench, bits, family, goals, heads, results, sanitize, stage, ways  # noqa: E402
 from gpu import tests as gpu_tests  # noqa: E402
 from gpu.problem import Case, Problem  # noqa: E402
 
 from mbkern.bench import gpu as sensors  # noqa: E402
 from mbkern.bench import peers  # noqa: E402
+from mbkern.bench.formulas import ELEMENTS, FORMULAS, ROWS  # noqa: E402
 from mbkern.bench.timing import Effort, Way, interleave  # noqa: E402
 
 MEMCHECK = """\
@@ -198,14 +199,32 @@ def test_a_sum_in_a_buffer_is_checked_too() -> None:
 
 
 def test_heads_are_checked_too() -> None:
-    group = bench.measure_head(16, 90, 24, Effort(0.0, 0.0, least=1), "cpu")
-    right = {e.name for e in group.entries if e.samples and e.correct}
-    assert right >= {ways.EAGER, ways.IN_PLACE}
-    head = bench.Head(16, 90, 24, "cpu")
-    value, grad = bench.heads.WAYS[ways.EAGER](head)()
+    times, memory = heads.measure(16, 90, 24, Effort(0.0, 0.0, least=1), "cpu")
+    right = {e.name for e in times.entries if e.samples and e.correct}
+    assert right >= {ways.EAGER, heads.FORWARD, heads.BUFFER, heads.IMPERATIVE, heads.LOGITS,
+                     heads.THREE, heads.FOUR}  # fmt: skip
+    assert {e.name for e in memory.entries} >= {heads.BUFFER, heads.IMPERATIVE, heads.LIMIT_MIB}
+    head = heads.Head(16, 90, 24, "cpu")
+    value, grad = heads.WAYS[ways.EAGER](head)()
     assert head.error(value, grad) <= head.tolerance
-    assert not head.error(value, 1.1 * grad) <= head.tolerance
-    assert not head.error(1.1 * value, grad) <= head.tolerance
+    assert not head.error(value, 1.3 * grad) <= head.tolerance
+    assert not head.error(value * float("nan"), grad) <= head.tolerance
+
+
+def test_losses_of_the_family_are_checked_too() -> None:
+    plan = family.plan(1 << 12)
+    assert {formula.name for formula, *_ in plan} == {f.name for f in (*ELEMENTS, *ROWS)}
+    for name, shape in (("mse_loss", (5,)), ("nll_loss", (3, 7))):
+        formula = FORMULAS[name]
+        group = family.measure(
+            formula, shape, torch.float32, Effort(0.0, 0.0, least=1), "cpu", repeated=4
+        )
+        assert [e.correct and len(e.samples) for e in group.entries] == [1, 1, 1]
+        p = family.Repeated(formula, shape, torch.float32, "cpu", 4)
+        value, grad = p.in_place()
+        assert p.error(value, grad) < 1e-6
+        grad.view(-1)[-1] += 0.5  # of the last repetition alone
+        assert p.error(value, grad) == float("inf")
 
 
 def test_absent_peers_are_listed_with_the_reason() -> None:

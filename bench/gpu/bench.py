@@ -15,9 +15,8 @@ import torch
 from goals import Verdict, judge
 from report import goal_table, suite_table
 
-from gpu import graphs, heads, ways
+from gpu import family, graphs, heads, ways
 from gpu.goals import GOALS, SUITE
-from gpu.heads import Head
 from gpu.problem import Case, Problem
 from gpu.stage import FAILED, PASSED, Clock, Report
 from mbkern.bench import tables
@@ -30,8 +29,10 @@ ELEMENTS = 1 << 28
 COLUMNS = (1000, 4096, 32_000, 50_257, 128_256, 262_144)
 COMPILED_AT = (1000, 32_000, 128_256)  # compiling takes long
 DTYPES = (torch.float32, torch.bfloat16)
-EFFORT = Effort(2.0, 0.3, least=10, most=200)
-HEAD = (2048, 128_256, 2048)  # rows, classes, width
+EFFORT = Effort(0.5, 0.05, least=10, most=100)
+FAMILY_EFFORT = Effort(0.15, 0.0, least=7, most=30)
+HEAD_EFFORT = Effort(4.0, 0.5, least=5, most=20)
+HEAD = (8192, 128_256, 4096)  # rows, classes, width
 RESERVE = 30.0  # seconds that the end of the stage needs
 
 Makers = Mapping[str, Callable[[Any], ways.Run]]
@@ -65,7 +66,7 @@ def _copy(problem: Problem, size: int) -> Way:
     return Way(ways.COPY, lambda: b.copy_(a), problem.restore)
 
 
-def attempt(problem: Problem | Head, makers: Makers) -> tuple[list[Way], list[Entry]]:
+def attempt(problem: Problem, makers: Makers) -> tuple[list[Way], list[Entry]]:
     """The ways that work, and for every way its error or why it is not timed."""
     timed: list[Way] = []
     entries: list[Entry] = []
@@ -103,17 +104,6 @@ def measure(case: Case, makers: Makers, size: int, effort: Effort, device: str) 
     return Group(SUITE, label, 1, device, "ms", ways.COPY, entries, case.columns, case.dtype_name)
 
 
-def measure_head(rows: int, columns: int, width: int, effort: Effort, device: str) -> Group:
-    """The matrix product in front of the loss as well: the ways of whole heads."""
-    head = Head(rows, columns, width, device)
-    timed, entries = attempt(head, heads.WAYS)
-    _fill(entries, interleave(timed, effort, device))
-    return Group(
-        heads.SUITE, f"bf16 ({rows}, {width}) x ({columns}, {width})", 1, device, "ms",
-        ways.EAGER, entries, columns, "bfloat16",
-    )  # fmt: skip
-
-
 def compact(group: Group) -> dict[str, Any]:
     """A group without its samples, for the results file."""
     data = group.as_json()
@@ -142,25 +132,37 @@ def check(device: str, clock: Clock, elements: int = ELEMENTS, effort: Effort = 
     groups: list[Group] = []
     left_out: list[str] = []
     copied = 0.0
+    on_gpu = device != "cpu"
+
+    def keep(found: Sequence[Group]) -> None:
+        for group in found:
+            print(tables.plain(suite_table(group.suite, [group])), flush=True)
+        groups.extend(found)
+        if on_gpu:
+            torch.cuda.empty_cache()
+
     for case, makers, size in plan(elements):
         if clock.left() < RESERVE:
             left_out.append(str(case))
             continue
         group = measure(case, makers, size, effort, device)
         copied = max(copied, _bandwidth(group, size * case.rows * case.columns))
-        print(tables.plain(suite_table(SUITE, [group])), flush=True)
-        groups.append(group)
-        if device != "cpu":
-            torch.cuda.empty_cache()
-    hot = sensors() if device != "cpu" else {}
+        keep([group])
+    hot = sensors() if on_gpu else {}
+    if on_gpu:
+        keep([graphs.measure(effort)])
     if clock.left() >= RESERVE:
-        size = HEAD if device != "cpu" else (64, 500, 32)
-        groups.append(measure_head(*size, effort, device))
-        print(tables.plain(suite_table(heads.SUITE, groups[-1:])), flush=True)
-    if device != "cpu":
-        groups.append(graphs.measure(effort))
-        print(tables.plain(suite_table(graphs.GRAPH, groups[-1:])), flush=True)
-    verdicts = judge(groups, GOALS) if device != "cpu" else []
+        size, long = (HEAD, HEAD_EFFORT) if on_gpu else ((64, 500, 32), effort)
+        keep(heads.measure(*size, long, device))
+    else:
+        left_out.append("heads")
+    short = FAMILY_EFFORT if on_gpu else effort
+    for formula, shape, dtype in family.plan(elements):
+        if clock.left() < RESERVE:
+            left_out.append(f"{formula.name} {dtype}")
+            continue
+        keep([family.measure(formula, shape, dtype, short, device)])
+    verdicts = judge(groups, GOALS) if on_gpu else []
     tables.show(goal_table(verdicts))
     print(f"copy: {copied:.0f} GB/s")
     wrong = [f"{e.name} at {g.case}" for g in groups for e in g.entries

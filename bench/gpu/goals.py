@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from goals import Goal
 
-from gpu import ways
+from gpu import family, heads, ways
 from gpu.graphs import GRAPH, LIMIT_US
+from mbkern.bench.peers import LIGER_FP32
 from mbkern.bench.results import Group
 
 SUITE = "gpu"
@@ -40,6 +41,10 @@ def _against(peer: str, bound: float) -> Goal:
     return Goal(f"against {peer}", SUITE, peer, ways.IN_PLACE, bound, _where(_CLASSES, peer))
 
 
+def _head(what: str, way: str, limit: str) -> Goal:
+    return Goal(f"head, {what}", heads.SUITE, way, limit, 1.10, lambda g: True, at_least=False)
+
+
 GOALS = (
     _share("fp32 in place", ways.IN_PLACE, 0.92, _CLASSES, "float32"),
     _share("bf16 in place", ways.IN_PLACE, 0.88, _CLASSES, "bfloat16"),
@@ -49,6 +54,16 @@ GOALS = (
     _against(ways.COMPILED, 1.3),
     _against(ways.LIGER, 1.3),
     _against(ways.QUACK, 1.0),
+    Goal("share of copy bandwidth, losses without exp", family.WITHOUT_EXP, ways.COPY,
+         ways.IN_PLACE, 0.93, lambda g: True),
+    Goal("share of copy bandwidth, losses with exp", family.WITH_EXP, ways.COPY, ways.IN_PLACE,
+         0.88, lambda g: True),
+    _head("imperative, to three products", heads.IMPERATIVE, heads.THREE),
+    _head("into a buffer, to four products", heads.BUFFER, heads.FOUR),
+    Goal("head against Liger, fp32 sums", heads.SUITE, LIGER_FP32, heads.IMPERATIVE, 1.0,
+         lambda g: True),
+    *(Goal(f"memory, {way}", heads.MEMORY, way, heads.LIMIT_MIB, 1.0, lambda g: True,
+           at_least=False) for way in (heads.IMPERATIVE, heads.BUFFER)),
     Goal("(32, 1000) in a graph, us", GRAPH, ways.AUTOGRAD, LIMIT_US, 1.0, lambda g: True,
          at_least=False),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Any
 
 from gpu.stage import FAILED, PASSED, Clock, Report, python, run
@@ -17,15 +18,21 @@ def counts(output: str) -> dict[str, int]:
     return {what: int(number) for number, what in found}
 
 
+def _side_by_side() -> list[str]:
+    """Options of pytest-xdist, where it is installed: most of a test's time is the host's."""
+    return ["-n", "8"] if find_spec("xdist") else []
+
+
 def check(clock: Clock) -> Report:
     """Run both parts; nothing may fail, and there must be tests of a GPU."""
     details: dict[str, Any] = {}
     wrong = []
     for part, marks in (("gpu", "gpu"), ("others", "not gpu and not slow")):
         done = run(
-            python("-m", "pytest", "tests", "-q", "-m", marks, "-p", "no:cacheprovider"),
+            python("-m", "pytest", "tests", "-q", "-m", marks, "-p", "no:cacheprovider",
+                   *_side_by_side()),
             clock.left(),
-        )
+        )  # fmt: skip
         found = counts(done.output)
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.output, re.MULTILINE)
         details[part] = {"counts": found, "failed": failed[:50], "seconds": round(done.seconds)}

@@ -230,7 +230,7 @@ class LinearCall(LinearRows):
         elif g.dtype is into.dtype:
             into.addmm_(g.t(), x)
         elif on_cuda(g) and _has_out_dtype():
-            into += torch.mm(g.t(), x, out_dtype=into.dtype)
+            torch.addmm(into, g.t(), x, out_dtype=into.dtype, out=into)
         else:
             into.addmm_(g.t().to(into.dtype), x.to(into.dtype))
 
@@ -413,4 +413,4 @@ def _has_fp16_products() -> bool:
 
 def _has_out_dtype() -> bool:
     """Whether torch multiplies 16-bit matrices into float32 on CUDA (since 2.8)."""
-    return hasattr(torch.ops.aten.mm, "dtype")
+    return hasattr(torch.ops.aten.addmm, "dtype_out")
