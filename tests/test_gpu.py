@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -210,3 +211,29 @@ def test_sums_of_two_devices(gpu: torch.device) -> None:
     assert torch.equal(total.state.cpu(), mbkern.LossSum().add(values).state)
     back = mbkern.LossSum().merge(total)
     assert torch.equal(back.state, total.state.cpu())
+
+
+@pytest.mark.parametrize("columns", [10, 100, 1000, 1001, 4096, 20_000, 50_257, 140_000])
+def test_all_multiprocessors_work(gpu: torch.device, columns: int) -> None:
+    """A call takes tens of times what a copy does, if one block does the work of all."""
+    x = torch.randn(-(-(1 << 26) // columns), columns, device=gpu)
+    target = torch.zeros(len(x), dtype=torch.int64, device=gpu)
+    copy = torch.empty_like(x)
+
+    def milliseconds(run: Callable[[], Any]) -> float:
+        samples = []
+        for _ in range(4):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end))
+        return min(samples)
+
+    limit = 40 * milliseconds(lambda: copy.copy_(x))
+    for dtype in (torch.float32, torch.bfloat16):
+        y = x.to(dtype)
+        for loss, other in (("cross_entropy", target), ("nll_loss", target), ("mse_loss", y)):
+            call = partial(mbkern.loss_and_grad, loss, y, other, grad_out=y)
+            assert milliseconds(call) < limit, (loss, dtype)

@@ -85,7 +85,9 @@ def _blind(tool: str, clock: Clock) -> str:
 
 def _small_calls(tool: str, name: str, clock: Clock) -> Outcome:
     command = [tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "99"]
-    return run([*command, *python(HERE / "small_calls.py", "cuda")], clock.left(), ENVIRONMENT)
+    kind = "few" if name == "racecheck" else "all"
+    program = python(HERE / "small_calls.py", "cuda", kind)
+    return run([*command, *program], clock.left(), ENVIRONMENT)
 
 
 def check(clock: Clock) -> Report:

@@ -20,7 +20,8 @@ def counts(output: str) -> dict[str, int]:
 
 def _side_by_side() -> list[str]:
     """Options of pytest-xdist, where it is installed: most of a test's time is the host's."""
-    return ["-n", "8"] if find_spec("xdist") else []
+    quiet = ["-p", "no:benchmark"]  # which warns that it does not work under xdist
+    return [*quiet, "-n", "8"] if find_spec("xdist") else []
 
 
 def check(clock: Clock) -> Report:

@@ -14,17 +14,6 @@ constexpr int kAtOnce = lanes<V> == 1 ? 1
                         : kUsual      ? 4
                                       : 2;
 
-// Whether a loss has flags among its parameters. Its Call then has usual(), whether they are as in
-// most calls, and assume_usual(), which makes them constants for the compiler.
-template <class Call>
-constexpr auto has_flags(int) -> decltype(((const Call*)nullptr)->usual()) {
-  return true;
-}
-template <class Call>
-constexpr bool has_flags(...) {
-  return false;
-}
-
 // Inputs and gradients of a chunk as arrays of S. Gradients that are not wanted are null.
 template <class S, int kInputs>
 struct Operands {
@@ -88,7 +77,7 @@ MBK_FN void step(Call call, const Operands<S, Loss::kInputs>& operands, const Ex
                  int k, V (&loss)[kVectors], bool keep_loss, const T* early = nullptr) {
   constexpr int kInputs = Loss::kInputs;
   constexpr bool kInPairs = kUsual && kVectors % 2 == 0;
-  if constexpr (kUsual && has_flags<Call>(0)) call.assume_usual();
+  if constexpr (kUsual && kHasFlags<Call>) call.assume_usual();
   V x[kVectors][kInputs], d[kVectors][kInputs], f[kVectors];
   load_inputs<kInPairs>(operands, k, x);
   for (int u = 0; u < kVectors; ++u) {
@@ -149,7 +138,7 @@ MBK_FN void steps_in_blocks(Call call, const Operands<S, Loss::kInputs>& operand
                             const Extras<float>& extras, int whole, ExactBins& bins, bool sums) {
   typedef f32v V;
   constexpr int kInputs = Loss::kInputs, kVectors = kAtOnce<V, true>;
-  if constexpr (has_flags<Call>(0)) call.assume_usual();
+  if constexpr (kHasFlags<Call>) call.assume_usual();
   alignas(64) float block[kChunk];  // early numbers, then losses
   for (int begin = 0; begin < whole; begin += kChunk) {
     const int count = whole - begin < kChunk ? whole - begin : kChunk;
@@ -181,8 +170,8 @@ MBK_FN void steps(const Call& call, const Operands<S, Loss::kInputs>& operands,
                   bool sums) {
   if constexpr (sizeof(T) == 4) {
     bool usual = !extras.any && !keep_losses && operands.only_first_grad();
-    if constexpr (has_flags<Call>(0)) usual = usual && call.usual();
-    if constexpr (has_early<Loss>(0) && lanes<Vector<T>> > 1) {
+    if constexpr (kHasFlags<Call>) usual = usual && call.usual();
+    if constexpr (kHasEarly<Loss> && lanes<Vector<T>> > 1) {
       if (usual) return steps_in_blocks<Loss>(call, operands, extras, whole, bins, sums);
     } else {
       if (usual) return steps<Loss, true>(call, operands, extras, whole, false, bins, sums);

@@ -49,10 +49,14 @@ struct ThreadSums {
       overflowed = true;
       return;
     }
-    const double d = (double)x, c = coarse_part(d);
+    add_split((double)x);
+    if (++additions == kFlush) flush(state);
+  }
+  // A multiple of 2^-kFine; at most kFlush of them between two flushes.
+  MBK_DEVICE void add_split(double d) {
+    const double c = coarse_part(d);
     coarse += c;
     fine += d - c;
-    if (++additions == kFlush) flush(state);
   }
   MBK_DEVICE void flush(ExactSumState& state) {
     if constexpr (kCompact) {
@@ -96,5 +100,21 @@ struct ThreadSums {
 };
 using ThreadSum = ThreadSums<false>;
 using CompactThreadSum = ThreadSums<true>;
+
+// What a thread adds up in rounds that whole warps take together, with at most kEach additions a
+// round. Full bins are joined over the warp, not by each thread for itself: all threads of a block
+// have theirs full at the same time, and an atomic addition of 64 bits in shared memory is tried
+// again as long as another thread gets in between.
+template <int kEach>
+struct SumInRounds {
+  CompactThreadSum bins;
+  int rounds = 0;
+
+  MBK_DEVICE void end_round(ExactSumState& state) {
+    if (++rounds < kFlush / kEach - 1) return;
+    rounds = 0;
+    bins.flush_warp(state);
+  }
+};
 
 }  // namespace mbk::MBK_ISA

@@ -17,6 +17,7 @@ inline constexpr size_t kListSharedBytes = kSegments * sizeof(double);  // of jo
 
 // A tensor whose views all lie dense: element i is i elements behind the first.
 struct DenseTensor {
+  static constexpr bool kDense = true;
   void* data[kListViews];
   int64_t size, first_block, start;  // start: its first block among those of the launch
   double l1, l2;
@@ -39,6 +40,7 @@ struct DenseTensor {
 };
 // Any other.
 struct AnyTensor : ListTensor {
+  static constexpr bool kDense = false;
   int64_t start;
   int32_t index;
 

@@ -56,7 +56,7 @@ MBK_FN uint32_t pack_pair(float low, float high) {
 // Rounded once to nearest even. A NaN may become another NaN than ours.
 template <class S>
 MBK_FN Packed<S> pack(const Compute<S> (&x)[kRun<Compute<S>>]) {
-  Packed<S> packed;
+  Packed<S> packed{};
 #if defined(__CUDA_ARCH__)
   constexpr bool kInPairs = sizeof(S) == 2;
 #else

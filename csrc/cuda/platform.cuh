@@ -207,14 +207,23 @@ cudaError_t launch(void (*kernel)(P), const P& params, unsigned blocks, unsigned
                                        : cudaLaunchKernelEx(config.get(), kernel, params);
 }
 
-// How many such clusters the device holds at once.
+// How many such clusters the device holds at once. Of single blocks the occupancy calculator is
+// asked: without clusters in its configuration the other query answers 1.
 template <class P>
 cudaError_t max_active_clusters(int* clusters, void (*kernel)(P), unsigned threads,
                                 unsigned cluster, size_t shared_bytes) {
   const Configuration<P> config(kernel, cluster, threads, cluster, shared_bytes, nullptr);
-  return config.error() != cudaSuccess
-             ? config.error()
-             : cudaOccupancyMaxActiveClusters(clusters, kernel, config.get());
+  if (config.error() != cudaSuccess) return config.error();
+  if (cluster > 1) return cudaOccupancyMaxActiveClusters(clusters, kernel, config.get());
+  int device = 0, multiprocessors = 0, blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, (int)threads,
+                                                          shared_bytes);
+  *clusters = blocks * multiprocessors;
+  return error;
 }
 
 }  // namespace mbk::cuda

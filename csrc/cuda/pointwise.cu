@@ -1,22 +1,13 @@
 // Element-wise losses: loss, its exact sum and its gradients in one pass. Also whole calls of them.
-#include "core/merged_shape.h"
 #include "cuda/packed.cuh"
+#include "cuda/pointwise_launch.cuh"
 #include "cuda/reduce_launch.h"
 #include "losses/all.h"
 
 namespace mbk::MBK_ISA {
 namespace {
 
-constexpr int kPointwiseThreads = 256;
 constexpr int kVector = 4;  // elements that a thread takes at once
-
-struct PointwiseLaunch {
-  PointwiseArgs args;
-  Result result;
-  Workspace* work;
-  double* terms;         // of fp64 losses, one an element, to be summed in order; may be null
-  bool totals, vectors;  // vectors: every view is dense, and aligned for kVector elements at once
-};
 
 // kVector elements of a view, as the type computed in.
 template <class T, class S>
@@ -196,55 +187,43 @@ struct Pointwise {
 };
 
 template <class Loss, class T>
-__global__ void __launch_bounds__(kPointwiseThreads, Loss::kInputs == 2 ? 4 : 3)
+__global__ void __launch_bounds__(kPointwiseThreads, 3)
     pointwise(const __grid_constant__ PointwiseLaunch p) {
-  struct Shared {
-    ExactSumState total;
-    int is_last;
-  };
-  Shared& shared = *shared_memory<Shared>();
+  PointwiseShared& shared = *shared_memory<PointwiseShared>();
   if (threadIdx.x == 0) clear(shared.total);
   __syncthreads();
   const Pointwise<Loss, T> loop(p);
-  const int64_t first = (int64_t)blockIdx.x * kPointwiseThreads + threadIdx.x,
-                threads = (int64_t)gridDim.x * kPointwiseThreads, size = p.args.size;
-  const int64_t dense = sizeof(T) == 4 && p.vectors ? size / kVector : 0;
-  CompactThreadSum sum;
+  const int64_t first = (int64_t)blockIdx.x * kPointwiseThreads,
+                step = (int64_t)gridDim.x * kPointwiseThreads, size = p.args.size,
+                dense = sizeof(T) == 4 && p.vectors ? size / kVector : 0;
+  SumInRounds<kVector> sum;
   if constexpr (sizeof(T) == 4) {
-    for (int64_t i = first; i < dense; i += threads) {
-      T loss[kVector];
-      loop.vector(i * kVector, loss);
+    for (int64_t begin = first; begin < dense; begin += step) {
+      const int64_t i = begin + threadIdx.x;
+      T loss[kVector] = {};
+      if (i < dense) loop.vector(i * kVector, loss);
+      if (!p.totals) continue;
 #pragma unroll
-      for (int k = 0; k < kVector; ++k)
-        if (p.totals) sum.add(loss[k], shared.total);
+      for (int k = 0; k < kVector; ++k) sum.bins.add(loss[k], shared.total);
+      sum.end_round(shared.total);
     }
   }
-  for (int64_t i = dense * kVector + first; i < size; i += threads) {
-    const T loss = loop.element(i);
-    if (sizeof(T) == 4 && p.totals) sum.add((float)loss, shared.total);
-    if (sizeof(T) == 8 && p.terms) p.terms[i] = (double)loss;
+  for (int64_t begin = dense * kVector + first; begin < size; begin += step) {
+    const int64_t i = begin + threadIdx.x;
+    const T loss = i < size ? loop.element(i) : (T)0;
+    if (sizeof(T) == 8 && p.terms && i < size) p.terms[i] = (double)loss;
+    if (sizeof(T) == 8 || !p.totals) continue;
+    sum.bins.add((float)loss, shared.total);
+    sum.end_round(shared.total);
   }
-  if (sizeof(T) == 4 && p.totals) {
-    sum.flush_warp(shared.total);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      normalise(shared.total);
-      if (gridDim.x > 1) merge_atomically(p.work->total, shared.total);
-    }
-  }
-  if (!is_last_block(&p.work->losses_done, &shared.is_last) || threadIdx.x != 0) return;
-  const double divisor = read(p.args.denominator);
-  if (p.totals) {
-    if (gridDim.x > 1) read_state(shared.total, p.work->total);
-    finish(p.result, shared.total, divisor);
-  }
-  p.work->divisor = divisor;
+  if (sizeof(T) == 4 && p.totals) sum.bins.flush_warp(shared.total);
+  finish_pointwise(p, shared);
 }
 
-using Kernel = void (*)(PointwiseLaunch);
 template <class... L>
-Kernel find(LossList<L...>, int loss, DType type) {
-  static constexpr Kernel kernels[][2] = {{&pointwise<L, float>, &pointwise<L, double>}...};
+PointwiseKernel find(LossList<L...>, int loss, DType type) {
+  static constexpr PointwiseKernel kernels[][2] = {
+      {&pointwise<L, float>, &pointwise<L, double>}...};
   return kernels[loss][type == DType::f64];
 }
 
@@ -266,6 +245,29 @@ bool is_dense(const PointwiseArgs& a) {
       return false;
   }
   return true;
+}
+
+// Whether vectors of 16 bytes can be taken of all views, and only those of a usual call are there.
+DenseKernel find_usual(int loss, const PointwiseArgs& a) {
+  const DType storage = a.views[0].dtype;
+  for (int v = 0; v < kViews; ++v) {
+    const View& view = a.views[v];
+    if (!view.data) continue;
+    if (v >= kPointwiseInputs && v < kGrad) return {};  // weights, or the losses themselves
+    if (view.dtype != (v >= kGrad && a.accumulate ? DType::f32 : storage)) return {};
+    if (a.dims != 1 || view.strides[0] != 1 || reinterpret_cast<uintptr_t>(view.data) % 16)
+      return {};
+  }
+  switch (storage) {
+    case DType::f32:
+      return dense_kernel_f32(loss, a);
+    case DType::bf16:
+      return dense_kernel_bf16(loss, a);
+    case DType::f16:
+      return dense_kernel_f16(loss, a);
+    default:
+      return {};
+  }
 }
 
 template <class T>
@@ -290,12 +292,13 @@ void run(const Queue& queue, int loss, DType type, PointwiseArgs a, const Result
   const bool reduces = (result.reduction != Reduction::none && result.loss) || result.loss_sum;
   PointwiseLaunch p{a, result, work.state, nullptr, reduces && sizeof(T) == 4, is_dense(a)};
   if (reduces && sizeof(T) == 8) p.terms = work.losses;
-  const int64_t each = kPointwiseThreads * kVector;
-  const auto blocks =
-      static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(1, (a.size + each - 1) / each),
-                                              int64_t{8} * current_device().multiprocessors));
-  check(launch(find(PointwiseLosses{}, loss, type), p, blocks, kPointwiseThreads, 1,
-               sizeof(ExactSumState) + 16, work.stream),
+  const DenseKernel usual = sizeof(T) == 4 ? find_usual(loss, a) : DenseKernel{};
+  const PointwiseKernel kernel = usual.run ? usual.run : find(PointwiseLosses{}, loss, type);
+  const int64_t each = kPointwiseThreads * (usual.run ? kDenseElements : kVector),
+                wanted = std::max<int64_t>(1, (a.size + each - 1) / each),
+                most = (usual.run ? usual.blocks : 8) * current_device().multiprocessors;
+  check(launch(kernel, p, static_cast<unsigned>(std::min(wanted, most)), kPointwiseThreads, 1,
+               kPointwiseSharedBytes, work.stream),
         "launching an element-wise loss");
   if (reduces && sizeof(T) == 8)
     launch_reduce<T>(work, Array<T>{reinterpret_cast<const T*>(work.losses)}, a.size,

@@ -58,6 +58,14 @@ struct Stage {
       __syncwarp(kWholeWarp);
     }
   }
+  // -inf for a column of the row, in place of what was loaded; by the thread that reads it, whose
+  // part begins at `first`.
+  MBK_DEVICE void hide(int64_t first, int64_t column) {
+    const int64_t away = column - first;
+    if (away < 0 || away >= kBlock || away % kGroup >= kRun<T>) return;
+    block()[away + threadIdx.x % kTeam<T> * kRun<T>] = narrow<In>(-(T)__builtin_inff());
+    if constexpr (kBulkCopies) fence_async();  // the next copy comes after it
+  }
   MBK_DEVICE Packed<In> step(int s) const {
     return *(const Packed<In>*)(block() + s * kGroup + threadIdx.x % kTeam<T> * kRun<T>);
   }

@@ -186,6 +186,43 @@ struct Team {
     }
     if (!last) sync();
   }
+  // The same of a row of one wave, whose sums take their places.
+  template <int kSums, int kOrdered>
+  MBK_DEVICE void join_wave(double (&sums)[3]) const {
+    if (total() == 1) return;
+    publish([&sums](TeamState& e) {
+      for (int k = 0; k < kSums; ++k) e.sums[k] = sums[k];
+    });
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      if (sizeof(T) == 8 || k == kOrdered) {
+        sums[k] = 0;
+        for (int n = 0; n < total(); ++n) sums[k] += entries()[n].sums[k];
+      } else {
+        sums[k] = (double)joined(k);
+      }
+    }
+  }
+  // The exact sum of all teams' sums, rounded once. Sums of a usual size are added in fp64: of up
+  // to 256 multiples of 2^-33 below 2^11 every bit is kept, as is of 32 multiples of 2^-36.
+  MBK_DEVICE float joined(int k) const {
+    const double least = total() > 32 ? 0x1p-10 : 0x1p-13;
+    double sum = 0;
+    bool usual = true;
+    for (int n = threadIdx.x % 32; n < total(); n += 32) {
+      const double x = entries()[n].sums[k];
+      usual = usual && (x == 0 || (x >= least && x < 0x1p11));
+      sum += x;
+    }
+    if (!__any_sync(kWholeWarp, !usual)) {
+      for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, offset);
+      return (float)sum;
+    }
+    ThreadSum exact;
+    for (int n = threadIdx.x % 32; n < total(); n += 32)
+      exact.add((float)entries()[n].sums[k], warp().row[k]);
+    return exact.warp_total(warp().row[k]);
+  }
   template <int kSums, int kOrdered>
   MBK_DEVICE void sums_of_row(RowTotals& totals, double (&sums)[3]) const {
 #pragma unroll

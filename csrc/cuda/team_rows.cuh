@@ -33,6 +33,9 @@ struct TeamRows {
   typedef typename Loss::template Item<double> Item;
   static constexpr int kRuns = kRun<T>;
   static constexpr bool kKeepTerms = kResident && !Loss::kHasSoftcap;
+  // Whether the target's logit is -inf among a row's values, so that its term, which is kept out of
+  // the sums, is 0 without being looked for. It is known from elsewhere.
+  static constexpr bool kHidesTarget = kKeepTerms && Loss::kHasIndex && !Loss::kHasCoefficients;
   typedef T Run[kRuns];
   typedef typename Pick<kResident, int, int64_t>::type Column;  // registers are scarce
 
@@ -154,7 +157,7 @@ struct TeamRows {
   typedef typename Pick<Loss::kWideDistance, double, T>::type Distance;
   MBK_DEVICE void sum_block(Values& v, const Row& r, const Part& at, Column apart,
                             double (&sums)[3]) const {
-    const int spot = at.find(apart, kRuns);
+    const int spot = kHidesTarget ? -1 : at.find(apart, kRuns);
     T rest[kRuns] = {}, coefficients[kRuns] = {};
     Distance distance[kRuns] = {};
     v.each(*this, r.logits, at, [&](int s, Run& x) {
@@ -171,7 +174,7 @@ struct TeamRows {
           coefficients[k] = coefficients[k] + q;
         }
         if constexpr (kKeepTerms) x[k] = e;
-        rest[k] = rest[k] + (spot == s * kGroup + k ? (T)0 : e);
+        rest[k] = rest[k] + (!kHidesTarget && spot == s * kGroup + k ? (T)0 : e);
       }
     });
     sums[Loss::kRest] = (double)join_team<T>(rest);
@@ -224,8 +227,8 @@ struct TeamRows {
         for (int k = 0; k < kRuns; ++k)
           if (at.has(s, k)) {
             S* const place = to + (s * kGroup + k) * stride;
-            if (accumulate) g[k] = canonical((T)widen(*place) + g[k]);
-            *place = narrow<S>(g[k]);
+            if (accumulate) g[k] = (T)widen(*place) + g[k];
+            *place = narrow<S>(canonical(g[k]));  // or the NaN of a GPU's arithmetic becomes -0
           }
       }
     });
@@ -243,16 +246,27 @@ struct TeamRows {
     }
   }
 
+  // What is to be done with item i; ignored where there is none.
+  struct Task {
+    int64_t target;
+    ItemKind kind;
+  };
+  MBK_DEVICE Task task_of(int64_t i) const {
+    Task task{-1, ItemKind::ignored};
+    if (i < a.items) task.kind = describe_item<Loss>(a, ItemPosition(a, i), task.target);
+    return task;
+  }
+
   // Item i; `v` holds its logits where the row is resident. Every thread of a row's teams takes
   // part, also where there is no such item.
-  MBK_DEVICE void row(int64_t i, Values& v) {
+  MBK_DEVICE void row(int64_t i, const Task& task, Values& v) {
     const bool active = has_row = i < a.items;
     const ItemPosition at(a, active ? i : 0);
     Row r;
     r.logits = (const In*)a.input + at.offset(a.input_strides);
     r.probabilities = Loss::kHasIndex ? nullptr : (const In*)a.target + at.offset(a.target_strides);
-    int64_t target = -1;
-    ItemKind kind = active ? describe_item<Loss>(a, at, target) : ItemKind::ignored;
+    const int64_t target = task.target;
+    ItemKind kind = task.kind;
     if (kind == ItemKind::bad && !a.from_state && team.speaks()) note_bad_target(p, i, target);
     r.target = kind == ItemKind::plain ? (Column)target : -1;
     r.ignored = kind == ItemKind::ignored;  // all terms will be 0
@@ -270,6 +284,7 @@ struct TeamRows {
       r.max = kind == ItemKind::ignored ? (T)__builtin_inff() : *row_state<T>(a, i, 0);
     } else {
       r.max = maximum(v, r);
+      if (kHidesTarget && r.target >= 0) r.max = max_or_nan(r.max, target_logit) + 0;
       if constexpr (!Loss::kHasIndex) apart = (Column)first_maximum(v, r);
     }
     // NaN anywhere, +inf, or no finite logit at all: torch's log_softmax is NaN throughout.
@@ -278,14 +293,23 @@ struct TeamRows {
     for (double& s : item.sums) s = 0;
     if (kKeepTerms || !a.from_state) {  // the terms are needed in any case
       constexpr int kOrdered = Loss::kWideDistance ? Loss::kDistance : -1;
-      RowTotals totals;
-      for (int64_t w = 0; w < waves(); ++w) {
+      if constexpr (kResident) {
         double sums[3];
-        sum_block(v, r, part(w), apart, sums);
-        if (!a.from_state)
-          team.template add_wave<Loss::kSums, kOrdered>(sums, totals, w + 1 == waves());
+        sum_block(v, r, part(0), apart, sums);
+        if (!a.from_state) {
+          team.template join_wave<Loss::kSums, kOrdered>(sums);
+          for (int k = 0; k < Loss::kSums; ++k) item.sums[k] = sums[k];
+        }
+      } else {
+        RowTotals totals;
+        for (int64_t w = 0; w < waves(); ++w) {
+          double sums[3];
+          sum_block(v, r, part(w), apart, sums);
+          if (!a.from_state)
+            team.template add_wave<Loss::kSums, kOrdered>(sums, totals, w + 1 == waves());
+        }
+        if (!a.from_state) team.template sums_of_row<Loss::kSums, kOrdered>(totals, item.sums);
       }
-      if (!a.from_state) team.template sums_of_row<Loss::kSums, kOrdered>(totals, item.sums);
     }
     if (a.from_state && active) {
       item.sums[Loss::kRest] = (double)*row_state<T>(a, i, 1);
@@ -368,7 +392,9 @@ struct TeamRows {
         const int64_t i = base() + team.group();
         has_row = i < a.items;
         prefetch_buffer(i);
+        const Task task = task_of(i);
         stage.wait(columns_of_team(i), team.round);
+        if (kHidesTarget && task.kind == ItemKind::plain) stage.hide(part(0).first, task.target);
         const Part at = part(0);
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
@@ -377,13 +403,14 @@ struct TeamRows {
           for (int k = 0; k < kRuns; ++k) v.v[s][k] = logit((T)x.get(k), at.has(s, k));
         }
         stage_row(stage, i + p.row_step);
-        row(i, v);
+        row(i, task, v);
         team.template flush_if_full<Loss>(call());
       }
     } else {
       begin();
       while (base() < a.items) {
-        row(base() + team.group(), v);
+        const int64_t i = base() + team.group();
+        row(i, task_of(i), v);
         team.template flush_if_full<Loss>(call());
       }
     }

@@ -15,25 +15,41 @@ MBK_DEVICE int64_t first_element(const Item& t, int64_t block) {
          threadIdx.x % kSumLanes;
 }
 
-template <class T, class S, class Item>
-MBK_DEVICE double add_elements(const AccumulateArgs& a, const Item& t, int64_t first) {
-  const Accumulation<T> item(a);
+// kHalf of a thread's elements, from `first` on: all loads are under way before the first is
+// needed, and few enough of them for three blocks a multiprocessor. kWhole: the block is full.
+constexpr int kHalf = kSteps / 2;
+template <class T, class S, bool kWhole, class Item>
+MBK_DEVICE void add_half(const Accumulation<T>& item, const Item& t, int64_t first, bool squares,
+                         double& lane) {
   T* const buffer = (T*)t.at(kBuffer);
   const S* const grad = (const S*)t.at(kListGrad);
-  T g[kSteps], b[kSteps];
+  T g[kHalf], b[kHalf];
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {  // all loads are under way before the first is needed
+  for (int k = 0; k < kHalf; ++k) {
     const int64_t i = first + k * kSumLanes;
-    const bool in = i < t.size;
+    const bool in = kWhole || i < t.size;
     g[k] = in ? (T)widen(grad[t.offset(kListGrad, i)]) : (T)0;
     b[k] = in && item.reads ? buffer[t.offset(kBuffer, i)] : (T)0;
   }
-  double lane = 0;
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
+  for (int k = 0; k < kHalf; ++k) {
     const int64_t i = first + k * kSumLanes;
-    if (i < t.size) buffer[t.offset(kBuffer, i)] = item.reads ? item.of(b[k], g[k]) : item.of(g[k]);
-    lane = plus_square<T>(lane, (double)g[k]);
+    if (kWhole || i < t.size)
+      buffer[t.offset(kBuffer, i)] = item.reads ? item.of(b[k], g[k]) : item.of(g[k]);
+    if (squares) lane = plus_square<T>(lane, (double)g[k]);
+  }
+}
+template <class T, class S, class Item>
+MBK_DEVICE double add_elements(const AccumulateArgs& a, const Item& t, int64_t first) {
+  const Accumulation<T> item(a);
+  const bool whole = first + (kSteps - 1) * kSumLanes < t.size;
+  double lane = 0;
+#pragma unroll 1
+  for (int64_t from = first; from < first + kSegment; from += kHalf * kSumLanes) {
+    if (Item::kDense && whole)
+      add_half<T, S, Item::kDense>(item, t, from, a.squares, lane);
+    else
+      add_half<T, S, false>(item, t, from, a.squares, lane);
   }
   return lane;
 }
@@ -95,7 +111,7 @@ MBK_DEVICE double add_to_wide(const AccumulateArgs& a, const Item& t, int64_t fi
 
 // Of the list's buffers those of bf16, or all others: two kernels, as few calls have both.
 template <bool kBf16, class Item, int kItems>
-__global__ void __launch_bounds__(kListThreads)
+__global__ void __launch_bounds__(kListThreads, Item::kDense ? 3 : 2)
     accumulate_list(const __grid_constant__ ListLaunch<Item, kItems, AccumulateArgs> p) {
   for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x) {
     const Item& t = p.item_of(block);

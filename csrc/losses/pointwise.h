@@ -4,7 +4,7 @@
 //   name      its name in mbkern.functional
 //   kInputs   2 or 3: input, target and a third tensor, x[0], x[1], x[2] below
 //   Call<T>   its parameters, made once a call from the numbers that Python passes, in their order;
-//             with flags among them, usual() and assume_usual() too (cpu/pointwise_step.h)
+//             with flags among them, usual() and assume_usual() too
 //   eval      the loss of an element, and its derivative by each of the inputs
 //   early     optional: a number that takes many steps, an exponential or a logarithm, and that
 //             eval is given then. A loop may compute it of many elements before eval of the first
@@ -20,6 +20,19 @@ struct NoParameters {
   MBK_FN explicit NoParameters(const double*) {}
 };
 
+// Whether a loss has flags among its parameters. Its Call then has usual(), whether they are as in
+// most calls, and assume_usual(), which makes them constants for the compiler.
+template <class Call>
+constexpr auto has_flags(int) -> decltype(((const Call*)nullptr)->usual()) {
+  return true;
+}
+template <class Call>
+constexpr bool has_flags(...) {
+  return false;
+}
+template <class Call>
+inline constexpr bool kHasFlags = has_flags<Call>(0);
+
 template <class Loss>
 constexpr auto has_early(int) -> decltype((void)&Loss::template early<float>, true) {
   return true;
@@ -28,10 +41,12 @@ template <class Loss>
 constexpr bool has_early(...) {
   return false;
 }
+template <class Loss>
+inline constexpr bool kHasEarly = has_early<Loss>(0);
 template <class Loss, class V>
 MBK_FN void evaluate(const typename Loss::template Call<Element<V>>& call,
                      const V (&x)[Loss::kInputs], V& loss, V (&d)[Loss::kInputs]) {
-  if constexpr (has_early<Loss>(0)) {
+  if constexpr (kHasEarly<Loss>) {
     Loss::eval(call, x, Loss::early(call, x), loss, d);
   } else {
     Loss::eval(call, x, loss, d);

@@ -1,0 +1,9 @@
+#include "cuda/pointwise_dense.cuh"
+
+namespace mbk::MBK_ISA {
+
+DenseKernel dense_kernel_f16(int loss, const PointwiseArgs& args) {
+  return find_dense<f16>(PointwiseLosses{}, loss, args);
+}
+
+}  // namespace mbk::MBK_ISA
