@@ -94,7 +94,7 @@ sanitize: $(PACKAGE)
 
 # CUDA's kernels on the CPU, their threads in several orders.
 SHIM_ORDERS ?= ascending descending random:1
-SHIM_TESTS ?= tests/test_selftest.py tests/test_losses.py
+SHIM_TESTS ?= tests/test_selftest.py tests/test_losses.py tests/test_cuda.py
 shim-native: $(TOOLS)
 	$(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON
 	cmake --build build/shim/native --target shim_test core_test
@@ -113,7 +113,7 @@ shim: $(PACKAGE) shim-native
 	  --config-settings=cmake.define.MBKERN_CUDA_SHIM=ON
 	set -e; for order in $(SHIM_ORDERS); do export MBKERN_SHIM_ORDER=$$order; \
 	  build/shim/native/core_test --quick; \
-	  PYTHONPATH=build/shim/site python -m pytest -q $(SHIM_TESTS) -m 'not gpu and not slow'; \
+	  PYTHONPATH=build/shim/site python -m pytest -q $(SHIM_TESTS) -m 'not slow'; \
 	done
 
 # The same under the thread sanitizer, which knows about 8000 threads: a small device.

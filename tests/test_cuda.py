@@ -152,7 +152,7 @@ def test_empty_and_small(case: Case, shape: tuple[int, ...], device: torch.devic
         compare(training(case, sample, reduction=reduction), device, reduction)
 
 
-def one_pass(name: str, x: Tensor, target: Tensor, how: str, **options: Any) -> Run:
+def one_pass(name: str, x: Tensor, other: Tensor, how: str, /, **options: Any) -> Run:
     """loss_and_grad in one of its ways, with the exact sum of the losses."""
 
     def run(device: torch.device) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ def one_pass(name: str, x: Tensor, target: Tensor, how: str, **options: Any) -> 
         moved = {k: move(v, device) for k, v in options.items()}
         total = None if x.dtype is torch.float64 else mbkern.LossSum(device)
         loss, grad = mbkern.loss_and_grad(
-            name, input, move(target, device), grad_out=out, loss_sum=total,
+            name, input, move(other, device), grad_out=out, loss_sum=total,
             accumulate=how == "accumulated", **moved,
         )  # fmt: skip
         assert out is None or grad is out
@@ -305,9 +305,12 @@ def test_retained_and_second_backward(device: torch.device) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_second_derivatives(case: Case, device: torch.device) -> None:
-    x, target = (move(t, device) for t in case.leaf(torch.float64, (3, 6)))
-    x = x.detach().requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: case.function(x, target), (x,))
+    sample = case.sample((3, 6), torch.float64)
+    target = move(sample.target, device)
+    options = {name: move(value, device) for name, value in sample.options.items()}
+    function = getattr(F, case.name)
+    x = move(sample.input, device).detach().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: function(x, target, **options), (x,))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -10,6 +10,19 @@ namespace mbk::MBK_ISA {
 
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// The larger of two numbers; NaN if either is.
+template <class T>
+MBK_DEVICE T max_or_nan(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {
+    T m;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+    return m;
+  }
+#endif
+  return a > b || a != a ? a : b;
+}
+
 struct AtomicAdd {
   MBK_DEVICE void operator()(int64_t& limb, int64_t value) const {
     atomicAdd((unsigned long long*)&limb, (unsigned long long)value);

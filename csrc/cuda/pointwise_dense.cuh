@@ -21,11 +21,16 @@ struct alignas(16) DenseVector {
 struct DenseSum : SumInRounds<kDenseElements> {
   MBK_DEVICE void add(const float (&x)[kDenseElements], ExactSumState& state) {
     static_assert(kDenseElements <= kBatch);
-    const float least = as_float(kNarrowLeast), end = as_float(kNarrowEnd);
-    bool usual = true;
+    // Twice a number's bits are its magnitude; 1 less, and a zero is no longer the least of them.
+    uint32_t least = ~0u;
+    float most = 0;
 #pragma unroll
-    for (const float v : x) usual = usual && abs(v) < end && (abs(v) >= least || v == 0);
-    if (usual) {
+    for (const float v : x) {
+      const uint32_t magnitude = 2 * bits(v) - 1;
+      least = magnitude < least ? magnitude : least;
+      most = max_or_nan(most, __builtin_fabsf(v));
+    }
+    if (least >= 2u * kNarrowLeast - 1 && most < as_float(kNarrowEnd)) {
       double sum = (double)x[0];
 #pragma unroll
       for (int k = 1; k < kDenseElements; ++k) sum += (double)x[k];

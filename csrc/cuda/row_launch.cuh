@@ -67,19 +67,6 @@ MBK_DEVICE void save_state(const RowArgs& a, int64_t i,
                                                      : (T)0;
 }
 
-// The larger of two numbers; NaN if either is.
-template <class T>
-MBK_DEVICE T max_or_nan(T a, T b) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == 4) {
-    T m;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
-    return m;
-  }
-#endif
-  return a > b || a != a ? a : b;
-}
-
 // The loss of an item, in fp64 from the end of its row, rounded once.
 template <class Loss, class T>
 MBK_DEVICE T item_loss(const typename Loss::template Call<T>& call,

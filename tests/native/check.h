@@ -149,6 +149,7 @@ int64_t row_threads(const Options&);
 int64_t row_devices(const Options&);
 int64_t row_refusals(const Options&);
 int64_t pointwise_losses(const Options&);
+int64_t usual_pointwise_losses(const Options&);
 int64_t multirow_losses(const Options&);
 int64_t all_products(const Options&);
 

@@ -66,6 +66,7 @@ int main(int argc, char** argv) {
 #endif
       {"row losses that are refused", test::row_refusals},
       {"element-wise losses", test::pointwise_losses},
+      {"element-wise losses, usual calls", test::usual_pointwise_losses},
       {"losses of several rows", test::multirow_losses},
       {"products", test::all_products},
   };

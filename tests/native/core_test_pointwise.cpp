@@ -34,6 +34,30 @@ struct Problem {
   int64_t size() const { return shape[0] * shape[1] * shape[2]; }
 };
 
+void fill(Random& r, Problem& p, bool broadcasts) {
+  const int64_t size = p.size();
+  const double spread = r.one_in(2) ? 1 : 30;
+  for (int v = 0; v < kInputs; ++v) {
+    for (bool& b : p.broadcast[v]) b = broadcasts && v != mbk::kInput && r.one_in(5);
+    p.values[v].resize((size_t)size);
+    Buffer cell(p.type[v], 1);
+    for (int64_t i = 0; i < size; ++i) {
+      int64_t source = 0, index[kDims] = {i / p.shape[2] / p.shape[1], i / p.shape[2] % p.shape[1],
+                                          i % p.shape[2]};
+      for (int d = 0; d < kDims; ++d)
+        source = source * p.shape[d] + (p.broadcast[v][d] ? 0 : index[d]);
+      const bool weight = v == mbk::kWeight || v == mbk::kRescale;
+      double x = weight ? 2 * r.uniform() : spread * r.symmetric();
+      if (!weight && r.one_in(500)) {
+        constexpr double kSpecial[] = {NAN, INFINITY, -INFINITY, 0x1p-149, -0.0, 65504, 0x1p-24};
+        x = kSpecial[r.below(sizeof kSpecial / sizeof *kSpecial)];
+      }
+      cell.set(0, x);
+      p.values[v][(size_t)i] = source == i ? cell.get(0) : p.values[v][(size_t)source];
+    }
+  }
+}
+
 Problem make_problem(Random& r, int64_t size) {
   Problem p{};
   p.loss = (int)r.below(r.one_in(2) ? kSquaredErrors : kLossCount);
@@ -54,26 +78,28 @@ Problem make_problem(Random& r, int64_t size) {
       if (p.shape[2] % factor == 0 && r.one_in(2)) p.shape[2] /= factor, p.shape[d] *= factor;
   p.scale = r.one_in(2) ? 1 : 3 * r.symmetric();
   p.mean = r.one_in(2);
-  const double spread = r.one_in(2) ? 1 : 30;
-  for (int v = 0; v < kInputs; ++v) {
-    for (bool& b : p.broadcast[v]) b = v != mbk::kInput && r.one_in(5);
-    p.values[v].resize((size_t)size);
-    Buffer cell(p.type[v], 1);
-    for (int64_t i = 0; i < size; ++i) {
-      int64_t source = 0, index[kDims] = {i / p.shape[2] / p.shape[1], i / p.shape[2] % p.shape[1],
-                                          i % p.shape[2]};
-      for (int d = 0; d < kDims; ++d)
-        source = source * p.shape[d] + (p.broadcast[v][d] ? 0 : index[d]);
-      const bool weight = v == mbk::kWeight || v == mbk::kRescale;
-      double x = weight ? 2 * r.uniform() : spread * r.symmetric();
-      if (!weight && r.one_in(500)) {
-        constexpr double kSpecial[] = {NAN, INFINITY, -INFINITY, 0x1p-149, -0.0, 65504, 0x1p-24};
-        x = kSpecial[r.below(sizeof kSpecial / sizeof *kSpecial)];
-      }
-      cell.set(0, x);
-      p.values[v][(size_t)i] = source == i ? cell.get(0) : p.values[v][(size_t)source];
-    }
+  fill(r, p, true);
+  return p;
+}
+// As nearly all calls are: dense tensors of one type, no weights, the losses in sum only. Gradients
+// are of that type, too, or wide, as buffers are.
+Problem make_usual_problem(Random& r, int loss, DType type, bool wide, int64_t size) {
+  Problem p{};
+  p.loss = loss;
+  constexpr double kChoices[] = {0.7, 1, 0, 2};
+  for (double& x : p.parameters) x = kChoices[r.below(4)];
+  p.compute = DType::f32;
+  const int inputs = inputs_of(mbk::host::PointwiseLosses{}, loss);
+  for (int v = 0; v < mbk::kViews; ++v) {
+    const int gradient = v - mbk::kGrad;
+    p.type[v] = v == mbk::kLosses || (wide && gradient >= 0) ? p.compute : type;
+    p.present[v] =
+        v < inputs || gradient == 0 || (gradient > 0 && gradient < inputs && r.one_in(2));
   }
+  p.shape[0] = p.shape[1] = 1, p.shape[2] = size;
+  p.scale = 1;
+  p.mean = r.one_in(2);
+  fill(r, p, false);
   return p;
 }
 
@@ -243,7 +269,7 @@ void check_accumulated(const Problem& p, int v, const Outcome& o, const Outcome&
   }
 }
 
-int64_t check_problem(Random& r, const Problem& p) {
+int64_t check_problem(Random& r, const Problem& p, bool digested = true) {
   const auto& tiers = mbk::available_backends();
   Outcome first, first_sum;
   int64_t elements = 0;
@@ -262,9 +288,10 @@ int64_t check_problem(Random& r, const Problem& p) {
       const std::string where = describe(p, *tiers[t], v);
       const Outcome o = run(r, *tiers[t], p, v);
       const bool base = &v == &variants[0];
-      if (base)
+      if (base && digested) {
         for (const auto& words : o.view) digest_of(t).add(words);
-      if (base) digest_of(t).add(o.total);
+        digest_of(t).add(o.total);
+      }
       if (base && t == 0) {
         first = o;
         if (p.loss < kSquaredErrors) check_values(p, o, where);
@@ -301,6 +328,20 @@ int64_t pointwise_losses(const Options& options) {
   for (int64_t size = 1; size <= 130; size += options.quick ? 7 : 1) check(size, 8);
   for (int64_t size = 1000; size <= 1100; size += options.quick ? 20 : 1) check(size, 4);
   for (const int64_t size : {504, 512, 5000, 5040, 16384, 40000, 42336}) check(size, 6);
+  return elements;
+}
+
+int64_t usual_pointwise_losses(const Options& options) {
+  Random r{6};
+  int64_t elements = 0, seed = 0;
+  for (int loss = 0; loss < kLossCount; ++loss)
+    for (const DType type : {DType::f32, DType::bf16, DType::f16})
+      for (const int64_t size : {1, 3, 4, 8, 13, 1023, 1024, 1029, 2048, 2056, 5003, 70000}) {
+        if (size > 50000 && (options.quick || loss >= kSquaredErrors)) continue;
+        Random problem{(uint64_t)++seed};
+        const bool wide = seed % 3 == 0;
+        elements += check_problem(r, make_usual_problem(problem, loss, type, wide, size), false);
+      }
   return elements;
 }
 
