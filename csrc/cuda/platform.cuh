@@ -220,8 +220,8 @@ cudaError_t max_active_clusters(int* clusters, void (*kernel)(P), unsigned threa
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, (int)threads,
-                                                          shared_bytes);
+    error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, (int)threads, shared_bytes);
   *clusters = blocks * multiprocessors;
   return error;
 }
