@@ -19,7 +19,7 @@ MBK_FN void store_rounded(void* to, DType dtype, double value) {
   value = canonical(value);
   switch (dtype) {
     case DType::f32:
-      *(float*)to = (float)value;
+      *(float*)to = canonical((float)value);  // a GPU makes another NaN of an fp64 one
       break;
     case DType::bf16:
       *(bf16*)to = narrow<bf16>(canonical(round_to_odd(value)));

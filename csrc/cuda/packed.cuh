@@ -7,6 +7,13 @@
 
 namespace mbk::MBK_ISA {
 
+// A canonical number as the type that S is computed in: a GPU's conversion makes a NaN of its own.
+template <class S, class T>
+MBK_FN Compute<S> converted(T x) {
+  if constexpr (sizeof(T) != sizeof(Compute<S>)) return canonical((Compute<S>)x);
+  return (Compute<S>)x;
+}
+
 // Elements that a thread has next to one another: 16 bytes of the type computed in.
 template <class T>
 inline constexpr int kRun = 16 / sizeof(T);

@@ -4,6 +4,8 @@
 // (tests/shim), where all of this has a counterpart with the same names.
 #include <cuda_runtime.h>
 #include <stdint.h>
+
+#include <mutex>
 #if defined(MBKERN_CUDA_SHIM)
 #include <shim_platform.h>
 #else
@@ -164,7 +166,13 @@ __device__ __forceinline__ void bulk_wait() {
 }
 #undef MBK_SM90_ASM
 
-// The configuration of a launch, and the room that its attribute needs.
+// The configuration of a launch, and the room that its attribute needs. How much shared memory a
+// kernel may have is a property of the kernel, not of a launch: while one asks for much, no other
+// thread's launch may ask for less.
+inline std::mutex& much_shared_memory() {
+  static std::mutex mutex;
+  return mutex;
+}
 template <class P>
 class Configuration {
  public:
@@ -180,6 +188,7 @@ class Configuration {
     attribute_.id = cudaLaunchAttributeClusterDimension;
     attribute_.val.clusterDim = {cluster, 1, 1};
     if (shared_bytes > 48 * 1024) {
+      lock_ = std::unique_lock<std::mutex>(much_shared_memory());
       error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)shared_bytes);
     }
@@ -195,6 +204,7 @@ class Configuration {
  private:
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
+  std::unique_lock<std::mutex> lock_;
   cudaError_t error_ = cudaSuccess;
 };
 

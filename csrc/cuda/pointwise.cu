@@ -26,7 +26,7 @@ MBK_DEVICE void write_dense(void* data, int64_t i, const T (&x)[kVector]) {
   };
   Vector v;
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) v.element[k] = narrow<S>((Compute<S>)x[k]);
+  for (int k = 0; k < kVector; ++k) v.element[k] = narrow<S>(converted<S>(x[k]));
   *(Vector*)((S*)data + i) = v;
 }
 
@@ -78,7 +78,7 @@ template <class T>
 MBK_DEVICE void write_element(const View& view, int64_t offset, T x) {
   with_type<true>(view.dtype, [&](auto* type) {
     typedef typename Pointee<decltype(type)>::type S;
-    ((S*)view.data)[offset] = narrow<S>((Compute<S>)x);
+    ((S*)view.data)[offset] = narrow<S>(converted<S>(x));
   });
 }
 
@@ -292,11 +292,12 @@ void run(const Queue& queue, int loss, DType type, PointwiseArgs a, const Result
   const bool reduces = (result.reduction != Reduction::none && result.loss) || result.loss_sum;
   PointwiseLaunch p{a, result, work.state, nullptr, reduces && sizeof(T) == 4, is_dense(a)};
   if (reduces && sizeof(T) == 8) p.terms = work.losses;
+  const Device& device = current_device();
   const DenseKernel usual = sizeof(T) == 4 ? find_usual(loss, a) : DenseKernel{};
   const PointwiseKernel kernel = usual.run ? usual.run : find(PointwiseLosses{}, loss, type);
   const int64_t each = kPointwiseThreads * (usual.run ? kDenseElements : kVector),
                 wanted = std::max<int64_t>(1, (a.size + each - 1) / each),
-                most = (usual.run ? usual.blocks : 8) * current_device().multiprocessors;
+                most = (usual.run ? usual.blocks(device.capability) : 8) * device.multiprocessors;
   check(launch(kernel, p, static_cast<unsigned>(std::min(wanted, most)), kPointwiseThreads, 1,
                kPointwiseSharedBytes, work.stream),
         "launching an element-wise loss");

@@ -162,12 +162,19 @@ struct DensePointwise {
   }
 };
 
-// As many as there are registers for.
+// As many as there are registers for; from compute capability 10.0 on the compiler needs more.
 template <class Loss>
-inline constexpr int kDenseBlocks = Loss::kInputs > 2 || kHasEarly<Loss> ? 3 : 4;
+MBK_FN constexpr int dense_blocks(int capability) {
+  return Loss::kInputs > 2 || kHasEarly<Loss> || capability >= 100 ? 3 : 4;
+}
+#if defined(__CUDA_ARCH__)
+inline constexpr int kCapability = __CUDA_ARCH__ / 10;
+#else
+inline constexpr int kCapability = 90;
+#endif
 
 template <class Loss, class S>
-__global__ void __launch_bounds__(kPointwiseThreads, kDenseBlocks<Loss>)
+__global__ void __launch_bounds__(kPointwiseThreads, dense_blocks<Loss>(kCapability))
     pointwise_dense(const __grid_constant__ PointwiseLaunch p) {
   typedef DensePointwise<Loss, S> Loop;
   PointwiseShared& shared = *shared_memory<PointwiseShared>();
@@ -203,7 +210,7 @@ bool is_usual(const PointwiseArgs& a) {
 }
 template <class S, class... L>
 DenseKernel find_dense(LossList<L...>, int loss, const PointwiseArgs& a) {
-  static constexpr DenseKernel kernels[] = {{&pointwise_dense<L, S>, kDenseBlocks<L>}...};
+  static constexpr DenseKernel kernels[] = {{&pointwise_dense<L, S>, &dense_blocks<L>}...};
   static constexpr bool (*usual[])(const PointwiseArgs&) = {&is_usual<L>...};
   return usual[loss](a) ? kernels[loss] : DenseKernel{};
 }

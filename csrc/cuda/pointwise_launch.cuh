@@ -46,7 +46,7 @@ namespace mbk::cuda {
 // the loss's parameters are unusual, or a third tensor is absent.
 struct DenseKernel {
   PointwiseKernel run = nullptr;
-  int blocks = 0;  // that a multiprocessor holds
+  int (*blocks)(int capability) = nullptr;  // that a multiprocessor holds
 };
 DenseKernel dense_kernel_f32(int loss, const PointwiseArgs& args);
 DenseKernel dense_kernel_bf16(int loss, const PointwiseArgs& args);

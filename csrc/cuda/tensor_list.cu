@@ -4,6 +4,7 @@
 #include "core/list_items.h"
 #include "cuda/calls.h"
 #include "cuda/list_table.cuh"
+#include "cuda/packed.cuh"
 
 namespace mbk::MBK_ISA {
 namespace {
@@ -132,13 +133,13 @@ template <class T>
 MBK_DEVICE void store_as(void* p, DType dtype, int64_t i, T v) {
   switch (dtype) {
     case DType::f32:
-      ((float*)p)[i] = (float)v;
+      ((float*)p)[i] = converted<float>(v);
       break;
     case DType::bf16:
-      ((bf16*)p)[i] = narrow<bf16>((float)v);
+      ((bf16*)p)[i] = narrow<bf16>(converted<bf16>(v));
       break;
     case DType::f16:
-      ((f16*)p)[i] = narrow<f16>((float)v);
+      ((f16*)p)[i] = narrow<f16>(converted<f16>(v));
       break;
     default:
       ((double*)p)[i] = v;

@@ -229,8 +229,10 @@ class LinearCall(LinearRows):
             products.product(into, g, x, self._order(g), skip_below=self.skip_below)
         elif g.dtype is into.dtype:
             into.addmm_(g.t(), x)
-        elif on_cuda(g) and _has_out_dtype():
+        elif on_cuda(g) and _has_wide_sums():
             torch.addmm(into, g.t(), x, out_dtype=into.dtype, out=into)
+        elif on_cuda(g) and _has_out_dtype():
+            into += torch.mm(g.t(), x, out_dtype=into.dtype)
         else:
             into.addmm_(g.t().to(into.dtype), x.to(into.dtype))
 
@@ -413,4 +415,11 @@ def _has_fp16_products() -> bool:
 
 def _has_out_dtype() -> bool:
     """Whether torch multiplies 16-bit matrices into float32 on CUDA (since 2.8)."""
-    return hasattr(torch.ops.aten.addmm, "dtype_out")
+    return hasattr(torch.ops.aten.mm, "dtype")
+
+
+def _has_wide_sums() -> bool:
+    """Whether it adds such a product to what is there: from 2.11 on. Before, there is the function,
+    but what is added to must have the type of the matrices (pytorch/pytorch#167931)."""
+    major, minor = (int(number) for number in torch.__version__.split(".")[:2])
+    return (major, minor) >= (2, 11)
