@@ -52,7 +52,11 @@ def _special(i: Instruction) -> bool:
 
 
 def _flushes(i: Instruction) -> bool:
-    if ".FTZ" not in i.opcode or i.routine.startswith("$") or i.opcode.startswith(("F2I.", "UF2I.")):
+    if (
+        ".FTZ" not in i.opcode
+        or i.routine.startswith("$")
+        or i.opcode.startswith(("F2I.", "UF2I."))
+    ):
         return False
     return not (i.opcode == "FADD.FTZ" and _operands(i)[2] == "-RZ")
 

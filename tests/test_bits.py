@@ -258,3 +258,24 @@ def test_layouts(kind: str, dtype: torch.dtype, columns: int) -> None:
 def flat(options: dict[str, object]) -> dict[str, object]:
     weight = options.get("sample_weight")
     return options if weight is None else {**options, "sample_weight": weight.flatten(1)}
+
+
+@pytest.mark.parametrize("columns", [1, 9, 64, 100, 101, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_buffer_of_an_ignored_row_is_not_touched(columns: int, dtype: torch.dtype) -> None:
+    """Not even a NaN in it that is not the one that kernels write; in any layout and tier."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    x = torch.randn(40, columns).to(dtype)
+    target = torch.zeros(40, dtype=torch.int64)
+    target[3] = -100
+    inf = torch.tensor(float("inf"), dtype=wide)
+    row = (inf - inf).expand(columns)  # with a sign, where the processor makes it
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        for name in ("cross_entropy", "softmax_focal_loss", "nll_loss"):
+            for buffer in (torch.zeros(40, columns, dtype=wide),
+                           torch.zeros(columns, 40, dtype=wide).t()):  # fmt: skip
+                buffer[3] = row
+                before = buffer[3].clone()
+                mbkern.loss_and_grad(name, x, target, grad_out=buffer, accumulate=True)
+                assert same_bits(buffer[3], before), (isa, name, buffer.stride())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,7 +36,17 @@ def test_probabilities(dtype: torch.dtype, which: str, bad: float) -> None:
     buffer = torch.full((701,), 3.0, dtype=torch.promote_types(dtype, torch.float32))
     with pytest.raises(ValueError, match=message):
         mbkern.loss_and_grad("binary_cross_entropy", x, y, grad_out=buffer, accumulate=True)
+    total = mbkern.LossSum().add(torch.tensor([1.5]))
+    state, out = total.state.clone(), torch.full_like(x, 0.25)
+    calls: list[dict[str, Any]] = [{"grad_out": out}, {"argnums": 1, "grad_out": out}]
+    if dtype is not torch.float64:
+        calls.append({"loss_sum": total})
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            mbkern.loss_and_grad("binary_cross_entropy", x, y, **call)
+    assert torch.equal(total.state, state)
     assert (buffer == 3).all()
+    assert (out == 0.25).all()
     assert all(torch.equal(t.nan_to_num(9), before[n].nan_to_num(9)) for n, t in tensors.items())
 
 

@@ -83,9 +83,11 @@ MBK_PASS void write_tile(S* to, V* tile, const TilePlace<V>& at, int64_t columns
       V g = tile[j];
       if constexpr (kAccumulate) {
         const V old = load<V>(to + j * stride);
-        g = select(keep != V{}, old, old + g);
+        g = select(keep != V{}, old, canonical(old + g));  // also a NaN that is not ours is kept
+      } else {
+        g = canonical(g);
       }
-      store(to + j * stride, canonical(g));
+      store(to + j * stride, g);
     }
     return;
   }

@@ -42,19 +42,16 @@ class PointwiseCall(TensorCall):
     ) -> tuple[Any, ...]:
         return (self.sample_weight, self.weight, item_scale, losses, *grads, accumulate)
 
-    def _before(self, grads: Grads, accumulate: bool) -> None:
+    def _before(self, grads: Grads, overwrites: bool) -> None:
         # A look at all probabilities costs a pass, so the loss says whether it is needed; but not
-        # where the kernel writes over what it would look at.
-        name = self.loss.name
-        if name in _WITH_DOMAIN and (name != _PROBABILITIES or self._overwrites(grads, accumulate)):
+        # where the kernel writes over what is the caller's.
+        name, first = self.loss.name, grads[0]
+        in_place = first is not None and first.data_ptr() == self.inputs[0].data_ptr()
+        if name in _WITH_DOMAIN and (name != _PROBABILITIES or overwrites or in_place):
             check_values(self.loss, self.inputs)
 
-    def _after(self, result: Tensor | None, grads: Grads, accumulate: bool) -> None:
+    def _after(self, result: Tensor | None) -> None:
         if self.loss.name != _PROBABILITIES or result is None:
             return
         if bool(result.isnan().any() if result.dim() else result != result):
             check_values(self.loss, self.inputs)
-
-    def _overwrites(self, grads: Grads, accumulate: bool) -> bool:
-        first = grads[0]
-        return accumulate or (first is not None and first.data_ptr() == self.inputs[0].data_ptr())

@@ -125,10 +125,10 @@ class TensorCall:
         """What the kernel is called with, but for what :meth:`run` adds."""
         raise NotImplementedError
 
-    def _before(self, grads: Grads, accumulate: bool) -> None:
+    def _before(self, grads: Grads, overwrites: bool) -> None:
         """Refuse values, before anything is written."""
 
-    def _after(self, result: Tensor | None, grads: Grads, accumulate: bool) -> None:
+    def _after(self, result: Tensor | None) -> None:
         """Refuse values of which the result tells."""
 
     def run(
@@ -142,9 +142,10 @@ class TensorCall:
         divisor: float | Tensor | None = None,
         loss_dtype: torch.dtype,
         loss_sum: Tensor | None = None,
+        overwrites: bool = False,
     ) -> tuple[Tensor | None, float | Tensor]:
         """Run the kernel; return the loss and the divisor of a mean (``divisor``, if given), on
-        CUDA a tensor."""
+        CUDA a tensor. ``overwrites``: memory of the caller's, which stays as it is on an error."""
         o = self.options
         reduction = o.reduction
         input = self.inputs[0]
@@ -162,7 +163,7 @@ class TensorCall:
             else:
                 loss = input.new_empty((), dtype=loss_dtype)
             if workspace is None:
-                self._before(grads, accumulate)
+                self._before(grads, overwrites)
         denominator: float | Tensor | None = divisor
         if divisor is not None:
             reduction = "mean"
@@ -181,7 +182,7 @@ class TensorCall:
         if workspace is not None:
             done = workspace[0]
         if want_loss and workspace is None:
-            self._after(loss if losses is None else losses, grads, accumulate)
+            self._after(loss if losses is None else losses)
         return (loss if losses is None else converted(losses, loss_dtype)), done
 
     def _retry(

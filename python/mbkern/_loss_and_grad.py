@@ -315,6 +315,7 @@ def _tensors(
         scale=scalar_argument(scale, "scale"),
         loss_dtype=loss_dtype,
         loss_sum=state,
+        overwrites=state is not None or any(out is not None for out in outs.values()),
     )
     for p, out in outs.items():
         tensor = tensors[p]
