@@ -41,8 +41,8 @@ weights that require grad, and losses of rows of more than two dimensions but `n
 
 Where results differ from torch's on purpose: two inputs of different dtypes give the promoted
 dtype, whichever comes first; `gaussian_nll_loss` gives float32 under autocast, as all others;
-`binary_cross_entropy` raises ValueError for what is no probability, on CUDA it is NaN; its gradient by
-the target at p = 0 or 1 is that of the loss, 100 or -100, and not infinite; the gradient of
+`binary_cross_entropy` raises ValueError for what is no probability, on CUDA it is NaN; its gradient
+by the target at p = 0 or 1 is that of the loss, 100 or -100, and not infinite; the gradient of
 `poisson_nll_loss(full=True)` by a target of 0 is finite.
 """
 SETTINGS_HEAD = """
