@@ -20,6 +20,7 @@ from gpu.problem import Case, Problem  # noqa: E402
 from mbkern.bench import gpu as sensors  # noqa: E402
 from mbkern.bench import peers  # noqa: E402
 from mbkern.bench.formulas import ELEMENTS, FORMULAS, ROWS  # noqa: E402
+from mbkern.bench.results import Entry, Group  # noqa: E402
 from mbkern.bench.timing import Effort, Way, interleave  # noqa: E402
 
 MEMCHECK = """\
@@ -189,6 +190,18 @@ def test_wrong_results_are_not_ranked(loss: str, dtype: torch.dtype, fault: floa
     correct = {e.name: e.correct for e in group.entries}
     assert correct == {ways.COPY: True, "faulty": False, ways.IN_PLACE: True, ways.EAGER: True}
     assert all(len(e.samples) == 2 for e in group.entries)
+
+
+def test_results_of_everything_are_small_enough_to_commit() -> None:
+    names = ["copy", "torch", "mbkern in place", "mbkern autograd", "Liger", "quack", "apex"]
+    entries = [Entry(name, [0.123456] * 9, 1.2e-7, note="quack is not installed") for name in names]
+    groups = len(bench.plan(bench.ELEMENTS)) + len(family.plan(bench.ELEMENTS)) + 3
+    group = Group("gpu", "cross_entropy fp32 (268436, 1000)", 1, "cuda", "ms", "copy", entries)
+    text = json.dumps([bench.compact(group)] * groups, indent=1)
+    goal = dict.fromkeys(("what", "reach", "case", "verdict"), "share of copy bandwidth, losses")
+    assert len(text) + 2 * groups * len(json.dumps(goal, indent=1)) < 0.9 * results.LARGEST
+    assert bench.compact(group)["entries"][0]["median"] == 0.1235
+    assert "samples" not in text
 
 
 def test_a_sum_in_a_buffer_is_checked_too() -> None:

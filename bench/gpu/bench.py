@@ -105,11 +105,24 @@ def measure(case: Case, makers: Makers, size: int, effort: Effort, device: str) 
 
 
 def compact(group: Group) -> dict[str, Any]:
-    """A group without its samples, for the results file."""
-    data = group.as_json()
-    for entry in data["entries"]:
-        del entry["samples"]
-    return data
+    """A group for the results file: without samples, and without what goes without saying."""
+    entries = []
+    for e in group.entries:
+        kept: dict[str, Any] = {"name": e.name}
+        if e.samples:
+            s = summarise(e.samples)
+            kept |= {"median": _short(s.median), "q1": _short(s.q1), "q3": _short(s.q3), "n": s.n}
+        if e.error is not None:
+            kept["error"] = _short(e.error, 2)
+        kept |= {"correct": False} if not e.correct else {}
+        kept |= {"note": e.note} if e.note else {}
+        entries.append(kept)
+    return {"suite": group.suite, "case": group.case, "unit": group.unit,
+            "baseline": group.baseline, "entries": entries}  # fmt: skip
+
+
+def _short(number: float, digits: int = 4) -> float:
+    return float(f"{number:.{digits}g}")
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
