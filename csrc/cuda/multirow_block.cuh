@@ -333,7 +333,7 @@ struct MultirowBlock {
       const int64_t offset = at.offset(t.strides), stride = t.strides.column;
       if (!t.data) continue;
       if (stride == 1 && !a.accumulate) {
-        with_type<T>(t.dtype, [&](auto* type) {
+        with_type<sizeof(T) == 8>(t.dtype, [&](auto* type) {
           typedef StorageOf<decltype(type)> S;
           fill_row((S*)t.data + offset, a.columns, narrowed<S>((Compute<S>)value));
         });

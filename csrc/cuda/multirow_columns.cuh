@@ -11,23 +11,6 @@ inline constexpr int kWarp = 32;
 
 MBK_FN int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
-// Calls f with a null pointer of a storage type; fp64 is out of the question in calls that compute
-// in fp32.
-template <class T, class F>
-MBK_DEVICE void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f((float*)nullptr);
-    case DType::bf16:
-      return f((bf16*)nullptr);
-    default:
-      if constexpr (sizeof(T) == 8) {
-        if (dtype == DType::f64) return f((double*)nullptr);
-      }
-      return f((f16*)nullptr);
-  }
-}
-
 // widen(x), and narrow(canonical(x)), in fewer instructions.
 template <class S>
 MBK_DEVICE Compute<S> widened(S x) {
@@ -54,7 +37,7 @@ MBK_DEVICE S narrowed(Compute<S> x) {
 template <class T>
 MBK_DEVICE T read_column(const RowTensor& t, int64_t offset) {
   T x = 0;
-  with_type<T>(t.dtype, [&](auto* type) {
+  with_type<sizeof(T) == 8>(t.dtype, [&](auto* type) {
     x = (T)widened(((const StorageOf<decltype(type)>*)t.data)[offset]);
   });
   return x;
@@ -68,7 +51,7 @@ MBK_DEVICE void write_element(S* to, T g, bool accumulate) {
 }
 template <class T>
 MBK_DEVICE void write_column(const RowTensor& t, int64_t offset, T g, bool accumulate) {
-  with_type<T>(t.dtype, [&](auto* type) {
+  with_type<sizeof(T) == 8>(t.dtype, [&](auto* type) {
     write_element((StorageOf<decltype(type)>*)t.data + offset, g, accumulate);
   });
 }
@@ -136,8 +119,9 @@ MBK_DEVICE void read_as(const ItemRow& row, const Columns<kCount, kDense>& colum
 template <int kCount, bool kDense, class T>
 MBK_DEVICE void read_columns(const ItemRow& row, const Columns<kCount, kDense>& columns, T outside,
                              T (&x)[kCount]) {
-  with_type<T>(row.tensor.dtype,
-               [&](auto* type) { read_as<StorageOf<decltype(type)>>(row, columns, outside, x); });
+  with_type<sizeof(T) == 8>(row.tensor.dtype, [&](auto* type) {
+    read_as<StorageOf<decltype(type)>>(row, columns, outside, x);
+  });
 }
 // Those of the mask: gradients, or old + gradient where they are accumulated, as on the CPU; dense
 // ones are accumulated in T only.
@@ -151,7 +135,7 @@ MBK_DEVICE void write_columns(const ItemRow& row, const Columns<kCount, kDense>&
 #pragma unroll
     for (int k = 0; k < kCount; ++k) x[k] = old[k] + x[k];
   }
-  with_type<T>(row.tensor.dtype, [&](auto* type) {
+  with_type<sizeof(T) == 8>(row.tensor.dtype, [&](auto* type) {
     typedef StorageOf<decltype(type)> S;
 #pragma unroll
     for (int k = 0; k < kCount; ++k)

@@ -7,6 +7,23 @@
 
 namespace mbk::MBK_ISA {
 
+// Calls f with a null pointer of a storage type; fp64 is out of the question for what a call reads
+// that computes in fp32.
+template <bool kDouble, class F>
+MBK_FN void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f((float*)nullptr);
+    case DType::bf16:
+      return f((bf16*)nullptr);
+    default:
+      if constexpr (kDouble) {
+        if (dtype == DType::f64) return f((double*)nullptr);
+      }
+      return f((f16*)nullptr);
+  }
+}
+
 // A canonical number as the type that S is computed in: a GPU's conversion makes a NaN of its own.
 template <class S, class T>
 MBK_FN Compute<S> converted(T x) {

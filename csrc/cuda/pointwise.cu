@@ -30,22 +30,6 @@ MBK_DEVICE void write_dense(void* data, int64_t i, const T (&x)[kVector]) {
   *(Vector*)((S*)data + i) = v;
 }
 
-// Calls f with a null pointer of a view's storage type; fp64 is out of the question for what a call
-// reads that computes in fp32.
-template <bool kDouble, class F>
-MBK_DEVICE void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f((float*)nullptr);
-    case DType::bf16:
-      return f((bf16*)nullptr);
-    default:
-      if constexpr (kDouble) {
-        if (dtype == DType::f64) return f((double*)nullptr);
-      }
-      return f((f16*)nullptr);
-  }
-}
 template <class P>
 struct Pointee;
 template <class S>
