@@ -14,6 +14,7 @@ import pytest
 from bench_suite import SLEEP
 
 from mbkern.bench import cli
+from mbkern.bench.formulas import FORMULAS
 from mbkern.bench.problem import Plan
 from mbkern.bench.rows import FAILED, MEASURED, SKIPPED, WRONG, Row, load
 from mbkern.bench.session import Session
@@ -22,6 +23,7 @@ from mbkern.bench.timing import Effort, Way, interleave, once
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import ab_check
+import spread
 
 SUITE_FILE = str(Path(__file__).with_name("bench_suite.py"))
 FIELDS = (
@@ -194,6 +196,19 @@ def test_the_slowdown_of_the_check_is_planted(tmp_path: Path) -> None:
     python = ab_check.slow_python(tmp_path, 0.1)
     done = subprocess.run([python, "-c", compare], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["slowed", "True"]
+
+
+def test_the_spread_of_every_loss_is_measured() -> None:
+    """``bench/spread.py``, which takes two minutes, on one case of each kind."""
+    cases = spread.cases(Plan())
+    assert {case.name.split()[0] for case in cases} == set(FORMULAS)
+    for name in ("cross_entropy (128, 1000)", "mse_loss (16384,)", "nll_loss (16, 1000)"):
+        (case,) = (c for c in cases if c.name == name and c.dtype == "float32")
+        problem = case.build(Plan())
+        (way,) = problem.ways
+        assert way.calls >= 1
+        assert way.check is not None
+        assert way.check(way.run()) <= problem.tolerance
 
 
 @pytest.mark.parametrize(
