@@ -11,18 +11,7 @@ inline constexpr int kWarp = 32;
 
 MBK_FN int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
-// widen(x), and narrow(canonical(x)), in fewer instructions.
-template <class S>
-MBK_DEVICE Compute<S> widened(S x) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (__is_same(S, f16)) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-  }
-#endif
-  return widen(x);
-}
+// narrow(canonical(x)), in fewer instructions.
 template <class S>
 MBK_DEVICE S narrowed(Compute<S> x) {
 #if defined(__CUDA_ARCH__)

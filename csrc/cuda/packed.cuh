@@ -31,6 +31,19 @@ MBK_FN Compute<S> converted(T x) {
   return (Compute<S>)x;
 }
 
+// widen(x), in one instruction where the GPU has one.
+template <class S>
+MBK_FN Compute<S> widened(S x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (__is_same(S, f16)) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+  }
+#endif
+  return widen(x);
+}
+
 // Elements that a thread has next to one another: 16 bytes of the type computed in.
 template <class T>
 inline constexpr int kRun = 16 / sizeof(T);
@@ -45,17 +58,7 @@ struct alignas(16) Packed {
 template <class S>
 struct alignas(8) PackedHalves {
   uint32_t word[2];
-  MBK_FN float get(int k) const {
-    const uint16_t half = (uint16_t)(word[k / 2] >> (k % 2 * 16));
-#if defined(__CUDA_ARCH__)
-    if constexpr (__is_same(S, f16)) {  // exact, as widen() is, in one instruction
-      float x;
-      asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
-      return x;
-    }
-#endif
-    return widen(S{half});
-  }
+  MBK_FN float get(int k) const { return widened(S{(uint16_t)(word[k / 2] >> (k % 2 * 16))}); }
   MBK_FN void set(int k, S x) {
     word[k / 2] = (word[k / 2] & (k % 2 ? 0xffffu : 0xffff0000u)) | (uint32_t)x.bits << k % 2 * 16;
   }
