@@ -20,7 +20,7 @@ from mbkern import _plan_memory
 from mbkern._cli import main
 from mbkern._plan_cli import memory_size
 from mbkern._plan_fit import Curve, Probe, candidates, choose
-from mbkern._plan_measure import leaves
+from mbkern._plan_measure import Ranks, leaves
 from mbkern._planner import _Search
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
@@ -272,6 +272,77 @@ def test_refusals() -> None:
             mbkern.plan(step, sample, **{"batch_size": 4, "seconds": 0.1, **options})
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"noise_scale": -1.0}, ValueError, "noise_scale is -1"),
+        ({"noise_scale": float("inf")}, ValueError, "noise_scale is inf"),
+        ({"noise_scale": "large"}, ValueError, "large"),
+        ({"seconds": float("nan")}, ValueError, "seconds is nan"),
+        ({"seconds": None}, TypeError, "NoneType"),
+        ({"memory_limit": -1}, ValueError, "memory_limit is -1"),
+        ({"memory_limit": "1G"}, TypeError, "str"),
+        ({"batch_size": 4.5}, TypeError, "float"),
+        ({"objective": "speed"}, ValueError, "'speed'"),
+    ],
+)
+def test_refused_before_measuring(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    def step(batch: Tensor) -> Tensor:
+        raise AssertionError("measured")
+
+    with pytest.raises(error, match=message):
+        mbkern.plan(step, torch.ones(4, 256), **{"batch_size": 4, **options})
+
+
+def test_a_rank_that_refuses_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells the others first: they would wait for it in their first collective."""
+    told: list[list[float]] = []
+
+    def most(ranks: Ranks, values: list[float]) -> list[float]:
+        told.append(values)
+        return [1.0]
+
+    monkeypatch.setattr(Ranks, "most", most)
+    for batch_size, message in ((0, "batch_size is 0"), (4, "another rank")):
+        with pytest.raises(ValueError, match=message):
+            mbkern.plan(lambda x: x.sum(), torch.ones(4), batch_size)
+    assert told == [[1.0], [0.0]]
+
+
+def estimate(value: float) -> mbkern.NoiseScale:
+    found = mbkern.NoiseScale()
+    found.load_state_dict({"sums": torch.tensor([1.0, value, 1.0]).double()})
+    return found
+
+
+@pytest.mark.parametrize(
+    "noise_scale",
+    [mbkern.NoiseScale(), estimate(-3.0), torch.tensor(float("nan")), float("nan")],
+    ids=["fresh", "negative", "tensor", "number"],
+)
+def test_a_noise_scale_that_is_not_known_yet(noise_scale: Any) -> None:
+    """The first windows of a training may have none: the plan is not lost for that."""
+    net = model()
+    found = mbkern.plan(
+        lambda x: net(x).sum(), torch.ones(2, 256), 2, noise_scale=noise_scale, seconds=0.1
+    )
+    assert found.instead.noise_scale is None
+    assert "note         the noise scale is not known yet" in str(found)
+    assert "not known yet" in json.loads(found.to_json())["notes"][-1]
+
+
+def test_a_noise_scale_that_is_known() -> None:
+    net = model()
+    found = mbkern.plan(
+        lambda x: net(x).sum(), torch.ones(2, 256), 2, noise_scale=estimate(3.0), seconds=0.1
+    )
+    assert found.instead.noise_scale == 3
+    assert "at a noise scale of 3 items" in str(found)
+    assert not any("noise" in note for note in found.notes)
 
 
 def test_leaves_are_found_once() -> None:

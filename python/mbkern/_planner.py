@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,8 @@ def plan(
             is held now and nine tenths of what is free, divided among the processes of a machine.
         objective: "throughput" or "memory".
         noise_scale: the gradient noise scale in items, if known; then the plan also says whether
-            two steps of half the batch would get farther.
+            two steps of half the batch would get farther. A number, or an estimate as a tensor or a
+            ``mbkern.NoiseScale``: one that is NaN or not positive yet counts as not known.
         seconds: about how long to measure, after the first two sizes.
 
     With ``torch.distributed`` initialised all processes must call it; each measures, the slowest
@@ -85,16 +87,23 @@ def plan(
         ``save_png(path)``.
 
     Raises:
-        ValueError: a batch below 1, an unknown objective, a loss that is no 0-dim tensor, ranks
-            with different batches.
+        ValueError: a batch below 1, an unknown objective, a noise scale or seconds that cannot be,
+            ranks with different batches, all before anything is measured; a loss that is no 0-dim
+            tensor.
+        TypeError: a batch_size that is no integer, or another argument that is no number.
         MemoryError: one item does not fit; with the values.
         Whatever ``step`` raises, for one item as for two.
     """
-    if batch_size < 1:
-        raise ValueError(f"mbkern: batch_size is {batch_size}; it must be at least 1")
-    if objective not in SHARES:
-        raise ValueError(f"mbkern: objective must be one of {', '.join(SHARES)}: {objective!r}")
-    ranks, source = Ranks(), Source(sample)
+    ranks, refused = Ranks(), None
+    try:
+        batch_size = _items(batch_size)
+        _check_options(memory_limit, objective, seconds)
+        noise = _Noise(noise_scale)
+        source = Source(sample)
+    except (TypeError, ValueError) as error:
+        refused = error
+    if ranks.most([float(refused is not None)])[0]:  # or the others would wait for this rank
+        raise refused or ValueError("mbkern: another rank's arguments are refused")
     # No collective may depend on what only one rank knows: the others would wait for it.
     least, most, sharing = ranks.least(batch_size), -ranks.least(-batch_size), ranks.sharing()
     if least != most:
@@ -111,7 +120,47 @@ def plan(
         search.room = int(ranks.least(float(limit - meter.held)))
         search.climb()
         verified = search.settle(SHARES[objective])
-    return _result(search, verified, objective, noise_scale)
+    return _result(search, verified, objective, noise)
+
+
+def _items(batch_size: Any) -> int:
+    items = operator.index(batch_size)
+    if items < 1:
+        raise ValueError(f"mbkern: batch_size is {items}; it must be at least 1")
+    return items
+
+
+def _check_options(memory_limit: Any, objective: str, seconds: Any) -> None:
+    if objective not in SHARES:
+        raise ValueError(f"mbkern: objective must be one of {', '.join(SHARES)}: {objective!r}")
+    numbers = [(seconds, "seconds")]
+    if memory_limit is not None:
+        numbers.append((memory_limit, "memory_limit"))
+    for value, name in numbers:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"mbkern: {name} is {value}; it must be finite and at least 0")
+
+
+class _Noise:
+    """The noise scale that a plan was given.
+
+    Attributes:
+        scale: in items; None where it is not known.
+        notes: why it is not, if one was given.
+    """
+
+    def __init__(self, given: Any) -> None:
+        self.scale: float | None = None
+        self.notes: list[str] = []
+        if given is None:
+            return
+        value = float(given.noise_scale if isinstance(given, NoiseScale) else given)
+        if value > 0 and math.isfinite(value):
+            self.scale = value
+        elif isinstance(given, NoiseScale | Tensor) or math.isnan(value):
+            self.notes.append(f"the noise scale is not known yet: its estimate is {value:.4g}")
+        else:
+            raise ValueError(f"mbkern: noise_scale is {value}; it must be positive and finite")
 
 
 class _Search:
@@ -253,7 +302,7 @@ class _Search:
         )
 
 
-def _result(search: _Search, verified: Verified | None, objective: str, noise_scale: Any) -> Plan:
+def _result(search: _Search, verified: Verified | None, objective: str, noise: _Noise) -> Plan:
     curve, batch, size = search.curve, search.batch, search.taken
     held = search.meter.held
     seconds = curve.window(batch, size)
@@ -261,7 +310,7 @@ def _result(search: _Search, verified: Verified | None, objective: str, noise_sc
     instead = None
     if halves[1]:
         twice_s = sum(curve.window(half, min(size, half)) for half in halves)
-        instead = Instead.of(batch, seconds, twice_s, _number(noise_scale))
+        instead = Instead.of(batch, seconds, twice_s, noise.scale)
     overhead_s, item_s = curve.time_line()
     fixed, item_bytes = curve.memory_line()
     function_s = curve.window(batch, size, "function_s")
@@ -272,18 +321,9 @@ def _result(search: _Search, verified: Verified | None, objective: str, noise_sc
         held_bytes=held, peak_bytes=held + int(curve.peak(size)),
         limit_bytes=held + search.room, overhead_s=overhead_s, item_s=item_s,
         fixed_bytes=int(fixed), item_bytes=item_bytes, device=str(search.meter.device),
-        verified=verified, instead=instead, probes=search.probes, notes=search.notes,
+        verified=verified, instead=instead, probes=search.probes,
+        notes=search.notes + noise.notes,
     )  # fmt: skip
-
-
-def _number(noise_scale: Any) -> float | None:
-    if noise_scale is None:
-        return None
-    value = noise_scale.noise_scale if isinstance(noise_scale, NoiseScale) else noise_scale
-    number = float(value)
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"mbkern: noise_scale is {number}; it must be positive and finite")
-    return number
 
 
 def _mib(size: float) -> str:
