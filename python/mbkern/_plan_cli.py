@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import re
 import runpy
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from mbkern._plan_fit import SHARES
+from mbkern._plan_measure import Source
+from mbkern._plan_picture import NEEDS
+from mbkern._plan_result import Plan
 from mbkern._planner import plan
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -37,29 +45,112 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curve there")
 
 
+class _Refused(Exception):
+    """Why the command cannot be carried out as it was given."""
+
+
 def run(args: argparse.Namespace) -> int:
-    """Plan and print; 1: there is no plan, 2: there is no such script or function."""
-    script, _, name = args.factory.rpartition(":")
-    if not script or not Path(script).is_file():
-        print(f"mbkern plan: no file {script!r}; give SCRIPT.py:factory", file=sys.stderr)
-        return 2
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    factory = runpy.run_path(script, run_name="mbkern_plan").get(name)
-    if not callable(factory):
-        print(f"mbkern plan: {script} has no function {name!r}", file=sys.stderr)
-        return 2
-    step, sample = factory()
+    """Plan and print; 1: there is no plan, 2: the script, or a file to write, is not usable."""
+    try:
+        _check_outputs(args.json, args.png)
+        step, sample = _from_factory(args.factory)
+    except _Refused as refused:
+        return _failed(refused, 2)
     try:
         found = plan(
             step, sample, args.batch, memory_limit=args.memory_limit, objective=args.objective,
             noise_scale=args.noise_scale, seconds=args.seconds,
         )  # fmt: skip
-    except (MemoryError, ValueError) as error:
-        print(f"mbkern plan: {str(error).removeprefix('mbkern: ')}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        if _theirs(error.__traceback__) is not None:
+            return _failed(f"step or sample of {args.factory} raised:\n{_told(error)}", 1)
+        if isinstance(error, MemoryError | ValueError | TypeError | NotImplementedError):
+            return _failed(error, 1)
+        raise
     print(found)
-    if args.json:
-        args.json.write_text(found.to_json() + "\n")
-    if args.png:
-        found.save_png(args.png)
+    return _write(found, args.json, args.png)
+
+
+def _failed(message: object, status: int) -> int:
+    print(f"mbkern plan: {str(message).removeprefix('mbkern: ')}", file=sys.stderr)
+    return status
+
+
+def _from_factory(words: str) -> tuple[Any, Any]:
+    """Step and sample of ``SCRIPT.py:factory``."""
+    script, _, name = words.rpartition(":")
+    if not script or not Path(script).is_file():
+        raise _Refused(f"no file {script!r}; give SCRIPT.py:factory")
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    try:
+        factory = runpy.run_path(script, run_name="mbkern_plan").get(name)
+    except (Exception, SystemExit) as error:
+        raise _Refused(f"{script} raised:\n{_told(error)}") from error
+    if not callable(factory):
+        raise _Refused(f"{script} has no function {name!r}")
+    try:
+        made = factory()
+    except (Exception, SystemExit) as error:
+        raise _Refused(f"{words} raised:\n{_told(error)}") from error
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        of = f" of {len(made)}" if isinstance(made, tuple | list) else ""
+        raise _Refused(f"{words} must return (step, sample), not {type(made).__name__}{of}")
+    step, sample = made
+    if not callable(step):
+        raise _Refused(f"{words} must return a function as its step, not {type(step).__name__}")
+    try:
+        Source(sample)
+    except (TypeError, ValueError) as error:
+        raise _Refused(f"the sample of {words}: {str(error).removeprefix('mbkern: ')}") from error
+    return step, sample
+
+
+def _theirs(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first frame that is the user's; None if all are ours."""
+    while frames is not None:
+        module = frames.tb_frame.f_globals.get("__name__") or ""
+        if module.split(".")[0] not in ("mbkern", "runpy"):
+            return frames
+        frames = frames.tb_next
+    return None
+
+
+def _told(error: BaseException) -> str:
+    """The error as Python prints it, without our part of the way there."""
+    lines = traceback.format_exception(type(error), error, _theirs(error.__traceback__))
+    return "".join(lines).rstrip()
+
+
+def _check_outputs(json: Path | None, png: Path | None) -> None:
+    """Measuring takes long: what cannot be written is found before."""
+    for path in (json, png):
+        if path is not None:
+            try:
+                _try_to_write(path)
+            except OSError as error:
+                raise _Refused(f"cannot write {path}: {error.strerror}") from error
+    if png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise _Refused(NEEDS)
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise if a file cannot be written; leaves it as it was."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe: its reader would see the end
+    if path.exists():
+        path.open("ab").close()
+        return
+    target = Path(os.path.realpath(path))  # not the link to it, which is to stay
+    target.open("xb").close()
+    target.unlink()
+
+
+def _write(found: Plan, json: Path | None, png: Path | None) -> int:
+    writers = ((json, lambda path: path.write_text(found.to_json() + "\n")), (png, found.save_png))
+    for path, write in writers:
+        try:
+            if path is not None:
+                write(path)
+        except OSError as error:
+            return _failed(f"cannot write {path}: {error.strerror}", 2)
     return 0

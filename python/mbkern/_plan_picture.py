@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mbkern._plan_result import Plan
 
+NEEDS = "pictures need matplotlib: pip install matplotlib, or mbkern[plan]"
+
 
 def draw(plan: Plan, path: Path) -> None:
     """Write a PNG: throughput of function and gradient, and memory, over the micro-batch."""
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise ImportError(
-            "mbkern: pictures need matplotlib: pip install matplotlib, or mbkern[plan]"
-        ) from error
+        raise ImportError(f"mbkern: {NEEDS}") from error
     mpl.use("Agg")
     from matplotlib import pyplot
 
