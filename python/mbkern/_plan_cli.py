@@ -146,11 +146,13 @@ def _try_to_write(path: Path) -> None:
 
 
 def _write(found: Plan, json: Path | None, png: Path | None) -> int:
-    writers = ((json, lambda path: path.write_text(found.to_json() + "\n")), (png, found.save_png))
-    for path, write in writers:
-        try:
-            if path is not None:
-                write(path)
-        except OSError as error:
-            return _failed(f"cannot write {path}: {error.strerror}", 2)
+    path = json
+    try:
+        if json is not None:
+            json.write_text(found.to_json() + "\n")
+        path = png
+        if png is not None:
+            found.save_png(png)
+    except OSError as error:
+        return _failed(f"cannot write {path}: {error.strerror}", 2)
     return 0
