@@ -6,7 +6,7 @@
 #   make exhaustive  all 2^32 inputs        make sanitize  address and undefined-behaviour sanitizers
 #   make clang       native tests by clang       make aarch64   and for aarch64, under qemu
 #   make shim        CUDA's kernels on the CPU   make shim-races  and their races
-#   make torches     one wheel under several torch versions
+#   make torches     one wheel under several torch versions   make pythons  a wheel for each Python
 #   make integrations   the training loops of other libraries
 #   make cuda-all    kernels for every architecture  make cuda-wheels  by nvcc from the package index
 #   make instructions   the cost of small calls against its budget, under valgrind
@@ -25,7 +25,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python 
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 
-.PHONY: demo test slow bench bench-full gpu-check lint full instructions exhaustive sanitize shim shim-native shim-races clang aarch64 torches integrations cuda-all cuda-wheels clean
+.PHONY: demo test slow bench bench-full gpu-check lint full instructions exhaustive sanitize shim shim-native shim-races clang aarch64 torches pythons integrations cuda-all cuda-wheels clean
 .DELETE_ON_ERROR:
 
 $(TOOLS): constraints.txt
@@ -67,7 +67,7 @@ lint: $(PACKAGE)
 	clang-format --dry-run -Werror $(CXX_FILES)
 	python -m mypy.stubtest mbkern._C
 
-full: lint instructions test slow sanitize shim clang aarch64 torches integrations cuda-all cuda-wheels exhaustive
+full: lint instructions test slow sanitize shim clang aarch64 torches pythons integrations cuda-all cuda-wheels exhaustive
 
 exhaustive: $(TOOLS)
 	$(CONFIGURE) -B build/native
@@ -141,7 +141,8 @@ aarch64: $(TOOLS)
 # The oldest and the newest torch, each in an environment of its own, with the wheel that .venv has.
 TORCHES ?= 2.6.0 2.14.1
 BOUNDARY := $(patsubst %,tests/test_%.py,settings operators autograd inplace grad_scale refusals losses \
-  patched patched_calls patched_compile)
+  patched patched_calls patched_compile accumulator_scaler grad_accumulator accumulator_failures \
+  accumulator_ranks)
 torches: $(PACKAGE)
 	python -m pip wheel -q --no-deps . -w build/wheel
 	set -e; for version in $(TORCHES); do \
@@ -149,8 +150,24 @@ torches: $(PACKAGE)
 	  build/torch-$$version/bin/python -m pip install -q torch==$$version pytest hypothesis expecttest; \
 	  build/torch-$$version/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl; \
 	  build/torch-$$version/bin/python -m pip install -q numpy; \
-	  build/torch-$$version/bin/python -m mbkern selftest | tail -n 1; \
+	  build/torch-$$version/bin/python -m mbkern selftest > build/torch-$$version/selftest.txt; \
+	  tail -n 1 build/torch-$$version/selftest.txt; \
 	  build/torch-$$version/bin/python -m pytest -q $(BOUNDARY); \
+	done
+
+# Every other Python that runs here, with a wheel and an environment of its own, and the torch of .venv.
+PYTHONS ?= $(foreach p,$(addprefix python3.,10 12 13 14),$(shell $p -c '' 2>/dev/null && echo $p))
+pythons: $(TOOLS)
+	@test -n '$(strip $(PYTHONS))' || echo 'NOT CHECKED: no other Python here; PYTHONS names some'
+	set -e; for python in $(PYTHONS); do \
+	  home=build/python-$$($$python -c 'import platform; print(platform.python_version())'); \
+	  $$python -m venv $$home; \
+	  MBKERN_CUDA=OFF $$home/bin/python -m pip wheel -q --no-deps . -w $$home; \
+	  $$home/bin/python -m pip install -q -c constraints.txt torch numpy pytest hypothesis expecttest; \
+	  $$home/bin/python -m pip install -q --force-reinstall --no-deps $$home/*.whl; \
+	  $$home/bin/python -m mbkern selftest > $$home/selftest.txt; \
+	  tail -n 1 $$home/selftest.txt; \
+	  $$home/bin/python -m pytest -q $(BOUNDARY) -m 'not slow'; \
 	done
 
 # Loops of Hugging Face's Trainer, Accelerate and Lightning, in an environment of their own.
