@@ -139,6 +139,44 @@ def test_over_the_input(case: Case) -> None:
             assert view._version > version, "an earlier save must notice"
 
 
+@every_case
+def test_grad_out_that_autograd_has_saved(case: Case) -> None:
+    """Every entry that is written is missed by a backward that has saved it."""
+    s = case.sample((6, 70), torch.float32)
+    argnums = tuple(range(len(case.differentiable)))
+    for accumulate, changed in itertools.product((False, True), argnums):
+        outs = [torch.zeros(6, 70) for _ in argnums]
+        factor = torch.ones(6, 70, requires_grad=True)
+        saved = (factor * outs[changed]).sum()
+        only = [out if k == changed else None for k, out in enumerate(outs)]
+        run(case, s, argnums=argnums, grad_out=only, accumulate=accumulate)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.backward()
+    parameter = torch.nn.Parameter(torch.zeros(6, 70))
+    for out in (parameter, parameter.view(6, 70)):
+        saved = (out * out).sum()
+        with torch.no_grad():
+            run(case, s, grad_out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.backward()
+
+
+def test_over_the_input_by_another_tensor() -> None:
+    x = torch.ones(6, 70)
+    version = x._version
+    loss_and_grad("mse_loss", x, torch.zeros(6, 70), grad_out=x.data)
+    assert x._version > version
+
+
+def test_a_view_that_was_written_keeps_its_history() -> None:
+    base = torch.zeros(6, 70, requires_grad=True) * 1
+    view = base.view(70, 6).t()
+    with torch.no_grad():
+        loss_and_grad("mse_loss", torch.ones(6, 70), torch.zeros(6, 70), grad_out=view)
+    view.register_hook(lambda grad: grad)
+    view.sum().backward()
+
+
 def test_over_the_input_in_inference_mode() -> None:
     """Inference tensors have no version counter."""
     for case in CASES:

@@ -160,6 +160,15 @@ def new_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return in_huge_pages(torch.zeros(shape, dtype=dtype, device=device))
 
 
+def bump_version(tensor: Tensor) -> None:
+    """Tell autograd that a kernel has written to a tensor."""
+    torch.autograd.graph.increment_version(tensor)
+    if tensor._base is not None:
+        # Reading it brings the history of a view up to date; torch crashes in a later
+        # register_hook otherwise.
+        _ = tensor.grad_fn
+
+
 # ---- row losses ----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,14 @@ from mbkern._arguments import (
     result_dtype,
 )
 from mbkern._calls import new_call
-from mbkern._launch import RowCall, RowOptions, new_gradient, scalar_argument, zeros_like
+from mbkern._launch import (
+    RowCall,
+    RowOptions,
+    bump_version,
+    new_gradient,
+    scalar_argument,
+    zeros_like,
+)
 from mbkern._launch_tensors import Inputs, TensorCall, TensorOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
@@ -219,6 +226,18 @@ def _outputs(
     return grads
 
 
+def _mark_written(outs: Mapping[int, Tensor | None], tensors: tuple[Tensor | None, ...]) -> None:
+    """Let autograd miss what it has saved: the kernels wrote, not torch."""
+    for p, out in outs.items():
+        if out is None:
+            continue
+        bump_version(out)
+        tensor = tensors[p]
+        # The argument itself, by another tensor, whose version may be counted apart.
+        if tensor is not None and tensor is not out and tensor.data_ptr() == out.data_ptr():
+            bump_version(tensor)
+
+
 def _common(
     options: dict[str, Any], loss_sum: LossSum | None, tensors: tuple[Tensor | None, ...]
 ) -> Tensor | None:
@@ -263,8 +282,7 @@ def _row(
         loss_dtype=loss_dtype,
         loss_sum=state,
     )
-    if outs[0] is not None and not accumulate and outs[0].data_ptr() == input.data_ptr():
-        torch.autograd.graph.increment_version(input)
+    _mark_written(outs, tensors)
     return value, grads
 
 
@@ -317,8 +335,5 @@ def _tensors(
         loss_sum=state,
         overwrites=state is not None or any(out is not None for out in outs.values()),
     )
-    for p, out in outs.items():
-        tensor = tensors[p]
-        if out is not None and tensor is not None and out.data_ptr() == tensor.data_ptr():
-            torch.autograd.graph.increment_version(tensor)
+    _mark_written(outs, tensors)
     return value, grads

@@ -24,6 +24,7 @@ from mbkern._calls import new_call
 from mbkern._launch import (
     RowCall,
     RowOptions,
+    bump_version,
     hint_argument,
     new_gradient,
     rescale_on_device,
@@ -134,13 +135,9 @@ def _each(grad: Tensor, factors: Tensor, keep_zeros: bool) -> Tensor:
     return torch.where(grad == 0, grad, many) if keep_zeros else many
 
 
-def _bump_version(tensor: Tensor) -> int:
-    torch.autograd.graph.increment_version(tensor)
-    if tensor._base is not None:
-        # Reading it brings the history of a view up to date; torch crashes in a later
-        # register_hook otherwise.
-        _ = tensor.grad_fn
-    return tensor._version
+def _new_version(written: Tensor) -> int:
+    bump_version(written)
+    return written._version
 
 
 def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
@@ -259,7 +256,7 @@ class RowLoss(torch.autograd.Function):
             result, divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             # Looked at by create_graph, or if the guess fails.
             ctx.save_for_backward(input, target, options.weight, options.sample_weight)
-            version = _bump_version(input) if inplace else -1
+            version = _new_version(input) if inplace else -1
             ctx.left = _Left(request, divisor, (grad, None, None), factor, version, guessed)
             return result  # type: ignore[return-value]
         state = call.new_state()
@@ -309,7 +306,7 @@ class RowLoss(torch.autograd.Function):
                 scale = scalar_argument(incoming, "the incoming gradient")
                 call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=divisor)
             if overwrite:
-                _bump_version(input)
+                bump_version(input)
         if not _graph_is_kept():
             left.state = None
         return grad, grad_target, None
@@ -365,7 +362,7 @@ class TensorLoss(torch.autograd.Function):
             grads = _gradients(inputs, needs, inplace)
             result, divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
             ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
-            version = _bump_version(first) if inplace and needs[0] else -1
+            version = _new_version(first) if inplace and needs[0] else -1
             ctx.left = _Left(request, divisor, (*grads, None), factor, version, guessed)
             return result  # type: ignore[return-value]
         result, divisor = call.run(loss_dtype=loss_dtype)
@@ -413,7 +410,7 @@ class TensorLoss(torch.autograd.Function):
             scale = scalar_argument(incoming, "the incoming gradient")
             call.run(scale=scale, divisor=divisor, **arguments)
         if overwrite and needs[0]:
-            _bump_version(first)
+            bump_version(first)
         return (*grads, None)
 
 
