@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from mbkern.bench.problem import Case, Plan, Problem
 from mbkern.bench.timing import Way
 
 SLEEP = 0.012
 SLOWER = float(os.environ.get("MBKERN_TEST_SLOWER", "1"))
+LOSES = "MBKERN_TEST_LOSES" in os.environ
 
 
 def _right(_: object) -> float:
@@ -57,12 +59,40 @@ def _slower(plan: Plan) -> Problem:
     return Problem([Way("mbkern", lambda: time.sleep(0.002 * SLOWER), check=_right)])
 
 
-def _of(*builds: object) -> object:
+def _raising(plan: Plan) -> Problem:
+    return _broken(plan) if LOSES else _slower(plan)
+
+
+def _dying(plan: Plan) -> Problem:
+    runs = iter(range(1000))
+
+    def run() -> None:
+        if LOSES and next(runs) == 3:
+            _killed(plan)
+
+    return Problem([Way("mbkern", run, check=_right)])
+
+
+def _poorer(plan: Plan) -> Problem:
+    names = ("mbkern",) if LOSES else ("mbkern", "mbkern in place")
+    return Problem([Way(name, lambda: None, check=_right) for name in names])
+
+
+def _losing(plan: Plan) -> list[Case]:
+    """In an environment that says so, much of it is lost."""
+    kept = [_raising, _dying, _poorer, _slower]
+    return _of(*kept)(plan) if LOSES else _of(*kept, _sleeping)(plan)
+
+
+def _leaving(plan: Plan) -> list[Case]:
+    if LOSES:
+        raise LookupError("this build has none")
+    return [Case("leaving", "left", (1,), "float32", _slower)]
+
+
+def _of(*builds: Callable[[Plan], Problem]) -> Callable[[Plan], list[Case]]:
     def cases(plan: Plan) -> list[Case]:
-        return [
-            Case("fake", build.__name__.strip("_"), (1,), "float32", build)  # type: ignore
-            for build in builds
-        ]
+        return [Case("fake", build.__name__.strip("_"), (1,), "float32", build) for build in builds]
 
     return cases
 
@@ -71,4 +101,6 @@ SUITES = {
     "sleeping": _of(_sleeping),
     "mixed": _of(_broken, _killed, _mixed),
     "slower": _of(_slower),
+    "losing": _losing,
+    "leaving": _leaving,
 }

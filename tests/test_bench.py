@@ -171,6 +171,52 @@ def test_two_builds_take_turns_and_a_planted_slowdown_is_found(
     assert rows[0][0].pair == rows[1][0].pair != ""
 
 
+def _losing(folder: Path, side: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """``bench ab`` where one of two builds has lost something."""
+    python = folder / "python-losing"
+    python.write_text(f'#!/bin/sh\nMBKERN_TEST_LOSES=1 exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    builds = {"a": sys.executable, "b": sys.executable, side: str(python)}
+    files = [str(folder / name) for name in ("a.jsonl", "b.jsonl")]
+    done = _bench(
+        "ab", "--a", builds["a"], "--b", builds["b"], "losing", "leaving", "--suite-file",
+        SUITE_FILE, "--threads", "1", "--repeats", "6", "--processes", "2", "--fail-if",
+        "slower:900%", "--output-a", files[0], "--output-b", files[1],
+    )  # fmt: skip
+    return done, files
+
+
+LOST = (
+    ("raising", "measured in A, failed in B (MemoryError: too large)"),
+    ("dying", "measured in A, failed in B (the measuring process was ended by SIGKILL)"),
+    ("poorer", "only in A"),
+    ("sleeping", "only in A"),
+    ("left", "measured in A, skipped in B (this build has none)"),
+)
+
+
+def test_what_the_second_build_has_lost_is_named_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, files = _losing(tmp_path, "b")
+    assert "Traceback" not in done.stderr
+    assert cli.main(["compare", *files, "--fail-if", "slower:900%"]) == done.returncode == 1
+    for shown in (done.stdout, capsys.readouterr().out):
+        lines = [line for line in shown.splitlines() if "not compared: " in line]
+        found = [(line.split()[1], line.split("not compared: ")[1]) for line in lines]
+        assert sorted(found) == sorted(LOST)
+        assert "A has a time, and B has none: 5" in shown
+    kept = [r for r in load(Path(files[1]))[0] if (r.case, r.provider) == ("slower", "mbkern")]
+    assert [r.blocks for r in kept] == [[3, 3]]
+
+
+def test_what_only_the_second_build_has_is_named_and_is_no_failure(tmp_path: Path) -> None:
+    done, _ = _losing(tmp_path, "a")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("not compared: only in B") == 2
+    assert done.stdout.count("not compared: failed in A") == 2
+
+
 def test_two_builds_with_one_thread_share_a_cpu() -> None:
     cpus = os.sched_getaffinity(0)
     session = Session(Plan(("sleeping",), threads=(1, 2, 1), suite_file=SUITE_FILE))

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 from mbkern.bench import statistics
-from mbkern.bench.compare import FASTER, SAME, SLOWER, UNDECIDED, Rule, compare, failing, judge
-from mbkern.bench.rows import Row, append, load
+from mbkern.bench.compare import (
+    FASTER,
+    NOT_COMPARED,
+    SAME,
+    SLOWER,
+    UNDECIDED,
+    Rule,
+    compare,
+    failing,
+    judge,
+)
+from mbkern.bench.rows import Row, append, latest, load
 from mbkern.bench.statistics import Ratio
 
 RUNS = range(20)
@@ -111,7 +121,51 @@ def test_a_row_that_is_no_longer_right_fails_a_comparison() -> None:
     wrong.status = "wrong"
     found = compare([_row([1e-3] * 9)], [wrong], 0.05)
     assert failing(found, Rule()) == found
-    assert not compare([_row([1e-3])], [], 0.05)
+
+
+def _failed(**facts: object) -> Row:
+    """Of a whole case, or a whole suite."""
+    row = _row([])
+    row.provider, row.status, row.reason = "(all)", "failed", "MemoryError: too large"
+    for name, value in facts.items():
+        setattr(row, name, value)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [
+        ([], "only in A"),
+        ([_failed()], "measured in A, failed in B (MemoryError: too large)"),
+        ([_row([1e-3] * 9), _failed()], "measured in A, failed in B (MemoryError: too large)"),
+        (
+            [_failed(suite="r, s", case="(all)", dtype="", status="skipped", reason="no s")],
+            "measured in A, skipped in B (no s)",
+        ),
+        ([_failed(threads=2)], "only in A"),
+        ([_row([])], "measured in A, without samples in B"),
+    ],
+)
+def test_what_is_lost_is_named_and_fails_a_comparison(new: list[Row], reason: str) -> None:
+    old = _row([1e-3] * 9)
+    (lost,) = compare([old], new, 0.05)
+    assert (lost.verdict, lost.reason) == (NOT_COMPARED, reason)
+    assert failing([lost], Rule(FASTER)) == [lost]
+    (gained,) = compare(new, [old], 0.05)
+    assert gained.verdict == NOT_COMPARED
+    assert not failing([gained], Rule())
+
+
+def test_what_is_right_again_is_no_longer_failed() -> None:
+    good = _row([1e-3] * 9)
+    assert list(latest([_failed(), good]).values()) == [good]
+
+
+def test_limits_are_not_compared() -> None:
+    limit = _row([1e-3] * 9)
+    limit.limit = True
+    assert not compare([limit], [], 0.05)
+    assert not compare([], [limit], 0.05)
 
 
 def test_growth_finds_the_exponent() -> None:

@@ -3,21 +3,26 @@
 One worker process for each build; while one measures, the other waits. The processes are started
 anew a few times, because where memory happens to lie makes a process faster or slower by some
 percent for as long as it lives.
+
+A case that only one build has, or that fails in the other, is run once by the one that can, so that
+both files say so.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mbkern.bench import display, measure
 from mbkern.bench.problem import Plan
-from mbkern.bench.rows import Key, Row
-from mbkern.bench.run import Recorder
-from mbkern.bench.session import Session
+from mbkern.bench.rows import MEASURED, Key, Row
+from mbkern.bench.run import Recorder, died
+from mbkern.bench.session import Died, Session
 
 PROCESSES = 5
+
+_Case = tuple[str, ...]
 
 
 def run(
@@ -25,62 +30,129 @@ def run(
 ) -> None:
     """Measure mbkern's ways of a plan with both interpreters; rows go to both recorders.
 
-    Raises RuntimeError where a worker fails as a whole.
+    A worker that dies costs the case that it was at. Raises RuntimeError where one cannot start.
     """
-    plan = dataclasses.replace(plan, only=plan.only or ("mbkern",))
-    pieces: tuple[dict[Key, Row], dict[Key, Row]] = ({}, {})
+    turns = _Turns(replace(plan, only=plan.only or ("mbkern",)), pythons, processes)
     progress: display.Progress | None = None
     try:
-        for _ in range(processes):
-            sessions = [Session(plan, python) for python in pythons]
-            try:
-                shared = [c for c in sessions[0].cases if c in sessions[1].cases]
-                progress = progress or display.Progress(processes * len(shared))
-                for case in shared:
-                    progress.case(" ".join(case))
-                    _case(plan, sessions, case, pieces, processes)
-                    if any(s.interrupted for s in sessions):
-                        raise KeyboardInterrupt
-            finally:
-                for session in sessions:
-                    session.end()
+        for number in range(processes):
+            turns.start()
+            if number == 0:
+                _skip(turns, recorders)
+            cases = turns.cases()
+            progress = progress or display.Progress(processes * len(cases))
+            for case in cases:
+                progress.case(" ".join(case))
+                turns.measure(case)
     except KeyboardInterrupt:
         for recorder in recorders:
             recorder.interrupted = True
     finally:
+        turns.end()
         if progress is not None:
             progress.end()
-        for recorder, rows in zip(recorders, pieces, strict=True):
-            for row in rows.values():
-                if row.samples_s:
-                    measure.summarise(row)
-            recorder.add(list(rows.values()))
+        for recorder, rows in zip(recorders, turns.finished(), strict=True):
+            recorder.add(rows)
 
 
-def _case(
-    plan: Plan,
-    sessions: Sequence[Session],
-    case: tuple[str, ...],
-    pieces: tuple[dict[Key, Row], dict[Key, Row]],
-    processes: int,
-) -> None:
-    opened = [session.ask("open", index=session.cases.index(case)) for session in sessions]
-    failed = [s.rows(answer) for s, answer in zip(sessions, opened, strict=True)]
-    if any(failed):
-        for made, kept in zip(failed, pieces, strict=True):
-            kept.update({row.key: row for row in made})
-        for session, made in zip(sessions, failed, strict=True):
-            if not made:
-                session.ask("close")
-        return
-    effort = plan.effort
-    least = -(-(effort.repeats or effort.least) // processes)
-    _rounds(sessions, plan.warm_up / processes, 1, effort.most, False)
-    if effort.repeats:
-        _rounds(sessions, 0.0, least, least, True)
-    else:
-        _rounds(sessions, 2 * effort.seconds / processes, least, effort.most, True)
-    for session, rows in zip(sessions, pieces, strict=True):
+def _skip(turns: _Turns, recorders: Sequence[Recorder]) -> None:
+    for session, recorder in zip(turns.sessions, recorders, strict=True):
+        for suite, reason in session.skipped.items():
+            recorder.skip(suite, reason, turns.plan)
+
+
+class _Turns:
+    """The two workers, started anew where one has died, and what each has measured.
+
+    Attributes:
+        rows: of each worker, by case.
+        settled: cases that are not measured in turns, and are done.
+    """
+
+    def __init__(self, plan: Plan, pythons: Sequence[str], processes: int) -> None:
+        self.plan, self._pythons, self._processes = plan, pythons, processes
+        self.sessions: list[Session] = []
+        self.rows: tuple[dict[_Case, dict[Key, Row]], ...] = ({}, {})
+        self.settled: set[_Case] = set()
+
+    def start(self) -> None:
+        """New processes."""
+        self.end()
+        for python in self._pythons:
+            self.sessions.append(Session(self.plan, python))
+
+    def end(self) -> None:
+        """Let the processes go."""
+        for session in self.sessions:
+            session.end()
+        self.sessions = []
+
+    def cases(self) -> list[_Case]:
+        """What at least one of them has, and is still to be measured."""
+        found = dict.fromkeys(case for session in self.sessions for case in session.cases)
+        return [case for case in found if case not in self.settled]
+
+    def finished(self) -> list[list[Row]]:
+        """The rows of each, with their statistics."""
+        found = [[r for rows in side.values() for r in rows.values()] for side in self.rows]
+        for row in (row for rows in found for row in rows if row.samples_s):
+            measure.summarise(row)
+        return found
+
+    def measure(self, case: _Case) -> None:
+        """In turns where both can; else alone and once, so that it is known what the other lacks.
+
+        Raises KeyboardInterrupt after Ctrl-C, with what was measured kept.
+        """
+        sides = [k for k, session in enumerate(self.sessions) if case in session.cases]
+        if len(sides) < 2 or not self._in_turns(case):
+            self.settled.add(case)
+            for side in sides:
+                if case not in self.rows[side]:
+                    self._alone(side, case)
+        if any(session.interrupted for session in self.sessions):
+            raise KeyboardInterrupt
+
+    def _in_turns(self, case: _Case) -> bool:
+        try:
+            opened = [self._open(side, case) for side in (0, 1)]
+            if all(opened):
+                self._rounds()
+                for side in (0, 1):
+                    self._close(side, case)
+                return True
+            if any(opened):
+                self.sessions[opened.index(True)].ask("close")
+        except Died as death:
+            self._bury(case, death)
+        return False
+
+    def _alone(self, side: int, case: _Case) -> None:
+        try:
+            if self._open(side, case):
+                self.sessions[side].ask("round")
+                self._close(side, case)
+        except Died as death:
+            self._bury(case, death)
+
+    def _bury(self, case: _Case, death: Died) -> None:
+        """The case is lost to whoever died at it; both go on in new processes."""
+        row = died(self.plan, case, death)
+        for side, session in enumerate(self.sessions):
+            if session.died:
+                self.rows[side][case] = {row.key: row}
+        self.start()
+
+    def _open(self, side: int, case: _Case) -> bool:
+        """Prepare a case; where that fails, nothing else of it counts on this side."""
+        session = self.sessions[side]
+        failed = session.rows(session.ask("open", index=session.cases.index(case)))
+        if failed:
+            self.rows[side][case] = {row.key: row for row in failed}
+        return not failed
+
+    def _close(self, side: int, case: _Case) -> None:
+        session, rows = self.sessions[side], self.rows[side].setdefault(case, {})
         for row in session.rows(session.ask("close")):
             if row.limit:
                 continue
@@ -88,7 +160,18 @@ def _case(
             known.blocks.append(len(row.samples_s))
             if known is not row:
                 known.samples_s += row.samples_s
-                known.status = row.status if row.status != "measured" else known.status
+                if row.status != MEASURED:
+                    known.status, known.reason = row.status, row.reason
+
+    def _rounds(self) -> None:
+        plan, effort = self.plan, self.plan.effort
+        least = -(-(effort.repeats or effort.least) // self._processes)
+        _rounds(self.sessions, plan.warm_up / self._processes, 1, effort.most, False)
+        if effort.repeats:
+            _rounds(self.sessions, 0.0, least, least, True)
+        else:
+            seconds = 2 * effort.seconds / self._processes
+            _rounds(self.sessions, seconds, least, effort.most, True)
 
 
 def _rounds(
@@ -97,6 +180,8 @@ def _rounds(
     end = time.monotonic() + seconds
     done = 0
     while done < least or (time.monotonic() < end and done < most):
+        if any(session.interrupted for session in sessions):
+            return
         for session in sessions if done % 2 == 0 else reversed(sessions):
             session.ask("round", record=record)
         done += 1

@@ -135,9 +135,13 @@ def _judge(a: list, b: list, rule: object, threshold: float, warnings: Sequence[
     for text in warnings:
         print(f"warning: {text}")
     counts = {v: sum(c.verdict == v for c in found) for v in
-              (compare.FASTER, compare.SLOWER, compare.SAME, compare.UNDECIDED)}  # fmt: skip
+              (compare.FASTER, compare.SLOWER, compare.SAME, compare.UNDECIDED,
+               compare.NOT_COMPARED)}  # fmt: skip
     print(", ".join(f"{n} {v}" for v, n in counts.items()))
-    if not found:
+    lost = sum(c.lost for c in found)
+    if lost:
+        print(f"A has a time, and B has none: {lost}")
+    if not any(c.ratio for c in found):
         print("nothing to compare: the files have no case and provider in common")
         return 1
     return int(isinstance(rule, compare.Rule) and bool(compare.failing(found, rule)))
@@ -166,7 +170,11 @@ def _ab(argv: Sequence[str]) -> int:
         parser.error(str(error))
     pair = secrets.token_hex(6)
     recorders = [run.Recorder(path, pair) for path in (args.output_a, args.output_b)]
-    ab.run(plan, (args.a, args.b), recorders, args.processes)
+    try:
+        ab.run(plan, (args.a, args.b), recorders, args.processes)
+    except RuntimeError as error:
+        print(f"mbkern bench ab: {error}", file=sys.stderr)
+        return 1
     a, b = (recorder.rows for recorder in recorders)
     status = _judge(a, b, rule if args.fail_if else None, rule.threshold, ())
     return INTERRUPTED if recorders[0].interrupted else status

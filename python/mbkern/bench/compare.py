@@ -4,19 +4,20 @@ The ratio of B's time to A's has a 95 % interval: of rounds where A and B took t
 with the differences between processes; of medians else.
 SLOWER: all of it lies above 1 + threshold. FASTER: all of it lies
 below 1 - threshold. SAME: all of it lies between. UNDECIDED: it reaches across one of these ends,
-and more samples are needed.
+and more samples are needed. What only one of them has a time for is named as not compared; what B
+has lost fails every rule.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mbkern.bench import statistics
 from mbkern.bench.display import seconds
-from mbkern.bench.rows import Row, latest, load
+from mbkern.bench.rows import ALL, MEASURED, Key, Row, latest, load
 from mbkern.bench.tables import Table
 
 FASTER, SLOWER, SAME, UNDECIDED = "FASTER", "SLOWER", "SAME", "UNDECIDED"
@@ -41,13 +42,25 @@ class Rule:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case and provider in both files; ``ratio`` is of B's time to A's."""
+    """One case and provider; ``ratio`` is of B's time to A's. A side that has no row is None."""
 
-    a: Row
-    b: Row
+    a: Row | None
+    b: Row | None
     ratio: statistics.Ratio | None
     verdict: str
     reason: str = ""
+
+    @property
+    def row(self) -> Row:
+        """One that says which case and provider this is."""
+        row = self.a or self.b
+        assert row is not None
+        return row
+
+    @property
+    def lost(self) -> bool:
+        """Whether A has a time and B has none."""
+        return self.ratio is None and self.a is not None and self.a.ranked
 
 
 def judge(ratio: statistics.Ratio, threshold: float) -> str:
@@ -62,27 +75,63 @@ def judge(ratio: statistics.Ratio, threshold: float) -> str:
 
 
 def compare(a: Sequence[Row], b: Sequence[Row], threshold: float) -> list[Comparison]:
-    """Rows with one key, in the order of A. Limits and what has no samples are left out."""
+    """What at least one of them has a time for, in the order of A, then that of B. No limits."""
     old, new = latest(a), latest(b)
     found = []
-    for key, before in old.items():
-        after = new.get(key)
-        if after is None or before.limit:
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if any(row and row.limit for row in (before, after)):
             continue
-        if not before.ranked or not after.ranked:
-            states = f"{before.status} in A, {after.status} in B"
-            if "measured" in (before.status, after.status):
-                found.append(Comparison(before, after, None, NOT_COMPARED, states))
-            continue
-        paired = bool(before.pair) and before.pair == after.pair
-        ratio = (
-            statistics.in_turns(after.samples_s, before.samples_s, before.blocks)
-            if paired and before.blocks == after.blocks
-            else statistics.unpaired(after.samples_s, before.samples_s)
-        )
-        if ratio is not None:
-            found.append(Comparison(before, after, ratio, judge(ratio, threshold)))
+        if before and after and before.ranked and after.ranked:
+            found.append(_timed(before, after, threshold))
+        elif (before and before.ranked) or (after and after.ranked):
+            reason = _unmatched(before, after, old, new)
+            found.append(Comparison(before, after, None, NOT_COMPARED, reason))
     return found
+
+
+def _timed(before: Row, after: Row, threshold: float) -> Comparison:
+    took_turns = bool(before.pair) and before.pair == after.pair and before.blocks == after.blocks
+    ratio = (
+        statistics.in_turns(after.samples_s, before.samples_s, before.blocks)
+        if took_turns
+        else statistics.unpaired(after.samples_s, before.samples_s)
+    )
+    verdict = judge(ratio, threshold) if ratio else NOT_COMPARED
+    return Comparison(before, after, ratio, verdict)
+
+
+def _unmatched(
+    before: Row | None, after: Row | None, old: Mapping[Key, Row], new: Mapping[Key, Row]
+) -> str:
+    """Which side has no time, and why, if that is on record."""
+    row = before or after
+    assert row is not None
+    states = []
+    for side, mine, rows in (("A", before, old), ("B", after, new)):
+        found = mine or _of_all(row, rows)
+        if found is None:
+            return f"only in {'B' if side == 'A' else 'A'}"
+        states.append(f"{_state(found)} in {side}" + (f" ({found.reason})" if found.reason else ""))
+    return ", ".join(states)
+
+
+def _state(row: Row) -> str:
+    return "without samples" if row.status == MEASURED and not row.samples_s else row.status
+
+
+def _of_all(row: Row, rows: Mapping[Key, Row]) -> Row | None:
+    """What was recorded for all providers of the row's case, or for its whole suite."""
+    for other in rows.values():
+        if other.provider != ALL or (other.device, other.allocator) != (row.device, row.allocator):
+            continue
+        place = (other.case, other.dtype, other.threads)
+        if other.case == ALL and row.suite in other.suite.split(", "):
+            return other
+        same = other.suite == row.suite and place == (row.case, row.dtype, row.threads)
+        if same and other.direction in (row.direction, "both"):
+            return other
+    return None
 
 
 def table(found: Sequence[Comparison], threshold: float) -> Table:
@@ -91,10 +140,10 @@ def table(found: Sequence[Comparison], threshold: float) -> Table:
             " B / A", " 95 % interval", " n", "verdict"]  # fmt: skip
     rows = []
     for c in found:
-        r = c.ratio
+        r, row = c.ratio, c.row
         rows.append([
-            c.a.suite, c.a.case, c.a.dtype, c.a.direction, str(c.a.threads), c.a.allocator,
-            c.a.provider, seconds(c.a.median_s or 0.0), seconds(c.b.median_s or 0.0),
+            row.suite, row.case, row.dtype, row.direction, str(row.threads), row.allocator,
+            row.provider, *(seconds(s.median_s) if s and s.median_s else "-" for s in (c.a, c.b)),
             f"{r.median:.3f}" if r else "-", f"{r.low:.3f}-{r.high:.3f}" if r else "-",
             str(r.n) if r else "-", f"{c.verdict}: {c.reason}" if c.reason else c.verdict,
         ])  # fmt: skip
@@ -117,10 +166,8 @@ def _machine(rows: Sequence[Row]) -> dict[str, object]:
 
 
 def failing(found: Sequence[Comparison], rule: Rule) -> list[Comparison]:
-    """Comparisons that the rule forbids; a row that was right in A and is not in B is one too."""
-    return [
-        c for c in found if c.verdict == rule.verdict or (c.verdict == NOT_COMPARED and c.a.ranked)
-    ]
+    """Comparisons that the rule forbids; what was right in A, and has no time in B, is one too."""
+    return [c for c in found if c.verdict == rule.verdict or c.lost]
 
 
 def read(paths: Sequence[Path]) -> tuple[list[list[Row]], list[str]]:

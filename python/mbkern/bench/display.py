@@ -9,7 +9,7 @@ from typing import Any
 
 from mbkern.bench import gpu, statistics
 from mbkern.bench.machine import BUSY
-from mbkern.bench.rows import FAILED, SKIPPED, WRONG, Row, grouped
+from mbkern.bench.rows import ALL, FAILED, SKIPPED, WRONG, Row, grouped
 from mbkern.bench.tables import Table, is_plain
 
 HEAD = ("case", "dtype", "pass", " threads", "allocator", "provider", " median", " 95 % interval",
@@ -38,7 +38,7 @@ def suite_table(suite: str, rows: Sequence[Row]) -> Table:
 
 def skipped(rows: Sequence[Row]) -> list[str]:
     """Each provider that was skipped, once, with the reason."""
-    reasons = {(r.provider if r.provider != "(all)" else f"suite {r.suite}", r.reason)
+    reasons = {(r.provider if r.provider != ALL else f"suite {r.suite}", r.reason)
                for r in rows if r.status == SKIPPED}  # fmt: skip
     return [f"{name}: {reason}" for name, reason in sorted(reasons)]
 

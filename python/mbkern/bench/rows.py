@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MEASURED, WRONG, SKIPPED, FAILED = "measured", "wrong", "skipped", "failed"
+ALL = "(all)"  # as a provider: of all providers of a case; as a case: of a whole suite
 
 Key = tuple[str, ...]
 
@@ -139,8 +140,18 @@ def load(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def latest(rows: Sequence[Row]) -> dict[Key, Row]:
-    """Rows by their key; of one key the last in the file."""
-    return {row.key: row for row in rows}
+    """Rows by their key; of one key the last in the file.
+
+    A case that failed as a whole takes the place of what it once was, and the other way round.
+    """
+    found: dict[Key, dict[Key, Row]] = {}
+    for row in rows:
+        known = found.setdefault(row.group, {})
+        if row.provider == ALL:
+            known.clear()
+        known.pop((*row.group, ALL), None)
+        known[row.key] = row
+    return {key: row for group in found.values() for key, row in group.items()}
 
 
 def grouped(rows: Sequence[Row]) -> dict[Key, list[Row]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from mbkern._cli import INTERRUPTED
 from mbkern.bench import conclusions, display, tables
 from mbkern.bench.problem import Plan
-from mbkern.bench.rows import FAILED, SKIPPED, WRONG, Row, append
+from mbkern.bench.rows import ALL, FAILED, SKIPPED, WRONG, Row, append
 from mbkern.bench.session import Died, Session
 
 
@@ -39,7 +39,7 @@ class Recorder:
 
     def skip(self, suite: str, reason: str, plan: Plan, status: str = SKIPPED) -> None:
         """A suite or case that has no rows, and why."""
-        row = Row(suite, "(all)", [], "", "both", "(all)", plan.device, "", max(plan.threads))
+        row = Row(suite, ALL, [], "", "both", ALL, plan.device, "", max(plan.threads))
         row.allocator, row.status, row.reason = plan.allocator, status, reason
         self.add([row])
 
@@ -77,9 +77,7 @@ def _in_state(plan: Plan, recorder: Recorder) -> None:
             try:
                 answer = session.ask("measure", index=index)
             except Died as death:
-                row = Row(suite, name, [], dtype, direction, "(all)", plan.device, "", int(threads),
-                          plan.allocator, plan.cache, FAILED, str(death))  # fmt: skip
-                recorder.add([row])
+                recorder.add([died(plan, session.cases[index], death)])
                 session.end()
                 session = Session(plan)
                 continue
@@ -90,6 +88,13 @@ def _in_state(plan: Plan, recorder: Recorder) -> None:
     finally:
         progress.end()
         session.end()
+
+
+def died(plan: Plan, case: tuple[str, ...], death: Died) -> Row:
+    """The row of a case that ended its process."""
+    suite, name, dtype, direction, threads = case
+    return Row(suite, name, [], dtype, direction, ALL, plan.device, "", int(threads),
+               plan.allocator, plan.cache, FAILED, str(death))  # fmt: skip
 
 
 def show(rows: Sequence[Row], command: str) -> None:

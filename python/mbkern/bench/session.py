@@ -32,10 +32,11 @@ class Session:
         cases: what its plan has to measure: suite, case, dtype, direction, threads.
         skipped: suites that it cannot measure, and why.
         interrupted: whether Ctrl-C came; the answer to the command at that moment was still read.
+        died: whether a call has raised Died.
     """
 
     def __init__(self, plan: Plan, python: str = sys.executable) -> None:
-        self.interrupted = False
+        self.interrupted = self.died = False
         self._process = subprocess.Popen(
             [python, "-m", "mbkern.bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=environment(plan.allocator), start_new_session=True,
@@ -60,12 +61,14 @@ class Session:
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
         except OSError as error:
-            raise Died(self._ending()) from error
+            raise self._death() from error
         text = self._read()
         try:
             answer: dict[str, Any] = json.loads(text)
         except ValueError:
-            raise Died(self._ending()) from None
+            if self.interrupted:
+                raise KeyboardInterrupt from None
+            raise self._death() from None
         self.interrupted |= bool(answer.get("interrupted"))
         if "failed" in answer:
             raise RuntimeError(answer["failed"])
@@ -85,6 +88,10 @@ class Session:
     def rows(self, answer: dict[str, Any]) -> list[Row]:
         """The rows of an answer."""
         return [Row.from_json(json.loads(text)) for text in answer.get("rows", [])]
+
+    def _death(self) -> Died:
+        self.died = True
+        return Died(self._ending())
 
     def _ending(self) -> str:
         status = self._process.poll()

@@ -20,7 +20,7 @@ from mbkern.bench import measure, suites
 from mbkern.bench.allocator import fill_reserve
 from mbkern.bench.problem import Case, Plan
 from mbkern.bench.results import Entry
-from mbkern.bench.rows import FAILED, Row
+from mbkern.bench.rows import ALL, FAILED, Row
 from mbkern.bench.timing import once
 
 Answer = dict[str, Any]
@@ -81,7 +81,7 @@ class Worker:
         return {"rows": [r.to_json() for r in rows], "interrupted": interrupted}
 
     def _failed(self, case: Case, threads: int, failure: Exception) -> Row:
-        entry = Entry("(all)")
+        entry = Entry(ALL)
         entry.fail(failure)
         return Row(
             case.suite, case.name, list(case.shape), case.dtype, case.direction, entry.name,
