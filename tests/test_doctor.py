@@ -1,0 +1,78 @@
+"""``python -m mbkern doctor`` as a whole, and what is said where there is nothing to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import mbkern
+from mbkern import _C
+
+SOURCES = Path(__file__).resolve().parents[1] / "python" / "mbkern"
+SECTIONS = ["versions", "instruction set", "threads", "huge pages", "cuda", "warnings"]
+
+
+def run_python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "MBKERN_ISA"} | variables
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_report(tmp_path: Path) -> None:
+    done = run_python(tmp_path, "-m", "mbkern", "doctor")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == SECTIONS
+    facts = dict(re.findall(r"^  (\w+(?: \w+)*)  +(.+)$", done.stdout, re.MULTILINE))
+    assert facts["mbkern"] == mbkern.__version__
+    assert facts["numerics"] == str(mbkern.NUMERICS_VERSION)
+    assert facts["torch"] == torch.__version__
+    assert facts["available"].split(", ") == _C.isas()
+    assert facts["because"] == "best available"
+    assert facts["commit"] == (_C.build_info()["git"] or "unknown")
+    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", facts["commit"])
+
+
+def test_json(tmp_path: Path) -> None:
+    """The same facts; advice is no failure."""
+    slow = {"MBKERN_ISA": "scalar"}
+    done = run_python(tmp_path, "-m", "mbkern", "doctor", "--json", **slow)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert list(report) == SECTIONS
+    assert report["versions"]["commit"] == (_C.build_info()["git"] or "unknown")
+    isa = {"used": "scalar", "because": "MBKERN_ISA=scalar", "available": _C.isas()}
+    assert report["instruction set"] == isa
+    advised = any("unset MBKERN_ISA" in text for text in report["warnings"])
+    assert advised == (_C.isas() != ["scalar"])
+    text = run_python(tmp_path, "-m", "mbkern", "doctor", **slow).stdout
+    for name in SECTIONS[:-1]:
+        for fact in report[name]:
+            assert re.search(rf"^  {re.escape(fact)} ", text, re.MULTILINE), fact
+
+
+def test_an_unknown_option(tmp_path: Path) -> None:
+    done = run_python(tmp_path, "-m", "mbkern", "doctor", "--yaml")
+    assert done.returncode == 2
+    assert "--yaml" in done.stderr
+
+
+def test_no_extension(tmp_path: Path) -> None:
+    """A source tree is imported: cause and cure are named, by the doctor's command, too."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(SOURCES, tmp_path / "mbkern", ignore=ignored)
+    for arguments in (("-c", "import mbkern"), ("-m", "mbkern", "doctor")):
+        done = run_python(tmp_path, *arguments, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 1
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("ImportError: mbkern: the compiled module mbkern._C cannot be load")
+        assert "Cause: the package is imported from its source tree" in last
+        assert "Cure: leave the source directory and run `pip install .`" in last
