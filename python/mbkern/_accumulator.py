@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _accumulator_scaler, _accumulator_state
+from mbkern._accumulator_apart import Apart
 from mbkern._accumulator_collect import Collector
 from mbkern._accumulator_counts import Count, check_count, reciprocal
 from mbkern._accumulator_flush import FlushOptions, WindowStats, prepare, write
@@ -22,12 +23,19 @@ from mbkern._accumulator_hooks import (
     discard,
     put_hooks,
     release,
+    require_known,
     require_no_gradients,
     require_none_left,
+    set_gradient,
     unhook,
 )
 from mbkern._accumulator_options import Options
-from mbkern._accumulator_parameters import Slot, allocate, read_parameters
+from mbkern._accumulator_parameters import (
+    Slot,
+    allocate,
+    check_parameters,
+    read_parameters,
+)
 from mbkern._accumulator_ranks import check_group, find_ddp, reduce_window, require_no_sync
 from mbkern._accumulator_rounding import Rounding
 from mbkern._accumulator_sharded import find_shards
@@ -70,8 +78,9 @@ class GradAccumulator:
     Args:
         parameters: a module, parameters, (name, parameter) pairs, or groups as optimizers have them
             (dicts with ``params``, perhaps ``l1`` and ``l2``). All on one device; float32,
-            bfloat16, float16 or float64. A parameter named twice counts once; a frozen one gets no
-            gradient until it is unfrozen.
+            bfloat16, float16 or float64. A parameter named twice counts once; a frozen one, of
+            whatever type, has no buffer and gets no gradient until it is unfrozen. Of a module,
+            parameters that are replaced or added later are an error until ``add`` knows them.
         dtype: of the buffers, float32, float64 or bfloat16; those of float64 parameters are
             float64.
         compensation: needed for bfloat16 buffers, whose 8 bits alone would lose what is added to a
@@ -100,7 +109,7 @@ class GradAccumulator:
         noise_scale: estimate the gradient noise scale: ``flush`` takes every window in that was
             measured whole, ``stats.noise_scale`` has the estimate, and the attribute
             ``noise_scale`` is the :class:`NoiseScale`. Includes ``measure``. Not with penalties,
-            several denominators, "known" mode or a GradScaler.
+            several denominators or "known" mode.
         process_group: ranks (a group, or ``torch.distributed.group.WORLD``) whose sums and counts
             ``flush`` adds up, by one all-reduce of each buffer memory; every rank must flush. The
             gradient is that of all ranks' items together, in shares of any size. A
@@ -150,6 +159,11 @@ class GradAccumulator:
         self._module = find_ddp(parameters)
         self._group = self._find_group(process_group)
         self._slots: list[Slot] = []
+        self._frozen: list[Slot] = []  # so far; without buffers
+        # The modules that were given, and the numbers of their slots.
+        self._modules: list[tuple[weakref.ref[torch.nn.Module], set[int]]] = []
+        self._apart = Apart()
+        self._clipped: Tensor | None = None  # windows that were clipped, and finite ones
         self._collector: Collector | None = None
         self._window = Window()
         self._open = threading.Lock()
@@ -181,7 +195,11 @@ class GradAccumulator:
         return check_group(process_group)
 
     def add(self, parameters: Any) -> None:
-        """Take more parameters, in any of the constructor's forms; known ones are passed over."""
+        """Take more parameters, in any of the constructor's forms; known ones are passed over.
+
+        Those that a module has replaced by others of their names give place to them, between
+        windows.
+        """
         self._require_closed("add()")
         module = find_ddp(parameters)
         if module is not None and module is not self._module:
@@ -190,21 +208,64 @@ class GradAccumulator:
                 "its process group"
             )
         options = self._options
-        new = read_parameters(parameters, options.l1, options.l2, self._slots)
+        if isinstance(parameters, torch.nn.Module) and not self._window.micro_batches:
+            self._retire(parameters)
+        new = read_parameters(parameters, options.l1, options.l2, self._all())
         if options.noise_scale and any(slot.l1 or slot.l2 for slot in new):
             raise ValueError("mbkern: noise_scale=True does not go with penalties")
+        check_parameters([slot for slot in new if slot.parameter.requires_grad], self._slots)
         if self._shards is not None:
-            self._shards.check(self._slots + new)
+            self._shards.check(self._all() + new)
         elif any(slot.mesh is not None for slot in new):
             raise ValueError(
                 "mbkern: the parameters are DTensors; give the constructor the module that "
                 "fully_shard has wrapped, not its parameters"
             )
+        self._frozen += new
+        self._thaw([slot for slot in new if slot.parameter.requires_grad])
+        if isinstance(parameters, torch.nn.Module):
+            self._modules.append((weakref.ref(parameters), {slot.number for slot in new}))
+
+    def _all(self) -> list[Slot]:
+        """The slots of all parameters, in the order in which they were given."""
+        return sorted(self._slots + self._frozen, key=lambda slot: slot.number)
+
+    def _thaw(self, slots: list[Slot]) -> None:
+        """Give buffers and hooks to parameters that were frozen until now."""
+        if not slots:
+            return
+        options = self._options
+        check_parameters(slots, self._slots)
         flat, low = options.layout == "flat", options.compensation == "kahan"
-        allocate(new, options.dtype, flat=flat, sets=options.sets, low=low)
-        prepare(new, self._into)
-        self._slots += new
-        put_hooks(new, weakref.ref(self))
+        allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
+        prepare(slots, self._into)
+        self._frozen = [slot for slot in self._frozen if slot not in slots]
+        self._slots = sorted(self._slots + slots, key=lambda slot: slot.number)
+        put_hooks(slots, weakref.ref(self))
+
+    def _thaw_unfrozen(self) -> None:
+        self._thaw([slot for slot in self._frozen if slot.parameter.requires_grad])
+
+    def _retire(self, module: torch.nn.Module) -> None:
+        """Give up parameters that the module has replaced by others of their names."""
+        own: set[int] = set().union(*(n for known, n in self._modules if known() is module))
+        now = dict(module.named_parameters())
+        there = {id(parameter) for parameter in now.values()}
+        gone = [
+            slot
+            for slot in self._all()
+            if slot.number in own and slot.name in now and id(slot.parameter) not in there
+        ]
+        release(gone, self._into)
+        unhook(gone)
+        self._slots = [slot for slot in self._slots if slot not in gone]
+        self._frozen = [slot for slot in self._frozen if slot not in gone]
+
+    def _require_known(self) -> None:
+        """Raise if a parameter of a module that was given would not be counted."""
+        if self._shards is None:  # FSDP exchanges its parameters itself
+            modules = [module() for module, _ in self._modules]
+            require_known([module for module in modules if module is not None], self._all())
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -230,6 +291,13 @@ class GradAccumulator:
             shared = name in ("_group", "_module", "_shards")
             if name == "_open":
                 other.__dict__[name] = threading.Lock()
+            elif name == "_modules":  # there is none where only the parameters were copied
+                copies = [(memo.get(id(module())), set(numbers)) for module, numbers in value]
+                other._modules = [
+                    (weakref.ref(module), numbers)
+                    for module, numbers in copies
+                    if isinstance(module, torch.nn.Module)
+                ]
             else:
                 other.__dict__[name] = value if shared else copy.deepcopy(value, memo)
         put_hooks(other._slots, weakref.ref(other))
@@ -317,12 +385,16 @@ class GradAccumulator:
         counted = window.counts.get(denominator, Count()).copy()
         if count is not None:
             counted.add(count)
+        if not window.micro_batches:
+            self._require_known()
+        self._thaw_unfrozen()
         put_hooks(self._slots, weakref.ref(self))
-        require_no_gradients(self._slots)
+        require_no_gradients(self._all())
         if self._shards is not None:
             self._shards.require_own(window.kept)
         release(self._slots, self._into)
         require_no_sync(self._module)
+        self._take_strays()
         collector = self._collector = Collector(
             which,
             self._alpha(denominator),
@@ -334,17 +406,19 @@ class GradAccumulator:
         )
         window.lent = {}
         for slot in self._slots:
-            if slot.lent:
+            if slot.lent and slot not in self._apart:
                 self._lend(slot)
         before = () if self._shards is None else self._shards.kept()
         try:
             yield
             collector.finish()
-            require_none_left(self._slots)
+            collector.take_apart(self._apart)
+            require_none_left(self._all())
             if self._shards is not None:
                 self._shards.require_apart(self._names)
         except BaseException as error:
             collector.drop()
+            self._apart.drop()
             by_kernels = [n for n, (b, version) in window.lent.items() if b._version != version]
             kept_more = self._shards is not None and self._shards.kept() != before
             if collector.added or by_kernels or kept_more:
@@ -353,7 +427,7 @@ class GradAccumulator:
                     f"after {collector.added or 'some'} of its gradients had been added"
                 )
                 window.failed = (denominator, counted)
-            discard(self._slots)
+            discard(self._all())
             raise
         finally:
             self._collector = None
@@ -361,7 +435,7 @@ class GradAccumulator:
                 window.kept = self._shards.kept()
         window.counts[denominator] = counted
         window.measurements += collector.measurements
-        window.measured_whole &= not any(slot.lent for slot in self._slots)
+        window.measured_whole &= not any(s.lent and s not in self._apart for s in self._slots)
         window.repeated |= collector.repeated
         if count is None:
             window.omitted.add(denominator)
@@ -377,9 +451,11 @@ class GradAccumulator:
         """The buffer of a parameter, for a kernel that adds its gradient there itself.
 
         Sums, zeros at the start of a window; the parameter counts as having a gradient from now on.
-        ``measure`` does not see what a kernel adds. In "known" mode the kernel must divide by the
-        total. After ``flush`` ask again: the buffer may hold the gradient until then. Not with
-        ``pre_scale``, which a kernel does not divide out, nor with bfloat16 buffers.
+        With ``measure`` it is a temporary of the buffer's size, zeros before each micro-batch,
+        which is measured and added after it. In "known" mode the kernel must divide by the total,
+        and what it adds is not measured. After ``flush`` ask again: the buffer may hold the
+        gradient until then. Not with ``pre_scale``, which a kernel does not divide out, nor with
+        bfloat16 buffers.
         """
         if self._rounding.kind is not None:
             raise NotImplementedError(
@@ -392,6 +468,7 @@ class GradAccumulator:
                 "adds into it does not divide that out"
             )
         which = self._which(denominator)
+        self._thaw([slot for slot in self._frozen if slot.parameter is parameter])
         for slot in self._slots:
             if slot.parameter is parameter:
                 if slot.mesh is not None:
@@ -404,6 +481,8 @@ class GradAccumulator:
                     slot.buffers[which].zero_()
                     slot.received[which] = True
                 slot.lent = True
+                if self._options.measures and self.mode != "known":
+                    return self._apart.lend(slot, which)
                 self._lend(slot)
                 return slot.buffers[which]
         raise KeyError("mbkern: this accumulator does not have that parameter")
@@ -422,15 +501,16 @@ class GradAccumulator:
         """
         self._require_closed("flush()")
         self._window.require_whole()
-        if self.noise_scale is not None and scaler is not None:
-            raise ValueError("mbkern: noise_scale=True does not go with a GradScaler")
+        self._require_known()
+        self._thaw_unfrozen()  # also on a rank without a micro-batch: buffers are all-reduced
+        self._take_strays()
         self._reduce_kept()
         if self.mode == "known" and self._group is None and self._shards is None:
             self._window.check_totals()  # over ranks it has counted its own share only
         grad_scale: Number = 1.0
         if scaler is not None:
             grad_scale = _accumulator_scaler.scale_of(
-                scaler, optimizer, self._slots, self._window.micro_batches
+                scaler, optimizer, self._all(), self._window.micro_batches
             )
         if self._shards is not None and self.mode != "known":
             self._shards.reduce_counts(self._slots, self._window.counts, self._names)
@@ -440,6 +520,8 @@ class GradAccumulator:
         stats = self._write(keep=False, grad_scale=grad_scale)
         if scaler is not None:
             _accumulator_scaler.record(scaler, optimizer, stats.found_inf)
+        if self.max_norm is not None:
+            stats = replace(stats, clipped_share=self._share_of_clipped(stats))
         self._forget()
         if self.noise_scale is None:
             return stats
@@ -469,6 +551,7 @@ class GradAccumulator:
         """
         self._require_closed("state_dict()")
         self._window.require_whole()
+        self._take_strays()
         self._reduce_kept()
         return _accumulator_state.save(self)
 
@@ -504,6 +587,20 @@ class GradAccumulator:
             self._shards.reduce_kept(self._slots, self._alpha(self._names[0]))
             self._window.kept = self._shards.kept()
 
+    def _take_strays(self) -> None:
+        """Add what kernels have added apart outside a micro-batch."""
+        if self._apart.take(measure=False)[0]:
+            self._window.measured_whole = False
+
+    def _share_of_clipped(self, stats: WindowStats) -> Tensor:
+        if self._clipped is None:
+            self._clipped = stats.norm.new_zeros(2)
+        if any(any(slot.received) for slot in self._slots):
+            finite = (stats.found_inf == 0).double()
+            clipped = (stats.clip_factor < 1).double() * finite
+            self._clipped = self._clipped + torch.stack([clipped, finite])
+        return self._clipped[0] / self._clipped[1]
+
     def _lend(self, slot: Slot) -> None:
         """Remember what a buffer was like before kernels may add to it."""
         for which, buffer in enumerate(slot.buffers):
@@ -514,22 +611,31 @@ class GradAccumulator:
             raise RuntimeError(f"mbkern: {what} inside a micro-batch, before its gradients are in")
 
     def _write(self, *, keep: bool, grad_scale: Number = 1.0) -> WindowStats:
-        window = self._window
-        known, scaled = self.mode == "known", isinstance(grad_scale, Tensor) or grad_scale != 1.0
+        window, known = self._window, self.mode == "known"
+        measurements = list(window.measurements)
+        if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+            measurements = [
+                replace(m, squared_norms=m.squared_norms / (grad_scale * grad_scale))
+                for m in measurements
+            ]
         counts = {name: window.counts.get(name, Count()).total() for name in self._names}
         totals: list[Number] = [1.0] if known else list(counts.values())
         options = FlushOptions(self._into, keep, grad_scale, self.max_norm, self._shards)
         stats, norms = write(self._slots, totals, options)
         head = (stats.norm, stats.clip_factor, stats.found_inf, stats.penalty, norms)
+        for slot in self._frozen:
+            set_gradient(slot, None, self._into)
         plain = window.measured_whole and not window.repeated
-        plain &= not (known or scaled or any(slot.l1 or slot.l2 for slot in self._slots))
+        plain &= not (known or any(slot.l1 or slot.l2 for slot in self._slots))
         return WindowStats(
-            *head, window.micro_batches, counts, list(window.measurements), dict(window.sizes),
+            *head, window.micro_batches, counts, measurements, dict(window.sizes),
             stats.norm.square() if plain else None, window.repeated,
+            measured_whole=window.measured_whole and self._options.measures,
         )  # fmt: skip
 
     def _forget(self) -> None:
         for slot in self._slots:
             slot.received = [False] * len(slot.received)
             slot.lent = False
+        self._apart = Apart()
         self._window = Window()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mbkern._accumulate import accumulate_
+from mbkern._accumulator_apart import Apart
 from mbkern._accumulator_parameters import Slot
 from mbkern._accumulator_rounding import Rounding
 from mbkern._arguments import Number
@@ -102,6 +103,19 @@ class Collector:
         """Add what is left."""
         with self._lock:
             self._empty()
+
+    def take_apart(self, apart: Apart) -> None:
+        """Add and measure what kernels have added apart."""
+        slots, squares = apart.take(measure=True)
+        if squares is None:
+            return
+        self.measurements.append(
+            Measurement(self.micro_batch, [slot.name for slot in slots], squares)
+        )
+        for slot in slots:
+            self.repeated |= id(slot) in self._seen
+            self._seen.add(id(slot))
+        self.added += len(slots)
 
     def drop(self) -> None:
         """Forget what has not been added."""

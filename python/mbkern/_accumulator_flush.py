@@ -16,7 +16,7 @@ from mbkern._accumulator_rounding import low_parts
 from mbkern._accumulator_sharded import Shards
 from mbkern._arguments import Number
 from mbkern._flush import FlushStats, flush_
-from mbkern._noise_scale import NoiseScale
+from mbkern._noise_scale import NoiseScale, in_whole_items
 
 INTO = ("grad", "fp32_grad", "main_grad")
 
@@ -33,13 +33,18 @@ class WindowStats:
         squared_norms: for each parameter that has a gradient (by name), before clipping.
         micro_batches: int.
         counts: for each denominator, what was counted: a float, or a float64 tensor.
-        measurements: with ``measure=True``, the squared norms of every micro-batch's gradients.
+        measurements: with ``measure=True``, the squared norms of every micro-batch's gradients,
+            a GradScaler's scale divided out.
         sizes: by micro-batch, what it counted.
-        sum_squared_norm: of the window's mean gradient, before clipping; None where a penalty or a
-            scale is in it, or a micro-batch was not measured whole.
+        sum_squared_norm: of the window's mean gradient, before clipping; None where a penalty is in
+            it, in known mode, or where a micro-batch was not measured whole.
         repeated: whether a parameter had two gradients in one micro-batch.
         noise_scale: with ``noise_scale=True``, 0-dim float64: the estimate of the gradient noise
             scale over the windows so far, in items: the batch that is worth averaging.
+        measured_whole: whether every gradient was measured: none was added by a kernel in known
+            mode or between micro-batches, none was of a micro-batch that failed.
+        clipped_share: with ``max_norm``, 0-dim float64: the share of the accumulator's finite
+            windows so far that were clipped.
     """
 
     norm: Tensor
@@ -54,13 +59,20 @@ class WindowStats:
     sum_squared_norm: Tensor | None = field(default=None, repr=False)
     repeated: bool = field(default=False, repr=False)
     noise_scale: Tensor | None = None
+    measured_whole: bool = field(default=True, repr=False)
+    clipped_share: Tensor | None = None
+
+    @property
+    def suggested_batch(self) -> Tensor | None:
+        """The noise scale in whole items, at least 1; NaN while it is not known."""
+        return None if self.noise_scale is None else in_whole_items(self.noise_scale)
 
     def update(self, noise_scale: NoiseScale) -> None:
         """Take this window into a running estimate of the gradient noise scale.
 
-        Needs ``measure=True``, one denominator, gradients that were not scaled by a GradScaler,
-        and no penalty. A window without micro-batches says nothing. Over several processes each
-        rank sees its own micro-batches and the window of all: the estimates are each rank's own.
+        Needs ``measure=True``, one denominator and no penalty. A window without micro-batches says
+        nothing, nor does one with an overflow. Over several processes each rank sees its own
+        micro-batches and the window of all: the estimates are each rank's own.
         """
         if self.micro_batches == 0:
             return
@@ -68,7 +80,8 @@ class WindowStats:
             raise ValueError(
                 "mbkern: the noise scale needs GradAccumulator(measure=True) with one denominator, "
                 "without penalties, outside known mode, and every gradient measured: none added by "
-                "a kernel, none of a micro-batch that failed, no two of one parameter at once"
+                "a kernel between micro-batches, none of a micro-batch that failed, no two of one "
+                "parameter at once"
             )
         (total,) = self.counts.values()
         sizes = [self.sizes[k] for k in sorted({m.micro_batch for m in self.measurements})]
@@ -81,6 +94,12 @@ class WindowStats:
             raise RuntimeError(
                 "mbkern: a parameter had two gradients in one micro-batch (two backwards, or a "
                 "reentrant checkpoint); the norm of their sum was not measured"
+            )
+        if not self.measured_whole:
+            raise RuntimeError(
+                "mbkern: not every gradient of the window was measured: measure=True is missing, a "
+                "kernel added some into a buffer (in known mode, or between micro-batches), or a "
+                "micro-batch failed"
             )
         sums: dict[int, Tensor] = {}
         for m in self.measurements:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mbkern._accumulator_parameters import Given, Slot
@@ -91,6 +92,24 @@ def require_no_gradients(slots: list[Slot]) -> None:
                 f"{', added to the one that flush() left' if own else ''}; clear it "
                 "(optimizer.zero_grad(set_to_none=True)) before a micro-batch, or it would be "
                 f"{'lost' if own else 'counted'}"
+            )
+
+
+def require_known(modules: list[torch.nn.Module], slots: list[Slot]) -> None:
+    """Raise if a module that was given has a parameter to be trained that has no slot."""
+    own = {id(slot.parameter) for slot in slots}
+    for module in modules:
+        missing = [
+            name
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad and id(parameter) not in own
+        ]
+        if missing:
+            raise RuntimeError(
+                "mbkern: the module has parameters that this accumulator does not know: "
+                f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}; they were "
+                "replaced (as by load_state_dict(assign=True)) or added since, and their gradients "
+                "would not be counted: call add(module)"
             )
 
 

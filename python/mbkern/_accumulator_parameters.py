@@ -35,12 +35,13 @@ class Given:
 
 @dataclass(eq=False)
 class Slot:
-    """A parameter and what is kept for it.
+    """A parameter and what is kept for it: nothing, as long as it has not required grad.
 
     Attributes:
         parameter: the tensor whose gradients are added up.
         name: for messages.
         l1, l2: its penalties.
+        number: its place among all: norms are summed in this order.
         buffers: its sums, one for each set of buffers.
         low: of each buffer, what it cannot hold; None where nothing is kept.
         additions: how many gradients were added so far, where chance depends on it.
@@ -56,6 +57,7 @@ class Slot:
     name: str
     l1: float
     l2: float
+    number: int = 0
     buffers: list[Tensor] = field(default_factory=list)
     low: list[Tensor | None] = field(default_factory=list)
     additions: int = 0
@@ -103,8 +105,10 @@ def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()
     A group is a dict with ``params`` and perhaps ``l1`` and ``l2`` of its own. Names are told
     apart: state and statistics go by them.
     """
+    known = list(known)
     slots: list[Slot] = []
     names = {slot.name for slot in known}
+    first = 1 + max((slot.number for slot in known), default=-1)
     seen = {id(slot.parameter) for slot in known}
     for tensors, group_l1, group_l2 in _groups(given, l1, l2):
         for item in tensors:
@@ -118,15 +122,21 @@ def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()
             seen.add(id(tensor))
             name = _unused(name or f"parameter {len(seen) - 1}", names)
             names.add(name)
-            _check(tensor, name)
-            first = next(iter((*known, *slots)), None)
-            if first is not None and tensor.device != first.parameter.device:
-                raise ValueError(
-                    f"mbkern: {name} is on {tensor.device}, {first.name} on "
-                    f"{first.parameter.device}; one accumulator serves one device"
-                )
-            slots.append(Slot(tensor, name, group_l1, group_l2))
+            slots.append(Slot(tensor, name, group_l1, group_l2, first + len(slots)))
     return slots
+
+
+def check_parameters(slots: Iterable[Slot], known: Iterable[Slot] = ()) -> None:
+    """Raise for parameters whose gradients cannot be added up, or not beside the known ones."""
+    first = next(iter(known), None)
+    for slot in slots:
+        first = first or slot
+        _check(slot.parameter, slot.name)
+        if slot.parameter.device != first.parameter.device:
+            raise ValueError(
+                f"mbkern: {slot.name} is on {slot.parameter.device}, {first.name} on "
+                f"{first.parameter.device}; one accumulator serves one device"
+            )
 
 
 def _unused(name: str, names: set[str]) -> str:

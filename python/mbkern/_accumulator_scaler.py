@@ -17,7 +17,7 @@ from mbkern._accumulator_parameters import Slot
 from mbkern._arguments import Number
 from mbkern._tensors import describe
 
-# Versions whose GradScaler keeps this record: tests/test_grad_accumulator.py under `make torches`.
+# Versions whose GradScaler keeps this record: tests/test_accumulator_scaler.py, `make torches`.
 OLDEST, NEWEST = (2, 6), (2, 14)
 
 

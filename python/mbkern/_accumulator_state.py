@@ -27,7 +27,7 @@ _KEYS = {
 
 def save(accumulator: GradAccumulator) -> dict[str, Any]:
     """Copies of everything that the rest of the window depends on."""
-    window = accumulator._window
+    window, slots = accumulator._window, accumulator._all()
     return {
         "format": _FORMAT,
         "mode": accumulator.mode,
@@ -45,12 +45,13 @@ def save(accumulator: GradAccumulator) -> dict[str, Any]:
         "repeated": window.repeated,
         "omitted": sorted(window.omitted),
         "counts": {name: (count.number, count.tensor) for name, count in window.counts.items()},
-        "sums": {slot.name: _received(slot, slot.buffers) for slot in accumulator._slots},
-        "low": {slot.name: _received(slot, slot.low) for slot in accumulator._slots},
-        "additions": {slot.name: slot.additions for slot in accumulator._slots},
+        "sums": {slot.name: _received(slot, slot.buffers) for slot in slots},
+        "low": {slot.name: _received(slot, slot.low) for slot in slots},
+        "additions": {slot.name: slot.additions for slot in slots},
         "noise_scale": (
             None if accumulator.noise_scale is None else accumulator.noise_scale.state_dict()
         ),
+        "clipped": None if accumulator._clipped is None else accumulator._clipped.clone(),
     }
 
 
@@ -88,13 +89,16 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
             "denominators) is "
             f"{found}, here {expected}"
         )
-    sums = state["sums"]
-    names = {slot.name for slot in accumulator._slots}
+    none: list[Tensor | None] = [None] * accumulator._options.sets
+    sums = {name: saved or none for name, saved in state["sums"].items()}  # []: it was frozen
+    low_parts = {name: saved or none for name, saved in state["low"].items()}
+    names = {slot.name for slot in accumulator._all()}
     if names != set(sums):
         raise ValueError(
             "mbkern: the state is of other parameters; only there: "
             f"{sorted(set(sums) - names)}, only here: {sorted(names - set(sums))}"
         )
+    accumulator._thaw([slot for slot in accumulator._frozen if sums[slot.name] != none])
     for slot in accumulator._slots:
         for saved, buffer in zip(sums[slot.name], slot.buffers, strict=True):
             if saved is not None and (saved.shape, saved.dtype) != (buffer.shape, buffer.dtype):
@@ -102,7 +106,7 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
                     f"mbkern: the sums of {slot.name} are {describe(saved)} in the state, "
                     f"{describe(buffer)} here"
                 )
-        low = state["low"].get(slot.name, [])
+        low = low_parts.get(slot.name, [])
         wanted = [
             to if saved is not None else None
             for saved, to in zip(sums[slot.name], slot.low, strict=True)
@@ -126,7 +130,7 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     for slot in accumulator._slots:
         for which, saved in enumerate(sums[slot.name]):
             slot.received[which] = saved is not None
-            for tensor, of in ((slot.buffers, sums), (slot.low, state["low"])):
+            for tensor, of in ((slot.buffers, sums), (slot.low, low_parts)):
                 value, to = of[slot.name][which], tensor[which]
                 if value is not None and to is not None:
                     to.copy_(value)
@@ -145,3 +149,5 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     window.micro_batches = state["micro_batches"]
     if accumulator.noise_scale is not None and state["noise_scale"] is not None:
         accumulator.noise_scale.load_state_dict(state["noise_scale"])
+    clipped = state.get("clipped")
+    accumulator._clipped = None if clipped is None else clipped.clone()

@@ -103,6 +103,7 @@ def flush_(
         raise ValueError(f"mbkern: max_norm is {max_norm}; it must be at least 0")
     device = of[0].device if of and isinstance(of[0], Tensor) else None
     stats = torch.zeros(4, dtype=torch.float64, device=device)
+    stats[1].fill_(1)  # where there is nothing to clip
     squares = torch.empty(len(of), dtype=torch.float64, device=device)
     if of:
         target = _launch_lists.FlushTo(to, penalised, low, of_l1, of_l2, stats, squares)

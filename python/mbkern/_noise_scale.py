@@ -21,6 +21,18 @@ from torch import Tensor
 from mbkern._arguments import Number
 
 
+def _beside(like: Tensor, number: Number) -> Tensor:
+    """A number as a 0-dim tensor; one of the host's is filled in, as a copy would be waited for."""
+    if isinstance(number, Tensor):
+        return number.to(like).reshape(())
+    return torch.full_like(like, float(number))
+
+
+def in_whole_items(scale: Tensor) -> Tensor:
+    """A noise scale as a batch: at least 1; NaN where an estimate is not positive."""
+    return torch.where(scale > 0, scale.ceil(), float("nan"))
+
+
 class NoiseScale:
     """Running estimate of the gradient noise scale; its state lies on the gradients' device.
 
@@ -46,9 +58,8 @@ class NoiseScale:
         """
         like = total_squared_norm.double()
         small = torch.stack([s.to(like).reshape(()) for s in squared_norms])
-        n = torch.stack([torch.as_tensor(c, dtype=torch.float64, device=like.device).reshape(())
-                         for c in counts])  # fmt: skip
-        big = torch.as_tensor(total, dtype=torch.float64, device=like.device)
+        n = torch.stack([_beside(like, count) for count in counts])
+        big = _beside(like, total)
         there = n > 0
         inverse = torch.where(there, 1 / n, 0.0)
         number = there.sum()
@@ -78,6 +89,11 @@ class NoiseScale:
         """0-dim float64: S / |G|^2, in items: a mini-batch much smaller wastes steps, one much
         larger wastes items. At this size a step makes half the progress of the largest."""
         return self._average(1) / self._average(0)
+
+    @property
+    def suggested_batch(self) -> Tensor:
+        """0-dim float64: the noise scale in whole items, at least 1; NaN while it is not known."""
+        return in_whole_items(self.noise_scale)
 
     def _average(self, which: int) -> Tensor:
         if self._sums is None:
