@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from mbkern.bench import cli
 from mbkern.bench.measure import summarise
 from mbkern.bench.report import figures
-from mbkern.bench.report.write import report
+from mbkern.bench.report.write import report, tables_of
 from mbkern.bench.rows import Row, append
 
 CHROMIUM = next(
@@ -96,6 +96,54 @@ def test_the_page_is_self_contained(folder: Path) -> None:
     for figure in figures.all_of(_rows()):
         for suffix in ("png", "svg"):
             assert (folder / f"{figure.key}.{suffix}").stat().st_size > 5000
+
+
+def _of_two_runs(*, torch: str = "2.2", commit: str = "b") -> list[Row]:
+    """The second measures one provider at some of the sizes again, four times slower."""
+    found: list[Row] = []
+    for run, environment, scale, providers, sizes in (
+        ("first", {"cpu": "X", "torch": "2.1", "commit": "a"}, 1, ("torch", "mbkern"), (1, 2, 8)),
+        ("second", {"cpu": "X", "torch": torch, "commit": commit}, 4, ("mbkern",), (1, 2)),
+    ):
+        found += [
+            _row(suite, provider, size, scale * 1e-6 * size, run=run, environment=environment,
+                 extra={"series": "loss gradient"})
+            for provider in providers
+            for size in sizes
+            for suite in ("cross_entropy", "minibatch")
+        ]  # fmt: skip
+    return found
+
+
+def test_ratios_are_of_rows_of_one_run() -> None:
+    found = _of_two_runs()
+    drawn = {f.key.split("-")[0]: f for f in figures.all_of(found)}
+    (ours,) = drawn["speedup"].lines
+    assert ours.x == ["case </script> 8 float32"]
+    assert ours.y == pytest.approx([1.0])
+    sizes = {line.name: line.x for line in drawn["minibatch"].lines}
+    assert sizes == {"torch": [1, 2, 8], "mbkern": [1, 2]}
+    (table,) = [t for t in tables_of(found) if t.title == "cross_entropy"]
+    assert sum("x (" in cell for row in table.rows for cell in row) == 1
+
+
+def test_a_report_on_two_machines_says_so_and_lists_both(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    rows = _of_two_runs()
+    for path, run in zip(paths, ("first", "second"), strict=True):
+        append(path, [row for row in rows if row.run == run])
+    report(paths, tmp_path, "t", with_pictures=False)
+    for text in ((tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()):
+        assert "WARNING: these rows are of 2 machines or versions" in text
+        assert "torch: 2.1 in machine 1, 2.2 in machine 2" in text
+        assert "commit: a in machine 1, b in machine 2" in text
+        assert "cpu: X in" not in text
+        assert "4 rows were measured again later" in text
+        assert "Machine 1 of 2" in text
+        assert "Machine 2 of 2" in text
+    append(tmp_path / "one.jsonl", _of_two_runs(torch="2.1", commit="a"))
+    report([tmp_path / "one.jsonl"], tmp_path, "t", with_pictures=False)
+    assert "WARNING" not in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from mbkern.bench.tables import Table
 
 FASTER, SLOWER, SAME, UNDECIDED = "FASTER", "SLOWER", "SAME", "UNDECIDED"
 NOT_COMPARED = "not compared"
+MACHINE = ("cpu", "cpus", "governor", "huge pages", "gpu", "driver", "torch", "python")
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,13 @@ def table(found: Sequence[Comparison], threshold: float) -> Table:
     return Table(f"B against A, threshold {threshold:.3g}", head, rows)
 
 
-def differences(a: Sequence[Row], b: Sequence[Row]) -> list[str]:
+def differences(
+    a: Sequence[Row], b: Sequence[Row], names: Sequence[str] = MACHINE, sides: Sequence[str] = "AB"
+) -> list[str]:
     """In what the machines of two files differ."""
     ours, theirs = ({k: str(v) for k, v in _machine(rows).items()} for rows in (a, b))
-    names = ("cpu", "cpus", "governor", "huge pages", "gpu", "driver", "torch", "python")
     return [
-        f"{name}: {ours.get(name)} in A, {theirs.get(name)} in B"
+        f"{name}: {ours.get(name)} in {sides[0]}, {theirs.get(name)} in {sides[1]}"
         for name in names
         if ours.get(name) != theirs.get(name)
     ]

@@ -38,17 +38,21 @@ class Series:
 
 
 def series(rows: Sequence[Row], suite: str) -> list[Series]:
-    """The series of a suite."""
-    found: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in latest(rows).values():
+    """The series of a suite, each of one run: of several the last."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
         if row.suite == suite and row.ranked and "series" in row.extra:
             threads = "" if row.axis == "threads" else str(row.threads)
-            key = (row.extra["series"], row.provider, row.allocator, threads)
-            found.setdefault(key, []).append(row)
+            key = (row.extra["series"], row.provider, row.allocator, threads, row.device)
+            members = found.setdefault(key, [])
+            if members and members[-1].run != row.run:
+                members.clear()
+            members.append(row)
     return [
-        Series(name, provider, allocator, threads, sorted(members, key=lambda r: r.size))
-        for (name, provider, allocator, threads), members in found.items()
-    ]
+        Series(name, provider, allocator, threads,
+               sorted(latest(members).values(), key=lambda r: r.size))
+        for (name, provider, allocator, threads, _), members in found.items()
+    ]  # fmt: skip
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

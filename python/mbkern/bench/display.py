@@ -45,7 +45,7 @@ def skipped(rows: Sequence[Row]) -> list[str]:
 
 def speedup(row: Row, base: Row | None) -> statistics.Ratio | None:
     """How many times faster than the baseline, round by round; None where that says nothing."""
-    if base is None or not row.ranked or not base.ranked or row is base:
+    if base is None or not row.ranked or not base.ranked or row is base or row.run != base.run:
         return None
     return statistics.paired(base.samples_s, row.samples_s)
 
@@ -76,10 +76,10 @@ def _cells(row: Row, base: Row | None) -> list[str]:
     ]  # fmt: skip
 
 
-def machine_table(row: Row, command: str) -> Table:
-    """The machine of a row."""
-    facts = {"command": command, **row.environment}
-    return Table("Machine", ["what", "value"], [[k, _fact(v)] for k, v in facts.items()])
+def machine_table(row: Row, title: str = "Machine", **first: str) -> Table:
+    """The machine of a row, after other facts."""
+    facts = {**first, **row.environment}
+    return Table(title, ["what", "value"], [[k, _fact(v)] for k, v in facts.items()])
 
 
 def _fact(value: Any) -> str:

@@ -82,7 +82,7 @@ class Row:
 
     @property
     def group(self) -> Key:
-        """What rows that were measured side by side have in common."""
+        """What rows of one run that were measured side by side have in common."""
         return (
             self.suite, self.case, self.dtype, self.direction, self.device, str(self.threads),
             self.allocator, self.cache,
@@ -140,23 +140,24 @@ def load(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def latest(rows: Sequence[Row]) -> dict[Key, Row]:
-    """Rows by their key; of one key the last in the file.
+    """Rows by their key, in the order of the file; of one key the last.
 
     A case that failed as a whole takes the place of what it once was, and the other way round.
     """
-    found: dict[Key, dict[Key, Row]] = {}
+    found: dict[Key, Row] = {}
     for row in rows:
-        known = found.setdefault(row.group, {})
+        replaced = [row.key, (*row.group, ALL)]
         if row.provider == ALL:
-            known.clear()
-        known.pop((*row.group, ALL), None)
-        known[row.key] = row
-    return {key: row for group in found.values() for key, row in group.items()}
+            replaced += [key for key in found if key[:-1] == row.group]
+        for key in replaced:
+            found.pop(key, None)
+        found[row.key] = row
+    return found
 
 
 def grouped(rows: Sequence[Row]) -> dict[Key, list[Row]]:
-    """Rows that were measured side by side."""
+    """Rows that were measured side by side: of one run."""
     groups: dict[Key, list[Row]] = {}
     for row in latest(rows).values():
-        groups.setdefault(row.group, []).append(row)
+        groups.setdefault((row.run, *row.group), []).append(row)
     return groups

@@ -110,7 +110,7 @@ def show(rows: Sequence[Row], command: str) -> None:
         tables.show(table)
     measured = next((r for r in rows if r.environment), None)
     if measured is not None:
-        tables.show(display.machine_table(measured, command))
+        tables.show(display.machine_table(measured, command=command))
     for text in display.skipped(rows):
         print(f"skipped: {text}")
     for text in display.warnings(rows):

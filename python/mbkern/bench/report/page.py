@@ -19,7 +19,7 @@ from mbkern.bench.tables import Table
 
 
 def render(title: str, figures: Sequence[Figure], tables: Sequence[Table], notes: Sequence[str],
-           facts: Table) -> str:  # fmt: skip
+           machines: Sequence[Table]) -> str:  # fmt: skip
     """The page as text. ImportError without plotly."""
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
@@ -34,7 +34,8 @@ def render(title: str, figures: Sequence[Figure], tables: Sequence[Table], notes
         f"<script>{get_plotlyjs()}</script>", "</head>", "<body>",
         f"<h1>{html.escape(title)}</h1>", *_notes(notes),
         *(part for k, figure in enumerate(figures) for part in _section(k, figure)),
-        "<h2>Tables</h2>", *map(_table, tables), "<h2>Machine</h2>", _table(facts, is_open=True),
+        "<h2>Tables</h2>", *map(_table, tables), "<h2>Machine</h2>",
+        *(_table(facts, is_open=True) for facts in machines),
         f"<script>const specs = {specs};\n{script}</script>", "</body>", "</html>",
     ]  # fmt: skip
     return "\n".join(parts) + "\n"

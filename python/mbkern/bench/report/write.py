@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mbkern.bench import conclusions, display, rows
+from mbkern.bench import compare, conclusions, display, rows
 from mbkern.bench.report import figures, page, pictures
 from mbkern.bench.rows import Row
 from mbkern.bench.tables import Table, markdown
+
+SETTING = (*compare.MACHINE, "commit", "mbkern built from")
 
 
 def tables_of(found: Sequence[Row]) -> list[Table]:
@@ -18,6 +20,40 @@ def tables_of(found: Sequence[Row]) -> list[Table]:
         by_suite.setdefault(row.suite, []).append(row)
     made = [display.suite_table(suite, members) for suite, members in by_suite.items()]
     return [*conclusions.tables(found), *(t for t in made if t.rows)]
+
+
+def _machines(found: Sequence[Row]) -> list[list[Row]]:
+    """Rows by machine and software, in the order of the rows."""
+    machines: dict[tuple[str, ...], list[Row]] = {}
+    for row in found:
+        if row.environment:
+            facts = tuple(str(row.environment.get(name)) for name in SETTING)
+            machines.setdefault(facts, []).append(row)
+    return list(machines.values())
+
+
+def _of_several(machines: Sequence[Sequence[Row]], replaced: int) -> list[str]:
+    """Warnings: rows that differ in more than what was measured, and rows that are not shown."""
+    notes = []
+    if len(machines) > 1:
+        notes.append(
+            f"WARNING: these rows are of {len(machines)} machines or versions, listed below; "
+            "ratios are of rows of one run only, and times of different ones are not comparable."
+        )
+    for k, others in enumerate(machines[1:], 2):
+        sides = ("machine 1", f"machine {k}")
+        notes += compare.differences(machines[0], others, SETTING, sides)
+    if replaced:
+        notes.append(f"{replaced} rows were measured again later, and only the last is shown.")
+    return notes
+
+
+def _machine_table(k: int, machines: Sequence[Sequence[Row]]) -> Table:
+    mine = machines[k]
+    title = f"Machine {k + 1} of {len(machines)}" if len(machines) > 1 else "Machine"
+    suites = ", ".join(dict.fromkeys(row.suite for row in mine))
+    command = "python -m mbkern bench"
+    return display.machine_table(mine[0], title, command=command, rows=f"{len(mine)}: {suites}")
 
 
 def report(
@@ -34,23 +70,24 @@ def report(
         loaded, broken = rows.load(path)
         found += loaded
         warnings += broken
-    found = list(rows.latest(found).values())
-    measured = next((r for r in found if r.environment), None)
-    if measured is None:
+    every, found = found, list(rows.latest(found).values())
+    machines = _machines(found)
+    if not machines:
         raise ValueError("no row in these files has been measured")
     folder.mkdir(parents=True, exist_ok=True)
     notes = [
+        *_of_several(machines, len(every) - len(found)),
         *warnings,
         *display.warnings(found),
         *(f"Skipped: {s}" for s in display.skipped(found)),
     ]
     drawn = figures.all_of(found)
     made = tables_of(found)
-    facts = display.machine_table(measured, "python -m mbkern bench")
+    facts = [_machine_table(k, machines) for k in range(len(machines))]
     written = [folder / "report.html", folder / "report.md"]
     written[0].write_text(page.render(title, drawn, made, notes, facts))
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), ""]
-    written[1].write_text("\n".join(lines) + "\n".join(markdown(t) for t in [*made, facts]))
+    written[1].write_text("\n".join(lines) + "\n".join(markdown(t) for t in [*made, *facts]))
     if with_pictures:
         written += pictures.save(drawn, folder)
     return written, warnings
