@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from bench_suite import SLEEP
 
-from mbkern.bench import cli
+from mbkern.bench import cli, run
 from mbkern.bench.formulas import FORMULAS
 from mbkern.bench.problem import Plan
 from mbkern.bench.rows import FAILED, MEASURED, SKIPPED, WRONG, Row, load
@@ -260,13 +260,73 @@ def test_the_spread_of_every_loss_is_measured() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("no_such_suite",), "unknown suite"),
+        (("no_such_suite",), "unknown suite 'no_such_suite'"),
+        (("ab", "--a", "x", "--b", "y", "no_such_suite"), "unknown suite 'no_such_suite'"),
+        (("overhead", "--suite-file", "/no/file.py"), "there is no file /no/file.py"),
         (("compare", "no.jsonl", "such.jsonl"), "No such file"),
         (("ab", "--a", "/no/python", "--b", sys.executable), "cannot run /no/python"),
-        (("--threads", "0"), "--threads"),
+        (("ab", "--a", "x", "--b", "y", "--processes", "0"), "--processes: '0' is no number"),
+        (("--threads", "0"), "--threads: '0' is no number"),
+        (("--threads", "1,two"), "--threads: 'two' is no number"),
+        (("--seconds", "-1"), "--seconds: '-1' is no time"),
+        (("--repeats", "0"), "--repeats: '0' is no number"),
+        (("--allocators", "default,bogus"), "'bogus'; there are default, recycled"),
+        (("--directions", "sideways"), "'sideways'; there are both, forward, backward"),
+        (("scaling", "--loss", "nonsense"), "unknown loss 'nonsense'; there are cross_entropy"),
+        (("minibatch", "--loss", "nonsense"), "unknown loss 'nonsense'; there are cross_entropy"),
+        (("overhead", "--output", "/no/folder/x"), "cannot write /no/folder/x: No such file"),
     ],
 )
-def test_what_is_not_understood_is_said(words: tuple[str, ...], text: str) -> None:
-    done = _bench(*words)
+def test_what_is_not_understood_is_said(
+    words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ending:
+        cli.main(words)
+    assert ending.value.code == 2
+    said = capsys.readouterr()
+    assert text in said.err
+    assert not said.out
+
+
+def test_a_status_is_that_of_the_command() -> None:
+    done = _bench("overhead", "--output", "/no/folder/x")
     assert done.returncode == 2
-    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_without_cases_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("sleeping", "--suite-file", SUITE_FILE, "--allocators", "default")
+    assert cli.main([*words, "--directions", "backward"]) == 1
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_costs_no_measurement(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recorder = run.Recorder(Path("/dev/full"))
+    for provider in ("a", "b"):
+        row = Row("s", "c", [1], "float32", "both", provider, "cpu", "", 1, samples_s=[1.0])
+        recorder.add([row])
+    assert len(recorder.rows) == 2
+    assert run.status(recorder) == 1
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_ctrl_c_before_the_first_measurement_is_an_interrupted_run(tmp_path: Path) -> None:
+    """While the worker imports torch."""
+    output = tmp_path / "rows.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mbkern", "bench", "sleeping", "--suite-file", SUITE_FILE,
+         "--threads", "1", "--output", str(output)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not (output.exists() and workers.read_text()):
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert output.read_text() == ""

@@ -27,8 +27,10 @@ _RESERVE = 3 << 30
 def environment(state: str, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a process in that state: the caller's, without its own allocator settings.
 
-    Raises RuntimeError where the state cannot be had.
+    Raises RuntimeError where the state cannot be had, ValueError where there is none of that name.
     """
+    if state not in (DEFAULT, RECYCLED):
+        raise ValueError(f"unknown state {state!r}; there are {DEFAULT}, {RECYCLED}")
     ours = {k: v for k, v in base.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
     if state == DEFAULT:
         return ours

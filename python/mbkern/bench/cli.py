@@ -7,6 +7,7 @@ command line was not understood, or something is not installed; 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from mbkern._cli import INTERRUPTED
 from mbkern.bench import tables
+from mbkern.bench.allocator import DEFAULT, RECYCLED
 from mbkern.bench.models import MODELS
 from mbkern.bench.problem import Plan
 
@@ -26,14 +28,41 @@ MISSING = "mbkern bench: {what} needs {module}, which is not installed: pip inst
 
 
 def _threads(text: str) -> tuple[int, ...]:
-    counts = tuple(int(part) for part in text.split(","))
-    if min(counts) < 1:
-        raise ValueError
-    return counts
+    return tuple(_count(part) for part in text.split(","))
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0")
+    return value
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _some_of(*known: str) -> Callable[[str], tuple[str, ...]]:
+    """Reads names, and says which there are where one is unknown."""
+
+    def read(text: str) -> tuple[str, ...]:
+        for name in (names := _names(text)):
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"unknown name {name!r}; there are {', '.join(known)}"
+                )
+        return names
+
+    return read
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -44,25 +73,34 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--short", action="store_true", help="few and small cases: five minutes on two cores")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=_threads, help="numbers of threads, as in 1,2 (default: 1 and all)")
-    add("--allocators", type=_names, help="default,recycled: states to measure in (CPU)")
-    add("--seconds", type=float, help="measuring time of a case (default 1; short 0.3)")
-    add("--repeats", type=int, help="samples of each provider, instead of a time")
+    add(
+        "--allocators",
+        type=_some_of(DEFAULT, RECYCLED),
+        help="default,recycled: states to measure in (CPU)",
+    )
+    add("--seconds", type=_seconds, help="measuring time of a case (default 1; short 0.3)")
+    add("--repeats", type=_count, help="samples of each provider, instead of a time")
     add("--compile", action="store_true", help="torch.compile, too; it compiles for 10 s a case")
     add("--cache", choices=("warm", "cold"), default="warm", help="cold: swept before each run")
     add("--providers", type=_names, default=(), help="only those whose names contain one of these")
     add("--model", choices=tuple(MODELS), default="", help="only this model's sizes")
     add("--loss", default="cross_entropy", help="of the suites minibatch and scaling")
-    add("--directions", type=_names, default=(), help="only these of both,forward,backward")
+    directions = ("both", "forward", "backward")
+    add("--directions", type=_some_of(*directions), default=(), help=f"of {','.join(directions)}")
     add("--suite-file", type=Path, metavar="FILE", help="Python with SUITES of your own, by name")
 
 
-def _plan(args: argparse.Namespace, default: Sequence[str]) -> Plan:
+def _plan(
+    args: argparse.Namespace, default: Sequence[str], parser: argparse.ArgumentParser
+) -> Plan:
+    """What was asked for; ends the program with status 2 where there is no such thing."""
     from mbkern.bench.suites import SUITES
 
     cpus = len(os.sched_getaffinity(0))
     suites = tuple(args.suites) or tuple(default)
     if "all" in suites:
         suites = tuple(SUITES)
+    _check(args, suites, parser)
     threads = args.threads or ((cpus,) if args.short else tuple(sorted({1, cpus})))
     if args.device == "cuda":
         threads = (1,)
@@ -72,6 +110,32 @@ def _plan(args: argparse.Namespace, default: Sequence[str]) -> Plan:
         5 if args.short else 7, args.repeats, args.compile, args.cache, args.providers, args.model,
         args.loss, args.directions, str(args.suite_file.resolve()) if args.suite_file else "",
     )  # fmt: skip
+
+
+def _check(
+    args: argparse.Namespace, suites: Sequence[str], parser: argparse.ArgumentParser
+) -> None:
+    from mbkern.bench.formulas import FORMULAS
+    from mbkern.bench.suites import SUITES
+
+    unknown = [s for s in suites if s not in SUITES]
+    if unknown and not args.suite_file:
+        parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}, all")
+    if args.suite_file and not args.suite_file.is_file():
+        parser.error(f"--suite-file: there is no file {args.suite_file}")
+    if {"minibatch", "scaling"} & set(suites) and args.loss not in FORMULAS:
+        parser.error(f"--loss: unknown loss {args.loss!r}; there are {', '.join(FORMULAS)}")
+    if args.device == "cuda" and not _has_cuda():
+        parser.error("--device cuda: torch sees no GPU here")
+
+
+def _check_output(path: Path | None, parser: argparse.ArgumentParser) -> None:
+    """Before anything is measured, not after."""
+    try:
+        if path is not None:
+            path.open("ab").close()
+    except OSError as error:
+        parser.error(f"cannot write {path}: {error.strerror}")
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -84,14 +148,10 @@ def _run(argv: Sequence[str]) -> int:
     _add_plan(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="append rows as JSON lines")
     args = parser.parse_args(argv)
-    plan = _plan(args, SHORT)
-    from mbkern.bench import run, suites
+    plan = _plan(args, SHORT, parser)
+    _check_output(args.output, parser)
+    from mbkern.bench import run
 
-    unknown = [s for s in plan.suites if s not in suites.SUITES]
-    if unknown and not plan.suite_file:
-        parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(suites.SUITES)}, all")
-    if plan.device == "cuda" and not _has_cuda():
-        parser.error("--device cuda: torch sees no GPU here")
     if not tables.HAS_RICH:
         print(MISSING.format(what="a drawn table", module="rich"), file=sys.stderr)
     recorder = run.Recorder(args.output)
@@ -156,18 +216,20 @@ def _ab(argv: Sequence[str]) -> int:
     parser.add_argument("--output-a", type=Path, default=Path("a.jsonl"))
     parser.add_argument("--output-b", type=Path, default=Path("b.jsonl"))
     parser.add_argument(
-        "--processes", type=int, default=ab.PROCESSES, help="of each build, in turn"
+        "--processes", type=_count, default=ab.PROCESSES, help="of each build, in turn"
     )
     parser.add_argument("--fail-if", metavar="slower:5%", default="")
     _add_plan(parser)
     args = parser.parse_args(argv)
-    plan = _plan(args, ("cross_entropy", "overhead"))
+    plan = _plan(args, ("cross_entropy", "overhead"), parser)
     try:
         rule = compare.Rule.parse(args.fail_if) if args.fail_if else compare.Rule()
         for name, python in (("A", args.a), ("B", args.b)):
             print(f"{name}: {session.interpreter(python)}", file=sys.stderr)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    for path in (args.output_a, args.output_b):
+        _check_output(path, parser)
     pair = secrets.token_hex(6)
     recorders = [run.Recorder(path, pair) for path in (args.output_a, args.output_b)]
     try:
@@ -213,6 +275,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Run suites, or one of the commands."""
-    if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
-    return _run(argv)
+    try:
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return _run(argv)
+    except KeyboardInterrupt:  # before there is anything to keep, or while it is shown
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -21,11 +21,13 @@ class Recorder:
     Attributes:
         rows: all of them, in order.
         interrupted: whether Ctrl-C ended the run.
+        unwritten: why rows are missing in the file, if so.
     """
 
     def __init__(self, output: Path | None, pair: str = "") -> None:
         self.rows: list[Row] = []
         self.interrupted = False
+        self.unwritten = ""
         self._output, self._pair = output, pair
         self._run = secrets.token_hex(6)
 
@@ -34,8 +36,13 @@ class Recorder:
         for row in rows:
             row.run, row.pair = self._run, self._pair
         self.rows += rows
-        if self._output is not None:
+        if self._output is None or self.unwritten:
+            return
+        try:
             append(self._output, rows)
+        except OSError as error:
+            self.unwritten = f"cannot write {self._output}: {error.strerror}"
+            print(f"{self.unwritten}; measuring goes on", file=sys.stderr)
 
     def skip(self, suite: str, reason: str, plan: Plan, status: str = SKIPPED) -> None:
         """A suite or case that has no rows, and why."""
@@ -123,4 +130,7 @@ def status(recorder: Recorder) -> int:
         print("interrupted: what was measured is shown", file=sys.stderr)
         return INTERRUPTED
     bad = any(row.status in (WRONG, FAILED) for row in recorder.rows)
-    return int(bad or not any(row.samples_s for row in recorder.rows))
+    if not any(row.samples_s for row in recorder.rows):
+        print("nothing was measured: no case is left by what was asked for", file=sys.stderr)
+        return 1
+    return int(bad or bool(recorder.unwritten))

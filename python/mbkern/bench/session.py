@@ -41,7 +41,14 @@ class Session:
             [python, "-m", "mbkern.bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=environment(plan.allocator), start_new_session=True,
         )  # fmt: skip
-        answer = self.ask("plan", plan=plan.to_json())
+        self._started = False
+        try:
+            answer = self.ask("plan", plan=plan.to_json())
+        except BaseException:
+            self._process.kill()
+            self.end()
+            raise
+        self._started = True
         self.cases: list[tuple[str, ...]] = [tuple(c) for c in answer["cases"]]
         self.skipped: dict[str, str] = answer["skipped"]
 
@@ -81,6 +88,8 @@ class Session:
             return output.readline()
         except KeyboardInterrupt:
             self.interrupted = True
+            if not self._started:  # it still imports torch, and has nothing to hand over
+                raise
             self._process.send_signal(signal.SIGINT)
             ready, _, _ = select.select([output], [], [], PATIENCE)
             return output.readline() if ready else b""

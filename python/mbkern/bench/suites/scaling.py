@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from mbkern.bench.formulas import CROSS_ENTROPY, FORMULAS
+from mbkern.bench.formulas import FORMULAS
 from mbkern.bench.loss_ways import loss_problem
 from mbkern.bench.problem import Case, Plan
 
@@ -17,8 +17,10 @@ SUITE = "scaling"
 
 def cases(plan: Plan) -> list[Case]:
     """Rows at 4096 classes, classes at 256 rows, and threads at (1024, 4096)."""
-    formula = FORMULAS.get(plan.loss, CROSS_ENTROPY)
-    if formula.name not in ("cross_entropy", *(n for n in FORMULAS if _takes_rows(n))):
+    if plan.loss not in FORMULAS:
+        raise LookupError(f"unknown loss {plan.loss!r}; there are {', '.join(FORMULAS)}")
+    formula = FORMULAS[plan.loss]
+    if formula.loss.kind == "pointwise":
         raise LookupError(f"{formula.name} has no rows")
     steps = (4, 8, 2) if plan.short else (6, 13, 1)
     ends = {"rows": (4096, steps), "classes": (256, steps)}
@@ -33,11 +35,6 @@ def cases(plan: Plan) -> list[Case]:
     if plan.device == "cpu":
         found += [_case(formula.name, "threads", (1024, 4096), t, t) for t in counts]
     return found
-
-
-def _takes_rows(name: str) -> bool:
-    loss = FORMULAS[name].loss
-    return loss.kind != "pointwise"
 
 
 def _case(
