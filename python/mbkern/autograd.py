@@ -4,8 +4,9 @@ The gradient is formed in forward, in the same pass as the loss, where its facto
 enough (fp32 and fp64, or a ``grad_scale`` hint), and multiplied by what the incoming gradient is
 more. A 16-bit gradient takes no second factor, since it is to be rounded once: it is formed in
 forward on the guess that the incoming gradient will be 1, as it was the last time, and formed anew
-in backward if it is not. For ``reduction="none"``, and where nothing is guessed, it is formed in
-backward from the logits and two saved numbers an item.
+in backward if it is not. For ``reduction="none"``, where nothing is guessed, and under hooks of
+saved tensors (checkpoints, offloading), which free what is saved and would not free a gradient, it
+is formed in backward from the logits and two saved numbers an item; the bits are the same.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ _OVERWRITTEN = (
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
 # Those around the call, or None.
 _saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+_storage_users = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
+_OURS = 2  # a tensor, and its storage as an object
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -86,17 +89,22 @@ def _differentiable(
 
 
 def _hand_out(
-    left: _Left, grads: tuple[Tensor | None, ...], incoming: Tensor, *, keep_zeros: bool
+    left: _Left,
+    grads: tuple[Tensor | None, ...],
+    incoming: Tensor,
+    *,
+    keep_zeros: bool,
+    fresh: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients formed in forward, times what the incoming gradient is more than the hint.
+    """The gradients, formed with the hint, times what the incoming gradient is more.
 
     Our references are dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
-    clones any other.
+    clones any other. ``fresh``: there are none, backward has just formed them.
     """
     hint, inplace = left.hint, left.request.inplace
     if not grads:
         raise RuntimeError(_SECOND_BACKWARD)
-    if inplace and grads[0] is not None and grads[0]._version != left.version:
+    if inplace and not fresh and grads[0] is not None and grads[0]._version != left.version:
         raise RuntimeError(_OVERWRITTEN)
     value = _C.scalar_value(incoming)
     if value is None:  # no plain number on the host
@@ -105,7 +113,9 @@ def _hand_out(
             return tuple(None if g is None else _each(g, factors, keep_zeros) for g in grads)
         if not on_cuda(incoming):
             value = incoming.item()
-    if _graph_is_kept():
+    if fresh:
+        pass
+    elif _graph_is_kept():
         grads = tuple(None if g is None else g.clone() for g in grads)
     else:
         left.grads = ()
@@ -181,9 +191,11 @@ class _Left:
             forms them.
         hint: what they were multiplied by.
         guessed: whether they are right for an incoming gradient of 1 only.
-        state: what backward needs of each item (RowCall.new_state). Not among the saved tensors:
-            a checkpoint counts them, and they must not depend on the guess.
+        state: what backward needs of each item (RowCall.new_state). Among the saved tensors only
+            with ``hooked``: a checkpoint counts them, and they must not depend on the guess.
         version: of the input, after its gradient was written over it.
+        hooked: whether hooks took the saved tensors away.
+        deferred: whether it is only for them that backward forms the gradients.
     """
 
     request: Request
@@ -193,6 +205,8 @@ class _Left:
     version: int = -1
     guessed: bool = False
     state: Tensor | None = None
+    hooked: bool = False
+    deferred: bool = False
 
 
 class _Incoming:
@@ -203,9 +217,8 @@ class _Incoming:
 
     @classmethod
     def will_be_one(cls, input: Tensor, inplace: bool) -> bool:
-        """The guess. No on CUDA, where nobody looks; where there is no second try; and where saved
-        tensors are taken away, as a checkpoint does, to which a gradient would be added."""
-        return cls.was_one and not inplace and not on_cuda(input) and _saved_hooks(False) is None
+        """The guess. No on CUDA, where nobody looks, and where there is no second try."""
+        return cls.was_one and not inplace and not on_cuda(input)
 
     @classmethod
     def is_one(cls, incoming: Tensor) -> bool:
@@ -231,6 +244,19 @@ def _formed(left: _Left, incoming: Tensor) -> tuple[Tensor | None, ...] | None:
     return None
 
 
+def _left_under_hooks(request: Request, divisor: float | Tensor, deferred: bool) -> _Left:
+    hint = request.grad_scale if deferred else None
+    # Read now: GradScaler changes its scale in place.
+    factor = 1.0 if hint is None else hint_argument(hint)
+    return _Left(request, divisor, hint=factor, hooked=True, deferred=deferred)
+
+
+def _is_ours_alone(tensor: Tensor) -> bool:
+    """Whether nobody else holds the memory of a tensor that hooks returned: another node that does
+    would not see that it was written to, since there no versions are compared."""
+    return bool(_storage_users(tensor.untyped_storage()._cdata) == _OURS)
+
+
 class RowLoss(torch.autograd.Function):
     """Losses over rows of classes: ``RowLoss.apply(input, target, request)``.
 
@@ -246,23 +272,26 @@ class RowLoss(torch.autograd.Function):
         hint, inplace = request.grad_scale, request.inplace
         if inplace:
             _check_inplace(input, (call.target, options.weight, options.sample_weight))
+        hooked = _saved_hooks(False) is not None
         guessed = hint is None and call.compute is not input.dtype
-        if options.reduction != "none" and needs_input and not needs_target and (
-            not guessed or _Incoming.will_be_one(input, inplace)
-        ):  # fmt: skip
+        early = options.reduction != "none" and needs_input and not needs_target
+        if early and not hooked and (not guessed or _Incoming.will_be_one(input, inplace)):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grad = input.detach() if inplace else new_gradient(input)
             result, divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             # Looked at by create_graph, or if the guess fails.
-            ctx.save_for_backward(input, target, options.weight, options.sample_weight)
+            ctx.save_for_backward(input, target, options.weight, options.sample_weight, None)
             version = _new_version(input) if inplace else -1
             ctx.left = _Left(request, divisor, (grad, None, None), factor, version, guessed)
             return result  # type: ignore[return-value]
-        state = call.new_state()
+        state: Tensor | None = call.new_state()
         result, divisor = call.run(state=state, loss_dtype=request.loss_dtype)
-        ctx.left = _Left(request, divisor, state=state)
-        ctx.save_for_backward(input, target, options.weight, options.sample_weight)
+        if hooked:
+            ctx.left = _left_under_hooks(request, divisor, early and not guessed)
+        else:
+            ctx.left, state = _Left(request, divisor, state=state), None
+        ctx.save_for_backward(input, target, options.weight, options.sample_weight, state)
         return result  # type: ignore[return-value]
 
     @staticmethod
@@ -279,17 +308,18 @@ class RowLoss(torch.autograd.Function):
         formed = _formed(left, incoming)
         if formed is not None:
             return _hand_out(left, formed, incoming, keep_zeros=True)
-        input, target, weight, sample_weight = ctx.saved_tensors
+        input, target, weight, sample_weight, state = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
         call = RowCall(request.loss.number, input, target, options)
-        state = left.state
+        if state is None:
+            state = left.state
         if state is None:
             state = call.new_state()
             call.run(state=state)
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
             grad_target = _gradient_of_probabilities(call, state, incoming, divisor)
-        if ctx.needs_input_grad[0] and _is_legacy_batched(incoming):
+        if ctx.needs_input_grad[0] and _is_legacy_batched(incoming) and not left.deferred:
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
                 _ops.divisor_tensor(divisor),
@@ -298,17 +328,22 @@ class RowLoss(torch.autograd.Function):
             )  # fmt: skip
         elif ctx.needs_input_grad[0]:
             overwrite = request.inplace and not _graph_is_kept()
+            overwrite = overwrite and (not left.hooked or _is_ours_alone(input))
             grad = input.detach() if overwrite else new_gradient(input)
             if options.reduction == "none":
                 call.run(grad=grad, item_scale=incoming, state=state, from_state=True)
             else:
-                _Incoming.is_one(incoming)
-                scale = scalar_argument(incoming, "the incoming gradient")
+                scale = left.hint
+                if not left.deferred:
+                    _Incoming.is_one(incoming)
+                    scale = scalar_argument(incoming, "the incoming gradient")
                 call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=divisor)
             if overwrite:
                 bump_version(input)
         if not _graph_is_kept():
             left.state = None
+        if left.deferred:
+            return _hand_out(left, (grad, None, None), incoming, keep_zeros=True, fresh=True)
         return grad, grad_target, None
 
 
@@ -355,8 +390,10 @@ class TensorLoss(torch.autograd.Function):
             _check_inplace(
                 first, (second, third, options.target, options.weight, options.sample_weight)
             )
+        hooked = _saved_hooks(False) is not None
         guessed = hint is None and not _are_full(inputs, needs)
-        if options.reduction != "none" and (not guessed or _Incoming.will_be_one(first, inplace)):
+        early = options.reduction != "none"
+        if early and not hooked and (not guessed or _Incoming.will_be_one(first, inplace)):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(inputs, needs, inplace)
@@ -366,7 +403,10 @@ class TensorLoss(torch.autograd.Function):
             ctx.left = _Left(request, divisor, (*grads, None), factor, version, guessed)
             return result  # type: ignore[return-value]
         result, divisor = call.run(loss_dtype=loss_dtype)
-        ctx.left = _Left(request, divisor)
+        if hooked:
+            ctx.left = _left_under_hooks(request, divisor, early and not guessed)
+        else:
+            ctx.left = _Left(request, divisor)
         ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
 
@@ -390,7 +430,7 @@ class TensorLoss(torch.autograd.Function):
         options: TensorOptions = replace(
             request.options, target=target, weight=weight, sample_weight=sample_weight
         )
-        if _is_legacy_batched(incoming):
+        if _is_legacy_batched(incoming) and not left.deferred:
             many = _ops.tensor_loss_backward(
                 incoming, *inputs, target, weight, sample_weight, None,
                 _ops.divisor_tensor(divisor), request.loss.name, options.reduction,
@@ -399,6 +439,7 @@ class TensorLoss(torch.autograd.Function):
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
         call = new_call(request.loss, inputs, options)
         overwrite = request.inplace and not _graph_is_kept()
+        overwrite = overwrite and (not left.hooked or _is_ours_alone(first))
         grads = _gradients(inputs, needs, overwrite)
         arguments: dict[str, Any] = {
             "want_loss": False, "grads": grads, "loss_dtype": first.dtype,
@@ -406,11 +447,16 @@ class TensorLoss(torch.autograd.Function):
         if options.reduction == "none":
             call.run(item_scale=incoming, **arguments)
         else:
-            _Incoming.is_one(incoming)
-            scale = scalar_argument(incoming, "the incoming gradient")
+            scale = left.hint
+            if not left.deferred:
+                _Incoming.is_one(incoming)
+                scale = scalar_argument(incoming, "the incoming gradient")
             call.run(scale=scale, divisor=divisor, **arguments)
         if overwrite and needs[0]:
             bump_version(first)
+        if left.deferred:
+            keep_zeros = options.target is not None
+            return _hand_out(left, (*grads, None), incoming, keep_zeros=keep_zeros, fresh=True)
         return (*grads, None)
 
 
