@@ -11,7 +11,7 @@ from row_case import RowCase
 from row_cases import ROW_CASES
 
 from mbkern import _C
-from mbkern.bench import suites
+from mbkern.bench import measure, suites
 from mbkern.bench.formulas import FORMULAS, tensors
 from mbkern.bench.loss_ways import loss_problem
 from mbkern.bench.problem import Plan
@@ -84,6 +84,24 @@ def test_every_instruction_set_is_a_provider(name: str) -> None:
         assert way.check is None or way.check(result) <= problem.tolerance, way.name
     problem.close()
     assert _C.isa() == isa
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "suite",
+    ["overhead", "accumulate", "flush", "minibatch",
+     pytest.param("linear_cross_entropy", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_rows_say_which_instruction_set_ran(suite: str) -> None:
+    plan = Plan((suite,), short=True, model="imagenet" if suite == "minibatch" else "")
+    cases, reasons = suites.of(plan)
+    if suite in reasons:
+        pytest.skip(f"NOT CHECKED: {reasons[suite]}")
+    for case in cases[-2:]:
+        for row in measure.Group(case, plan, 1).finish():
+            bound = row.provider.rpartition("(")[2].removesuffix(")")
+            ours = bound if bound in _C.isas() else _C.isa()
+            assert row.isa == (ours if row.provider.startswith("mbkern") else ""), row.provider
 
 
 @pytest.mark.slow

@@ -98,6 +98,16 @@ def test_the_page_is_self_contained(folder: Path) -> None:
             assert (folder / f"{figure.key}.{suffix}").stat().st_size > 5000
 
 
+def test_memory_that_nothing_was_taken_of_is_drawn() -> None:
+    found = [
+        _row("s", "torch", 8, 1e-6, peak_bytes=4 << 20),
+        _row("s", "mbkern in place", 8, 1e-6, peak_bytes=0),
+        _row("s", "mbkern", 8, 1e-6),
+    ]
+    (memory,) = [f for f in figures.all_of(found) if f.key == "memory-s"]
+    assert {line.name: line.y for line in memory.lines} == {"torch": [4.0], "mbkern in place": [0]}
+
+
 def _of_two_runs(*, torch: str = "2.2", commit: str = "b") -> list[Row]:
     """The second measures one provider at some of the sizes again, four times slower."""
     found: list[Row] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mbkern import _C
 from mbkern.bench import machine, memory, statistics
 from mbkern.bench.problem import Case, Plan, Problem
 from mbkern.bench.results import Entry
@@ -24,6 +25,7 @@ class Group:
     def __init__(self, case: Case, plan: Plan, threads: int) -> None:
         self.case, self.plan = case, plan
         self.threads = case.threads or threads
+        self._isa = _C.isa() if plan.device == "cpu" else ""
         torch.set_num_threads(self.threads)
         self.load = machine.OtherLoad()
         self.before = machine.conditions()
@@ -39,10 +41,11 @@ class Group:
 
     def _row(self, way: Way, **facts: Any) -> Row:
         case, plan = self.case, self.plan
+        isa = way.isa or (self._isa if way.name.startswith("mbkern") else "")
         return Row(
             suite=case.suite, case=case.name, shape=list(case.shape), dtype=case.dtype,
             direction=way.direction if way.direction != "both" else case.direction,
-            provider=way.name, device=plan.device, isa=way.isa, threads=self.threads,
+            provider=way.name, device=plan.device, isa=isa, threads=self.threads,
             allocator=plan.allocator, cache=plan.cache, calls=way.calls, bytes=way.bytes,
             flops=way.flops, limit=way.limit, tolerance=self.problem.tolerance,
             baseline=self.problem.baseline, size=case.size, axis=case.axis,

@@ -35,7 +35,8 @@ class Way:
         check: what ``run`` returned, to its largest error against fp64; None: not checked.
         calls: calls of the function in one run; times are divided by it.
         direction: "both", "forward" or "backward".
-        isa: the instruction set that it is bound to, or nothing.
+        isa: the instruction set that it is bound to, or nothing: mbkern's ways then run on the one
+            in use.
         bytes: that one call must move at least.
         flops: floating-point operations of one call's matrix products.
         limit: whether it is a limit of the machine, and no way to compute the thing.

@@ -220,7 +220,7 @@ def _roofline(suite: str, rows: Sequence[Row]) -> list[Figure]:
 
 def _memory(suite: str, rows: Sequence[Row]) -> list[Figure]:
     lines: dict[str, Line] = {}
-    measured = [r for r in rows if r.peak_bytes and r.direction == "both"]
+    measured = [r for r in rows if r.peak_bytes is not None and r.direction == "both"]
     threads = max((r.threads for r in measured), default=0)
     for row in measured:
         if row.threads == threads and row.allocator == "default":

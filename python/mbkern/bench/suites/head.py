@@ -134,7 +134,10 @@ def _problem(rows: int, model: Model, dtype: torch.dtype, plan: Plan) -> Problem
     there, absent = peers.found(peers.HEADS, plan.device)
     for name, function in there.items():
         runs[name] = (partial(h.through, function), three)
-    ways = [Way(name, run, h.drop, h.error, flops=flops) for name, (run, flops) in runs.items()]
+    ways = [
+        Way(name, run, h.drop, h.error, flops=flops, isa="avx2" if name.endswith("(avx2)") else "")
+        for name, (run, flops) in runs.items()
+    ]
     ways += [
         Way("limit: three products", lambda: products(1), h.drop, flops=three, limit=True),
         Way("limit: four products", lambda: products(2), h.drop, flops=four, limit=True),
