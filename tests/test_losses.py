@@ -208,6 +208,7 @@ def test_arguments_are_left_alone(case: Case) -> None:
     assert torch.equal(sample.target, target)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @pytest.mark.parametrize("case", [c for c in CASES if not c.has_rows], ids=lambda case: case.name)
 def test_broadcasting(case: Case) -> None:
     """Gradients have their argument's shape; their sum is torch's, so not that of 16-bit ones."""
@@ -228,6 +229,26 @@ def test_broadcasting(case: Case) -> None:
             loss = case.function(sample.input, sample.target, reduction=reduction, **sample.options)
             label = f"{case.name} {shape} {other} {dtype} {reduction}"
             check(loss, want[0], stock[0], label, sizes[0])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.has_rows], ids=lambda case: case.name)
+def test_torchs_warning_of_broadcasting(case: Case) -> None:
+    """The same words, of the caller, wherever torch warns."""
+    if case.one_shape or case.torch is None:
+        return
+    inputs = case.sample((8, 1), torch.float32), case.sample((8,), torch.float32)
+    x, y = inputs[0].input, inputs[1].target
+    seen = []
+    for function in (case.torch, case.function):
+        if function is case.torch and not case.torch_broadcasts:
+            return
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(x, y, **inputs[0].options)
+        seen.append([(w.category, str(w.message), w.filename) for w in caught])
+    known = "reduction: 'mean' divides"  # of kl_div
+    torchs = [w for w in seen[0] if known not in w[1]]
+    assert seen[1] == torchs
 
 
 def test_many_dimensions() -> None:

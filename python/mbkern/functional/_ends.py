@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -38,7 +39,10 @@ class Extras(TypedDict, total=False):
     loss_dtype: torch.dtype | None
 
 
+_is_compiling = torch.compiler.is_compiling
 _EXTRAS = frozenset(Extras.__annotations__)
+#: Where torch warns of tensors that broadcast: (N, 1) against (N) is hardly ever meant.
+_WARNED_OF = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 
 
 def row_loss(
@@ -191,8 +195,20 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
                 f"mbkern: inplace=True needs an input of the shape of the loss, {tuple(common)}, "
                 f"not {tuple(shape)}"
             )
+        if loss.name in _WARNED_OF and second is not None and not _is_compiling():
+            _warn_of_broadcasting(first, second)
         tensors = tuple(None if t is None else t.expand(common) for t in tensors)
     return (*tensors, None, None)[:3]  # type: ignore[return-value]
+
+
+def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
+    # In torch's words, which filters of warnings may look for. The caller is the user's.
+    warnings.warn(
+        f"Using a target size ({target.size()}) that is different to the input size "
+        f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
+        "Please ensure they have the same size.",
+        stacklevel=5,
+    )
 
 
 def _refuse_other_gradients(
