@@ -64,6 +64,18 @@ def test_suites_have_cases_short_and_full(suite: str) -> None:
     assert 0 < len(short) <= len(full)
 
 
+@pytest.mark.parametrize(
+    ("model", "largest", "text"),
+    [("gpt-2", 256, "256: 512 of 50257 classes are more than the 2^24"), ("imagenet", 8192, "")],
+)
+def test_a_range_that_was_cut_says_so(model: str, largest: int, text: str) -> None:
+    cases, _ = suites.of(Plan(("minibatch",), model=model))
+    assert max(case.size for case in cases) == largest
+    for case in cases:
+        assert text in case.extra.get("range", "")
+        assert bool(text) == ("range" in case.extra)
+
+
 def test_suites_that_this_build_has_no_functions_for_say_so() -> None:
     cases, reasons = suites.of(Plan(("accumulate", "flush")))
     there = {c.suite for c in cases}

@@ -50,7 +50,12 @@ def _rows() -> list[Row]:
         for provider, speed in (("torch", 3e-6), ("mbkern in place", 1e-6)):
             found.append(
                 _row("minibatch", provider, size, 1e-5 + speed * size, axis="micro-batch",
-                     extra={"series": "loss gradient", "bits_different": 0, "loss_error": 0.0})
+                     extra={"series": "loss gradient", "range": "loss ends at 64.", "cut_items": 99,
+                            "bits_different": 99 // size, "loss_error": 1e-7 / size})
+            )  # fmt: skip
+            found.append(
+                _row("minibatch", provider, size, 1e-5 + speed * size / 2, direction="forward",
+                     axis="micro-batch", extra={"series": "loss function"})
             )  # fmt: skip
             found.append(
                 _row("scaling", provider, size, speed * size, axis="rows",
@@ -78,7 +83,16 @@ def test_every_kind_of_figure_is_drawn() -> None:
     drawn = {f.key.split("-")[0]: f for f in figures.all_of(_rows())}
     assert set(drawn) == {"minibatch", "scaling", "speedup", "size", "roofline", "memory"}
     knee = {line.name: line.mark for line in drawn["minibatch"].lines}
-    assert knee == {"torch": 64, "mbkern in place": 64}
+    assert knee == {
+        f"{provider} · {what}": 64
+        for provider in ("torch", "mbkern in place")
+        for what in ("gradient", "function")
+    }
+    bits, errors = drawn["minibatch"].panels
+    assert [line.y for line in bits.lines] == [[99, 12, 1]] * 2
+    assert [line.y for line in errors.lines] == [[1e-7, 1e-7 / 8, 1e-7 / 64]] * 2
+    assert "99 samples" in drawn["minibatch"].note
+    assert "loss ends at 64." in drawn["minibatch"].note
     slopes = [line.name.split()[-1] for line in drawn["scaling"].lines]
     assert slopes == ["1.00", "1.00"]
     (ours,) = drawn["speedup"].lines
@@ -93,6 +107,7 @@ def test_the_page_is_self_contained(folder: Path) -> None:
     assert page.count("class='plot'") == len(figures.all_of(_rows()))
     assert "case </script>" not in page
     assert (folder / "report.md").read_text().count("## ") == 6
+    assert "- loss ends at 64." in (folder / "report.md").read_text()
     for figure in figures.all_of(_rows()):
         for suffix in ("png", "svg"):
             assert (folder / f"{figure.key}.{suffix}").stat().st_size > 5000
@@ -132,7 +147,7 @@ def test_ratios_are_of_rows_of_one_run() -> None:
     assert ours.x == ["case </script> 8 float32"]
     assert ours.y == pytest.approx([1.0])
     sizes = {line.name: line.x for line in drawn["minibatch"].lines}
-    assert sizes == {"torch": [1, 2, 8], "mbkern": [1, 2]}
+    assert sizes == {"torch · gradient": [1, 2, 8], "mbkern · gradient": [1, 2]}
     (table,) = [t for t in tables_of(found) if t.title == "cross_entropy"]
     assert sum("x (" in cell for row in table.rows for cell in row) == 1
 

@@ -19,6 +19,7 @@ class Series:
     provider: str
     allocator: str
     threads: str
+    device: str
     rows: list[Row]
 
     @property
@@ -39,7 +40,7 @@ class Series:
 
 def series(rows: Sequence[Row], suite: str) -> list[Series]:
     """The series of a suite, each of one run: of several the last."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+    found: dict[tuple[str, str, str, str, str], list[Row]] = {}
     for row in rows:
         if row.suite == suite and row.ranked and "series" in row.extra:
             threads = "" if row.axis == "threads" else str(row.threads)
@@ -49,10 +50,14 @@ def series(rows: Sequence[Row], suite: str) -> list[Series]:
                 members.clear()
             members.append(row)
     return [
-        Series(name, provider, allocator, threads,
-               sorted(latest(members).values(), key=lambda r: r.size))
-        for (name, provider, allocator, threads, _), members in found.items()
-    ]  # fmt: skip
+        Series(*key, sorted(latest(members).values(), key=lambda r: r.size))
+        for key, members in found.items()
+    ]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Where a range of sizes was cut, and why."""
+    return list(dict.fromkeys(r.extra["range"] for r in rows if "range" in r.extra))
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

@@ -118,6 +118,8 @@ def show(rows: Sequence[Row], command: str) -> None:
     measured = next((r for r in rows if r.environment), None)
     if measured is not None:
         tables.show(display.machine_table(measured, command=command))
+    for text in conclusions.notes(rows):
+        print(f"note: {text}")
     for text in display.skipped(rows):
         print(f"skipped: {text}")
     for text in display.warnings(rows):

@@ -31,6 +31,20 @@ class Line:
     limit: bool = False
     mark: float | None = None  # an x that is pointed out
     colour: str = ""
+    dotted: bool = False
+
+
+@dataclass
+class Panel:
+    """More lines over the same x, below the others, with a linear y."""
+
+    y: str
+    lines: list[Line]
+
+    @property
+    def marks(self) -> list[int]:
+        """Sizes of the lines' marks: the first are the largest, as others may lie on top."""
+        return [4 + 3 * k for k in reversed(range(len(self.lines)))]
 
 
 @dataclass
@@ -44,6 +58,7 @@ class Figure:
         kind: "line", "points" (x are values, y are labels in ``Line.x``) or "bars".
         reference: a value that is drawn across: of y, or of x for points.
         note: what to see.
+        panels: below, of a "line" figure.
     """
 
     key: str
@@ -54,6 +69,7 @@ class Figure:
     kind: str = "line"
     reference: float | None = None
     note: str = ""
+    panels: list[Panel] = field(default_factory=list)
 
 
 def colour(provider: str, limit: bool, names: Sequence[str]) -> str:
@@ -77,7 +93,7 @@ def all_of(rows: Sequence[Row]) -> list[Figure]:
                     *_memory(suite, mine)]  # fmt: skip
     names = sorted({r.provider for r in rows if not r.limit})
     for figure in figures:
-        for line in figure.lines:
+        for line in (*figure.lines, *(line for panel in figure.panels for line in panel.lines)):
             line.colour = colour(line.name.split(" · ")[0], line.limit, names)
     return figures
 
@@ -86,24 +102,59 @@ def _place(row: Row) -> str:
     return f"{row.allocator} allocator, {row.threads} threads"
 
 
+_KNEE = "Marked is the knee: the smallest micro-batch within 10 % of the best time."
+
+
 def _minibatch(rows: Sequence[Row]) -> list[Figure]:
-    found: dict[str, list[Line]] = {}
+    """Function and gradient of one loss together, and below what cutting costs in exactness."""
+    found: dict[str, list[conclusions.Series]] = {}
     for s in conclusions.series(rows, "minibatch"):
-        intervals = [r.interval_s or [0.0, 0.0] for r in s.rows]
-        line = Line(
-            s.provider, s.sizes, s.per_sample,
-            [low / r.size for (low, _), r in zip(intervals, s.rows, strict=True)],
-            [high / r.size for (_, high), r in zip(intervals, s.rows, strict=True)], mark=s.knee,
-        )  # fmt: skip
-        found.setdefault(f"{s.name}, {s.allocator} allocator, {s.threads} threads", []).append(line)
+        loss = s.name.rpartition(" ")[0]
+        title = f"{loss}, {s.device}, {s.allocator} allocator, {s.threads} threads"
+        found.setdefault(title, []).append(s)
     return [
         Figure(
             f"minibatch-{k}", f"Time a sample: {title}", "micro-batch [samples]",
-            "time a sample [s]", lines,
-            note="Marked is the knee: the smallest micro-batch within 10 % of the best time.",
+            "time a sample [s]", [_time_a_sample(s) for s in members],
+            note=" ".join([_KNEE, *_cut_note(members)]), panels=_cut_panels(members),
         )
-        for k, (title, lines) in enumerate(found.items())
+        for k, (title, members) in enumerate(found.items())
     ]  # fmt: skip
+
+
+def _time_a_sample(s: conclusions.Series) -> Line:
+    what = s.name.rpartition(" ")[2]
+    line = _line_over_size(f"{s.provider} · {what}", s.rows, lambda row: row.size)
+    line.mark, line.dotted = s.knee, what == "function"
+    return line
+
+
+def _cut(s: conclusions.Series) -> list[Row]:
+    return [row for row in s.rows if "bits_different" in row.extra]
+
+
+def _cut_panels(found: Sequence[conclusions.Series]) -> list[Panel]:
+    panels = []
+    for name, label in (("bits_different", "results that differ"), ("loss_error", "loss error")):
+        lines = [
+            Line(s.provider, [r.size for r in cut], [float(r.extra[name]) for r in cut])
+            for s in found
+            if (cut := _cut(s))
+        ]
+        if lines:
+            panels.append(Panel(label, lines))
+    return panels
+
+
+def _cut_note(found: Sequence[conclusions.Series]) -> list[str]:
+    rows = [row for s in found for row in s.rows]
+    items = max((r.extra.get("cut_items", 0) for r in rows), default=0)
+    below = (
+        f"Below: {items} samples cut into such micro-batches; elements of the gradient (and the "
+        "loss) whose bits are not those of the uncut samples, and the relative error of the mean "
+        "loss against fp64."
+    )
+    return [*([below] if items else []), *conclusions.notes(rows)]
 
 
 def _line_over_size(
@@ -120,17 +171,17 @@ def _line_over_size(
 
 
 def _scaling(rows: Sequence[Row]) -> list[Figure]:
-    found: dict[tuple[str, str, str], list[Line]] = {}
+    found: dict[tuple[str, str, str, str], list[Line]] = {}
     for s in conclusions.series(rows, "scaling"):
         line = _line_over_size(s.provider, s.rows)
         growth = statistics.growth(s.sizes, [r.samples_s for r in s.rows])
         if growth:
             line.name += f" · slope {growth.slope:.2f}"
-        found.setdefault((s.name, s.rows[0].axis, s.allocator), []).append(line)
+        found.setdefault((s.name, s.rows[0].axis, s.device, s.allocator), []).append(line)
     return [
-        Figure(f"scaling-{axis}-{state}", f"Growth: {title}, {state} allocator", axis, "time [s]",
-               lines, note="Expected is a slope of 1, of -1 for threads.")
-        for (title, axis, state), lines in found.items()
+        Figure(f"scaling-{axis}-{device}-{state}", f"Growth: {title}, {device}, {state} allocator",
+               axis, "time [s]", lines, note="Expected is a slope of 1, of -1 for threads.")
+        for (title, axis, device, state), lines in found.items()
     ]  # fmt: skip
 
 

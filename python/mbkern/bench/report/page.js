@@ -15,11 +15,12 @@ function colours() {
 function drawn(spec) {
   const { ink, axis } = colours();
   const narrow = innerWidth < 600;
+  const axes = Object.entries(spec.layout).filter(([name]) => /^[xy]axis/.test(name));
   return {
     ...spec.layout,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: ink, size: narrow ? 10 : 12 },
-    xaxis: { ...spec.layout.xaxis, ...axis }, yaxis: { ...spec.layout.yaxis, ...axis },
+    ...Object.fromEntries(axes.map(([name, own]) => [name, { ...own, ...axis }])),
     legend: { ...spec.layout.legend, bgcolor: "rgba(0,0,0,0)" },
   };
 }

@@ -95,8 +95,30 @@ def _spec(figure: Figure) -> dict[str, Any]:
              "line": {"color": "#888", "width": 1}}
         ]  # fmt: skip
     traces = [_trace(figure, line) for line in figure.lines]
-    marks = [_mark(line) for line in figure.lines if line.mark is not None]
-    return {"data": traces + marks, "layout": layout}
+    traces += [_mark(line) for line in figure.lines if line.mark is not None]
+    if figure.panels:
+        traces += _below(figure, layout)
+    return {"data": traces, "layout": layout}
+
+
+def _below(figure: Figure, layout: dict[str, Any]) -> list[dict[str, Any]]:
+    """Traces of the panels, each with an axis of its own in the lower half of the figure."""
+    count = len(figure.panels)
+    layout["height"] += 170 * count
+    layout["xaxis"]["anchor"] = f"y{count + 1}"
+    layout["yaxis"]["domain"] = [0.54, 1.0]
+    traces = []
+    for k, panel in enumerate(figure.panels):
+        top = 0.5 * (1 - k / count)
+        layout[f"yaxis{k + 2}"] = {
+            "title": {"text": panel.y}, "domain": [top - 0.5 / count + 0.04, top],
+            "rangemode": "tozero", "automargin": True, "exponentformat": "power",
+        }  # fmt: skip
+        for line, size in zip(panel.lines, panel.marks, strict=True):
+            marker = {"color": line.colour, "size": 2 * size}
+            own = {"yaxis": f"y{k + 2}", "showlegend": False, "marker": marker}
+            traces.append(_trace(figure, line) | own)
+    return traces
 
 
 def _errors(line: Line) -> dict[str, Any]:
@@ -118,6 +140,8 @@ def _trace(figure: Figure, line: Line) -> dict[str, Any]:
             trace["error_x"] = _errors(line)
         return trace
     trace |= {"x": line.x, "y": line.y, "line": {"color": line.colour, "width": 2}}
+    if line.dotted:
+        trace["line"]["dash"] = "dot"
     if line.limit:
         trace["line"]["dash"] = "dash"
         trace["marker"]["symbol"] = "diamond"

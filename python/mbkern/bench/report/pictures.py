@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from mbkern.bench.report.figures import Figure, Line
+from mbkern.bench.report.figures import Figure, Line, Panel
 
 
 def save(figures: Sequence[Figure], folder: Path) -> list[Path]:
@@ -22,10 +22,20 @@ def save(figures: Sequence[Figure], folder: Path) -> list[Path]:
         labels = list(dict.fromkeys(str(x) for line in figure.lines for x in line.x))
         flat = figure.kind in ("points", "bars")
         height = max(3.0, 1.2 + 0.5 * len(labels)) if flat else 4.5
-        drawing, axes = pyplot.subplots(figsize=(8, height), layout="constrained")
+        below = len(figure.panels)
+        drawing, grid = pyplot.subplots(
+            1 + below, squeeze=False, sharex=True, figsize=(8, height + 1.8 * below),
+            height_ratios=[3.0] + [1.2] * below, layout="constrained",
+        )  # fmt: skip
+        axes, *others = grid[:, 0]
         (_flat if flat else _curves)(axes, figure, labels)
         axes.set_title("\n".join(wrap(figure.title, 70)), fontsize=10)
         axes.grid(alpha=0.3)
+        for under, panel in zip(others, figure.panels, strict=True):
+            _panel(under, panel)
+        if others:
+            axes.set_xlabel("")
+            others[-1].set_xlabel(figure.x)
         drawing.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         for suffix in ("png", "svg"):
             path = folder / f"{figure.key}.{suffix}"
@@ -46,7 +56,7 @@ def _errors(line: Line) -> list[list[float]] | None:
 def _curves(axes: Any, figure: Figure, _: Sequence[str]) -> None:
     for line in figure.lines:
         scatter = figure.kind == "scatter"
-        style = "none" if scatter else "--" if line.limit else "-"
+        style = "none" if scatter else "--" if line.limit else ":" if line.dotted else "-"
         axes.errorbar(
             line.x, line.y, yerr=_errors(line), label=line.name, color=line.colour,
             linestyle=style, marker="D" if line.limit else "o", markersize=4, capsize=2,
@@ -56,6 +66,14 @@ def _curves(axes: Any, figure: Figure, _: Sequence[str]) -> None:
             axes.plot([line.mark], [line.y[at]], "o", markersize=11, fillstyle="none",
                       color=line.colour)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel=figure.x, ylabel=figure.y)
+
+
+def _panel(axes: Any, panel: Panel) -> None:
+    for line, size in zip(panel.lines, panel.marks, strict=True):
+        axes.plot(line.x, line.y, "o-", markersize=size, color=line.colour)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.set_ylabel(panel.y)
+    axes.grid(alpha=0.3)
 
 
 def _flat(axes: Any, figure: Figure, labels: Sequence[str]) -> None:

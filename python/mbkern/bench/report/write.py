@@ -79,6 +79,7 @@ def report(
         *_of_several(machines, len(every) - len(found)),
         *warnings,
         *display.warnings(found),
+        *conclusions.notes(found),
         *(f"Skipped: {s}" for s in display.skipped(found)),
     ]
     drawn = figures.all_of(found)

@@ -8,7 +8,7 @@ the gradient, and against fp64 for the mean loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,17 +42,30 @@ def cases(plan: Plan) -> list[Case]:
 
     step = 2 if plan.short else 1
     sizes = [1 << power for power in range(0, LARGEST.bit_length(), step)]
+    kept = [size for size in sizes if size * classes <= budget]
+    end = _end(f"{formula.name} {model.name}", classes, kept, sizes, budget)
     return [
         Case(
             SUITE, f"{formula.name} {model.name} {what} {size}",
             shape(size), "float32", partial(_problem, formula, shape(size), what),
             size, "micro-batch", "forward" if what == FUNCTION else "both",
-            extra={"samples": size, "series": f"{formula.name} {model.name} {what}"},
+            extra={"samples": size, "series": f"{formula.name} {model.name} {what}", **end},
         )
-        for size in sizes
-        if size * classes <= budget
+        for size in kept
         for what in (FUNCTION, GRADIENT)
     ]  # fmt: skip
+
+
+def _end(
+    what: str, classes: int, kept: Sequence[int], sizes: Sequence[int], budget: int
+) -> dict[str, str]:
+    """Where the range was cut and why, if it was."""
+    if len(kept) == len(sizes):
+        return {}
+    return {
+        "range": f"{what} ends at micro-batches of {kept[-1]}: {sizes[len(kept)]} of {classes} "
+        f"classes are more than the 2^{budget.bit_length() - 1} elements that are measured here."
+    }
 
 
 def _problem(formula: Formula, shape: tuple[int, ...], what: str, plan: Plan) -> Problem:
