@@ -172,7 +172,7 @@ def test_a_report_on_two_machines_says_so_and_lists_both(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="NOT CHECKED: no browser; Debian's package: chromium")
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_browser_draws_the_page_at_a_phones_width(folder: Path, theme: str) -> None:
     assert CHROMIUM is not None
