@@ -94,7 +94,7 @@ sanitize: $(PACKAGE)
 
 # CUDA's kernels on the CPU, their threads in several orders.
 SHIM_ORDERS ?= ascending descending random:1
-SHIM_TESTS ?= tests/test_selftest.py tests/test_losses.py tests/test_cuda.py
+SHIM_TESTS ?= tests/test_selftest.py tests/test_losses.py tests/test_cuda.py tests/test_accumulator_device.py
 shim-native: $(TOOLS)
 	$(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON
 	cmake --build build/shim/native --target shim_test core_test
@@ -178,7 +178,8 @@ integrations: $(PACKAGE)
 	  'import torch; print("torch==" + torch.__version__.split("+")[0])') \
 	  numpy pytest hypothesis expecttest transformers accelerate lightning
 	build/integrations/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl
-	build/integrations/bin/python -m pytest -q -W default tests/test_integrations.py
+	build/integrations/bin/python -m pytest -q -W default tests/test_integrations.py \
+	  tests/test_micro_batches_encoding.py
 
 # The kernels for all architectures, and PTX of the first and of the last for what comes between and
 # after; then their machine code. make cuda-all FLAGS=--write renews the table of registers.

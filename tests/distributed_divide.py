@@ -65,6 +65,27 @@ def refuse_two_factors(world: int) -> None:
         window(accumulator, model, [slice(0, 1)])
 
 
+def refuse_another_factor(world: int) -> None:
+    """Nor one that changes in a window; with the old one it goes on."""
+    model = sharded(3.0, world)
+    accumulator = mbkern.GradAccumulator(model)
+    x, target = batches()[0]
+
+    def backward() -> None:
+        loss = F.cross_entropy(model(x[:1]), target[:1], reduction="sum")
+        accumulator.backward(loss, count=1)
+
+    backward()
+    for module in (model[0], model):
+        module.set_gradient_divide_factor(1.0)
+    for call in (backward, accumulator.flush):
+        with pytest.raises(RuntimeError, match="by 1 now, and divided by 3"):
+            call()
+    for module in (model[0], model):
+        module.set_gradient_divide_factor(3.0)
+    assert accumulator.flush().counts == {"": float(world)}
+
+
 def main() -> None:
     """Every factor in every way, and write the results of this rank."""
     rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
@@ -77,6 +98,7 @@ def main() -> None:
         f"{factor:g} {way}": divided(factor, way, rank, world) for factor in FACTORS for way in WAYS
     }
     refuse_two_factors(world)
+    refuse_another_factor(world)
     torch.save(found, f"{out}.{rank}")
     dist.barrier()
     process_group.leave()

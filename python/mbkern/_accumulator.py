@@ -73,7 +73,9 @@ class GradAccumulator:
     meanwhile (choose float32), and ``flush`` reduces them, once a window; then there is one
     denominator, and a parameter without a gradient counts as one whose gradient is 0 if others of
     its group have one. Every rank must run every backward. What FSDP divides by is multiplied in
-    again, in fp32. Over ranks go the counts and the squares of the norms, one all-reduce each.
+    again, in fp32, so ``set_gradient_divide_factor`` changes nothing; it sets that of one module,
+    and must be the same for all, in all of a window. Over ranks go the counts and the squares of
+    the norms, one all-reduce each.
 
     Args:
         parameters: a module, parameters, (name, parameter) pairs, or groups as optimizers have them
@@ -392,6 +394,7 @@ class GradAccumulator:
         require_no_gradients(self._all())
         if self._shards is not None:
             self._shards.require_own(window.kept)
+            window.require_divisor(self._shards.divisor())
         release(self._slots, self._into)
         require_no_sync(self._module)
         self._take_strays()
@@ -502,7 +505,6 @@ class GradAccumulator:
         self._require_closed("flush()")
         self._window.require_whole()
         self._require_known()
-        self._thaw_unfrozen()  # also on a rank without a micro-batch: buffers are all-reduced
         self._take_strays()
         self._reduce_kept()
         if self.mode == "known" and self._group is None and self._shards is None:
@@ -513,7 +515,7 @@ class GradAccumulator:
                 scaler, optimizer, self._all(), self._window.micro_batches
             )
         if self._shards is not None and self.mode != "known":
-            self._shards.reduce_counts(self._slots, self._window.counts, self._names)
+            self._shards.reduce_counts(self._window.counts, self._names)
         if self._group is not None:
             known = self.mode == "known"
             reduce_window(self._slots, self._window.counts, self._names, known, self._group)
@@ -579,12 +581,14 @@ class GradAccumulator:
 
     def _reduce_kept(self) -> None:
         """Take over the gradients that FSDP has kept whole."""
+        self._thaw_unfrozen()  # also on a rank without a micro-batch: buffers are all-reduced
         if self._shards is None:
             return
+        self._window.require_divisor(self._shards.divisor())
         self._shards.require_own(self._window.kept)
         self._shards.require_all_reduced()
         if self._shards.keep_any():
-            self._shards.reduce_kept(self._slots, self._alpha(self._names[0]))
+            self._shards.reduce_kept(self._alpha(self._names[0]))
             self._window.kept = self._shards.kept()
 
     def _take_strays(self) -> None:

@@ -193,7 +193,7 @@ def write(
         buffers,
         denominator=denominator,
         grad_scale=options.grad_scale,
-        factor=1.0 if shards is None else shards.divisor(slots),
+        factor=1.0 if shards is None else shards.divisor(),
         parameters=[s.local() if s.l1 or s.l2 else None for s in sums],
         l1=[slot.l1 for slot in sums],
         l2=[slot.l2 for slot in sums],
@@ -201,7 +201,7 @@ def write(
         compensation=low,
     )
     if shards is not None:
-        stats = shards.whole(slots, stats)
+        stats = shards.whole(stats)
     if later is not None:  # the norm is known only now
         clip = torch.clamp(later / (stats.norm + 1e-6), max=1.0)
         over = flush_(grads, buffers, factor=clip).found_inf

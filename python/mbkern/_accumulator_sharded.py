@@ -40,6 +40,7 @@ class Shards:
 
     def __init__(self, modules: list[Any]) -> None:
         self._modules = modules
+        self._slots: list[Slot] = []  # all that there are, frozen ones too
 
     def check(self, slots: list[Slot]) -> None:
         """Raise if these are not all shards over one mesh."""
@@ -63,6 +64,7 @@ class Shards:
             meshes.append(mesh)
         if any(mesh != meshes[0] for mesh in meshes):
             raise ValueError("mbkern: the parameters are sharded over different meshes")
+        self._slots = list(slots)
 
     def _groups(self) -> list[Any]:
         return [
@@ -109,13 +111,13 @@ class Shards:
         """Whether FSDP keeps a gradient of this window that was not reduced."""
         return any(_kept(p) is not None for g in self._groups() for p in g.fsdp_params)
 
-    def reduce_kept(self, slots: list[Slot], alpha: Number) -> None:
+    def reduce_kept(self, alpha: Number) -> None:
         """Add the gradients that FSDP has kept whole to the sums, as a reduced one would be.
 
         One reduce-scatter for each of FSDP's groups of parameters, in the buffers' type. A rank
         takes part in it if it keeps a gradient of the group; those that it lacks are zeros.
         """
-        slot_of = {id(slot.parameter): slot for slot in slots}
+        slot_of = {id(slot.parameter): slot for slot in self._slots}
         for group in self._groups():
             if all(_kept(p) is None for p in group.fsdp_params):
                 continue
@@ -137,7 +139,7 @@ class Shards:
                 some = [k for k, slot in enumerate(members) if slot.received[0] == received]
                 accumulate_(
                     [members[k].buffers[0] for k in some], [shards[k] for k in some],
-                    alpha / self.divisor(slots), 1.0 if received else 0.0,
+                    alpha / self.divisor(), 1.0 if received else 0.0,
                 )  # fmt: skip
             for slot in members:
                 slot.received[0] = True
@@ -149,23 +151,23 @@ class Shards:
             if _partly_reduced(group) is not None:
                 group._partial_reduce_output = None
 
-    def divisor(self, slots: list[Slot]) -> float:
-        """What FSDP has divided the sums over ranks by."""
-        found = {group.gradient_divide_factor for group in self._groups()}
+    def divisor(self) -> float:
+        """What FSDP divides the sums over ranks by."""
+        ranks = float(self._slots[0].mesh.size())
+        factors = [group.gradient_divide_factor for group in self._groups()]
+        found = {ranks if factor is None else float(factor) for factor in factors} or {ranks}
         if len(found) > 1:
-            raise ValueError(f"mbkern: FSDP modules divide by different factors: {sorted(found)}")
-        (factor,) = found or {None}
-        if factor is not None:
-            return float(factor)
-        mesh = slots[0].mesh
-        return float(mesh.size())
+            raise ValueError(
+                f"mbkern: FSDP modules divide by different factors: {sorted(found)}; "
+                "set_gradient_divide_factor sets that of the module it is called on only"
+            )
+        (factor,) = found
+        return factor
 
-    def reduce_counts(
-        self, slots: list[Slot], counts: dict[str, Count], names: tuple[str, ...]
-    ) -> None:
+    def reduce_counts(self, counts: dict[str, Count], names: tuple[str, ...]) -> None:
         """Make the counts those of all ranks."""
-        mesh = slots[0].mesh
-        totals = torch.zeros(len(names), dtype=torch.float64, device=slots[0].local().device)
+        mesh, device = self._slots[0].mesh, self._slots[0].local().device
+        totals = torch.zeros(len(names), dtype=torch.float64, device=device)
         for k, name in enumerate(names):
             totals[k] = counts.get(name, Count()).total()
         for dim in range(mesh.ndim):
@@ -174,9 +176,9 @@ class Shards:
             counts[name] = Count()
             counts[name].add(totals[k])
 
-    def whole(self, slots: list[Slot], stats: FlushStats) -> FlushStats:
+    def whole(self, stats: FlushStats) -> FlushStats:
         """Statistics of whole parameters, from those of their shards; not clipped yet."""
-        slot = slots[0]
+        slot = self._slots[0]
         sums = torch.cat((stats.squared_norms, stats.penalty.reshape(1)))
         over = stats.found_inf.clone()
         group = slot.mesh.get_group(_shard_dim(slot))
@@ -184,6 +186,12 @@ class Shards:
         torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=group)
         norm = sums[:-1].sum().sqrt()
         return stats._replace(norm=norm, squared_norms=sums[:-1], penalty=sums[-1], found_inf=over)
+
+
+# The newer name, where there is one: the older warns then.
+_scatter: Any = getattr(
+    torch.distributed, "reduce_scatter_single", torch.distributed.reduce_scatter_tensor
+)
 
 
 def _kept(parameter: Any) -> Tensor | None:
@@ -221,7 +229,7 @@ def _reduced(parameters: list[Any], slots: list[Slot]) -> list[Tensor]:
         for rank, piece in enumerate(torch.split(grad, max(padded[dim], 1), dim)):
             part[rank].view(padded).narrow(dim, 0, piece.size(dim)).copy_(piece)
     summed = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-    torch.distributed.reduce_scatter_tensor(summed, parts.view(-1), group=mesh.get_group(at))
+    _scatter(summed, parts.view(-1), group=mesh.get_group(at))
     for other in range(mesh.ndim):
         if other != at:
             torch.distributed.all_reduce(summed, group=mesh.get_group(other))

@@ -51,6 +51,7 @@ def save(accumulator: GradAccumulator) -> dict[str, Any]:
         "noise_scale": (
             None if accumulator.noise_scale is None else accumulator.noise_scale.state_dict()
         ),
+        "divisor": window.divisor,
         "clipped": None if accumulator._clipped is None else accumulator._clipped.clone(),
     }
 
@@ -147,6 +148,7 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     window.measured_whole, window.repeated = state["measured_whole"], state["repeated"]
     window.omitted = set(state["omitted"])
     window.micro_batches = state["micro_batches"]
+    window.divisor = state.get("divisor")
     if accumulator.noise_scale is not None and state["noise_scale"] is not None:
         accumulator.noise_scale.load_state_dict(state["noise_scale"])
     clipped = state.get("clipped")

@@ -28,6 +28,7 @@ class Window:
         repeated: whether a parameter had two gradients in one micro-batch.
         lent: buffers that kernels may add to, and their versions before.
         kept: what FSDP kept of gradients after the last micro-batch.
+        divisor: what FSDP divided by.
         broken: why the window is refused.
         failed: of the micro-batch that was added in part, its denominator and the count with it.
     """
@@ -42,6 +43,7 @@ class Window:
     repeated: bool = False
     lent: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     kept: Kept = ()
+    divisor: float | None = None
     broken: str | None = None
     failed: tuple[str, Count] | None = None
 
@@ -51,6 +53,15 @@ class Window:
             raise RuntimeError(
                 f"mbkern: {self.broken}; reset() drops the window, keep_partial() goes on with it"
             )
+
+    def require_divisor(self, now: float) -> None:
+        """Raise if FSDP divides by another factor than in the window's first micro-batch."""
+        if self.divisor not in (None, now):
+            raise RuntimeError(
+                f"mbkern: FSDP divides gradients by {now:g} now, and divided by {self.divisor:g} "
+                "earlier in this window; set it back, or reset() drops the window"
+            )
+        self.divisor = now
 
     def keep_partial(self) -> None:
         """Take the micro-batch that was added in part for whole: its items count."""

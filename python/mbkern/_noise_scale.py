@@ -23,7 +23,7 @@ from mbkern._arguments import Number
 
 def _beside(like: Tensor, number: Number) -> Tensor:
     """A number as a 0-dim tensor; one of the host's is filled in, as a copy would be waited for."""
-    if isinstance(number, Tensor):
+    if isinstance(number, Tensor) and not number.is_cpu:
         return number.to(like).reshape(())
     return torch.full_like(like, float(number))
 
