@@ -48,11 +48,23 @@ by the target at p = 0 or 1 is that of the loss, 100 or -100, and not infinite; 
 SETTINGS_HEAD = """
 ## Settings
 
-Every line is a test (`tests/test_settings.py`) of every loss in float32, bfloat16, float16 and
-float64: the result is torch's to rounding, with torch's dtype. "Same bits": and it has the bits of
-a plain call. Refused: an error with the reason, before anything is read or written. "torch": the
-oldest version, of 2.6, 2.13 and 2.14, that does this; `mbkern.patched()` reaches compiled calls
-from 2.13 on. `make torches` runs the tests with the oldest and the newest.
+Every line is a test (`tests/test_settings.py`) of `cross_entropy` and of every loss of elements in
+float32, bfloat16, float16 and float64, but for Inductor's two lines: those in float32, and in the
+other dtypes for `cross_entropy`, `mse_loss` and `half_squared_error`. `make test` tries these three
+losses everywhere and each other loss in every seventh line, in float32; `make slow` tries the rest.
+Losses of rows of several tensors have a shorter list, `tests/test_rows_settings.py`: derivatives,
+autocast, torch.compile, vmap and grad, tensors without memory.
+
+The result is torch's to rounding (where torch has no such function: its formula's), with torch's
+dtype. "Same bits": and it has the bits of a plain call. Refused: an error with the reason, before
+anything is read or written. "torch": the oldest version, of 2.6, 2.13 and 2.14, that does this;
+`mbkern.patched()` reaches compiled calls from 2.13 on. `make torches` runs the tests with the
+oldest and the newest.
+
+As in torch, losses that are linear in the input have no second derivative to ask autograd for:
+`quantile_loss`, `hinge_loss`, `hinge_embedding_loss`, `margin_ranking_loss`, `kl_div`. An incoming
+gradient that is not finite gives NaN where the derivative is 0, though torch masks some of these to
+0; and infinity where torch's formula subtracts infinities, which makes NaN.
 """
 
 
