@@ -51,7 +51,8 @@ SETTINGS_HEAD = """
 Every line is a test (`tests/test_settings.py`) of `cross_entropy` and of every loss of elements in
 float32, bfloat16, float16 and float64, but for Inductor's two lines: those in float32, and in the
 other dtypes for `cross_entropy`, `mse_loss` and `half_squared_error`. `make test` tries these three
-losses everywhere and each other loss in every seventh line, in float32; `make slow` tries the rest.
+everywhere but in AOTInductor, and each other loss in every seventh line, in float32; `make slow`
+tries the rest.
 Losses of rows of several tensors have a shorter list, `tests/test_rows_settings.py`: derivatives,
 autocast, torch.compile, vmap and grad, tensors without memory.
 

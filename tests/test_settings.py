@@ -1,5 +1,5 @@
 """Every setting that torch can call a loss in, with cross_entropy and every loss of elements, in
-every dtype: torch's result, or the stated refusal. The documentation's table is of the same list."""
+every dtype: torch's result, or the stated refusal. docs/support.md is made of the same list."""
 
 from __future__ import annotations
 
