@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CASES, Case, Sample
 from patched_inputs import (
     ARGUMENTS,
     ORIGINALS,
@@ -23,6 +24,7 @@ from patched_inputs import (
 )
 from torch import Tensor
 from torch.nn.functional import mse_loss as imported_mse_loss
+from torch.utils import checkpoint
 
 import mbkern
 from mbkern._patched import PatchReport, patch, patched, unpatch
@@ -190,6 +192,62 @@ def test_decorator(mode: bool) -> None:
 
     assert probe(0) == probe(2) == "mbkern"
     assert run_by(lambda *a: F.cross_entropy(*a), X, T) == "torch"
+
+
+def _checkpointed(leaf: Tensor) -> Tensor:
+    result: Tensor = checkpoint.checkpoint(
+        lambda x: F.cross_entropy(x * 2, T), leaf, use_reentrant=False
+    )
+    return result
+
+
+def test_checkpoint() -> None:
+    """With patch, backward may run in any thread; with patched, inside the block in its own."""
+    leaf = X.clone().requires_grad_()
+    (want,) = torch.autograd.grad(mbkern.functional.cross_entropy(leaf * 2, T), leaf)
+    patch()
+    try:
+        assert in_a_thread(_checkpointed(leaf).backward) is None
+    finally:
+        unpatch()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, want)
+    leaf.grad = None
+    with patched():
+        _checkpointed(leaf).backward()
+    assert torch.equal(leaf.grad, want)
+
+
+@every_way
+def test_checkpoint_whose_backward_is_in_another_thread(mode: bool) -> None:
+    leaf = X.clone().requires_grad_()
+    with patched(mode=mode):
+        error, _ = in_a_thread(_checkpointed(leaf).backward)
+    assert error is checkpoint.CheckpointError
+    assert leaf.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:reduction. .mean. divides")  # of kl_div
+@pytest.mark.parametrize("case", [c for c in CASES if c.torch], ids=lambda case: case.name)
+def test_checkpoint_whose_backward_is_on_the_other_side(case: Case) -> None:
+    """It raises, also where torch's function saves tensors of the same shapes as ours."""
+    for variation in (v for v in case.variations if v.torch):
+        sample, _ = case.leaves(case.sample((6, 70), torch.float32, variation))
+        if case.third is not None:
+            sample.options.setdefault(case.arguments[2], case.third(sample.input.detach()))
+
+        def function(input: Tensor, sample: Sample = sample) -> Tensor:
+            result: Tensor = getattr(F, case.name)(input * 1, sample.target, **sample.options)
+            return result.sum()
+
+        with patched():
+            before = checkpoint.checkpoint(function, sample.input, use_reentrant=False)
+        with pytest.raises(checkpoint.CheckpointError):
+            before.backward()
+        after = checkpoint.checkpoint(function, sample.input, use_reentrant=False)
+        with patched(), pytest.raises(checkpoint.CheckpointError):
+            after.backward()
+        assert sample.input.grad is None, variation.name
 
 
 def test_somebody_elses_function_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,6 +284,10 @@ def patched(*, mode: bool = False, report: bool = False) -> _Patched:
     exactly that call, and on torch otherwise, with torch's errors. Blocks may be nested. The first
     one of a process imports ``torch._dynamo``.
 
+    With activation checkpointing, which runs losses again in backward, use :func:`patch`, which is
+    for the process, or run backward inside the block in the same thread; otherwise
+    ``torch.utils.checkpoint`` raises CheckpointError.
+
     Args:
         mode: catch the calls by a torch function mode, not in ``torch.nn.functional``. Catches also
             functions that were imported by name beforehand; every torch call then costs a little.

@@ -58,6 +58,9 @@ _OVERWRITTEN = (
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
 # Those around the call, or None.
 _saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+# Saved first under hooks. A checkpoint compares what is saved again by shapes only, and torch's
+# function, if `patched()` has been left since, may save the same shapes in another order.
+_MARK = torch.zeros((1,) * 7, dtype=torch.int8, device="cpu")
 _storage_users = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
 _OURS = 2  # a tensor, and its storage as an object
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -281,7 +284,7 @@ class RowLoss(torch.autograd.Function):
             grad = input.detach() if inplace else new_gradient(input)
             result, divisor = call.run(grad=grad, scale=factor, loss_dtype=request.loss_dtype)
             # Looked at by create_graph, or if the guess fails.
-            ctx.save_for_backward(input, target, options.weight, options.sample_weight, None)
+            ctx.save_for_backward(None, input, target, options.weight, options.sample_weight, None)
             version = _new_version(input) if inplace else -1
             ctx.left = _Left(request, divisor, (grad, None, None), factor, version, guessed)
             return result  # type: ignore[return-value]
@@ -291,7 +294,8 @@ class RowLoss(torch.autograd.Function):
             ctx.left = _left_under_hooks(request, divisor, early and not guessed)
         else:
             ctx.left, state = _Left(request, divisor, state=state), None
-        ctx.save_for_backward(input, target, options.weight, options.sample_weight, state)
+        mark = _MARK if hooked else None
+        ctx.save_for_backward(mark, input, target, options.weight, options.sample_weight, state)
         return result  # type: ignore[return-value]
 
     @staticmethod
@@ -300,7 +304,7 @@ class RowLoss(torch.autograd.Function):
         request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
             _forget_guess(left)
-            input, target = ctx.saved_tensors[:2]
+            input, target = ctx.saved_tensors[1:3]
             first, second = _differentiable(
                 _composite.row_loss, request, divisor, incoming, input, target
             )
@@ -308,7 +312,7 @@ class RowLoss(torch.autograd.Function):
         formed = _formed(left, incoming)
         if formed is not None:
             return _hand_out(left, formed, incoming, keep_zeros=True)
-        input, target, weight, sample_weight, state = ctx.saved_tensors
+        _, input, target, weight, sample_weight, state = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
         call = RowCall(request.loss.number, input, target, options)
         if state is None:
@@ -318,7 +322,7 @@ class RowLoss(torch.autograd.Function):
             call.run(state=state)
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
-            grad_target = _gradient_of_probabilities(call, state, incoming, divisor)
+            grad_target = gradient_of_probabilities(call, state, incoming, divisor)
         if ctx.needs_input_grad[0] and _is_legacy_batched(incoming) and not left.deferred:
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
@@ -347,10 +351,15 @@ class RowLoss(torch.autograd.Function):
         return grad, grad_target, None
 
 
-def _gradient_of_probabilities(
-    call: RowCall, state: Tensor, incoming: Tensor, divisor: float | Tensor
+def gradient_of_probabilities(
+    call: RowCall,
+    state: Tensor,
+    incoming: Tensor,
+    divisor: float | Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """d(result)/d(target) = (1 - eps) w_j (lse - x_j) times the item's factor, by torch."""
+    """d(result)/d(target) = (1 - eps) w_j (lse - x_j) times the item's factor, by torch; in
+    ``dtype``, or the target's."""
     options = call.options
     x = call.input.to(call.compute)
     if options.softcap is not None:
@@ -365,7 +374,7 @@ def _gradient_of_probabilities(
     grad = (lse.unsqueeze(dim) - x) * (scale * (1.0 - options.label_smoothing)).unsqueeze(dim)
     if call.weight is not None:
         grad = grad * call.weight.view([-1 if d == dim else 1 for d in range(x.dim())])
-    return grad.to(call.target.dtype)
+    return grad.to(dtype or call.target.dtype)
 
 
 class TensorLoss(torch.autograd.Function):
@@ -398,7 +407,9 @@ class TensorLoss(torch.autograd.Function):
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(inputs, needs, inplace)
             result, divisor = call.run(grads=grads, scale=factor, loss_dtype=loss_dtype)
-            ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
+            ctx.save_for_backward(
+                None, *inputs, options.target, options.weight, options.sample_weight
+            )
             version = _new_version(first) if inplace and needs[0] else -1
             ctx.left = _Left(request, divisor, (*grads, None), factor, version, guessed)
             return result  # type: ignore[return-value]
@@ -407,7 +418,8 @@ class TensorLoss(torch.autograd.Function):
             ctx.left = _left_under_hooks(request, divisor, early and not guessed)
         else:
             ctx.left = _Left(request, divisor)
-        ctx.save_for_backward(*inputs, options.target, options.weight, options.sample_weight)
+        mark = _MARK if hooked else None
+        ctx.save_for_backward(mark, *inputs, options.target, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
 
     @staticmethod
@@ -418,14 +430,14 @@ class TensorLoss(torch.autograd.Function):
             _forget_guess(left)
             return (
                 *_differentiable(
-                    _tensor_formula, request, divisor, incoming, *ctx.saved_tensors[:3]
+                    _tensor_formula, request, divisor, incoming, *ctx.saved_tensors[1:4]
                 ),
                 None,
             )
         formed = _formed(left, incoming)
         if formed is not None:
             return _hand_out(left, formed, incoming, keep_zeros=request.options.target is not None)
-        first, second, third, target, weight, sample_weight = ctx.saved_tensors
+        _, first, second, third, target, weight, sample_weight = ctx.saved_tensors
         inputs, needs = (first, second, third), ctx.needs_input_grad[:3]
         options: TensorOptions = replace(
             request.options, target=target, weight=weight, sample_weight=sample_weight
