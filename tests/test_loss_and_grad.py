@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, DTYPES, REDUCTIONS, Case, Sample
+from cases import CASES, DTYPES, REDUCTIONS, Case, Sample, Variation
 from torch import Tensor
 
 from mbkern import LossSum, loss_and_grad
@@ -84,6 +84,39 @@ def test_argnums(case: Case) -> None:
             for arg, grad in zip(wanted, got, strict=True):
                 number = arg if isinstance(arg, int) else case.arguments.index(arg)
                 assert torch.equal(grad, grads[number]), argnums
+
+
+PROBABILITIES = [v for v in CASES[0].variations if "probabilities" in v.name]
+
+
+@pytest.mark.parametrize("variation", PROBABILITIES, ids=lambda v: v.name)
+def test_class_probabilities(variation: Variation) -> None:
+    """Their gradient is autograd's, into whatever memory, beside that of the input or alone."""
+    case = CASES[0]
+    for dtype, reduction, shape in itertools.product(DTYPES, REDUCTIONS, ((6, 70), (2, 30, 3))):
+        compute = torch.float64 if dtype is torch.float64 else torch.float32
+        s = case.sample(shape, dtype, variation)
+        loss, *want = through_autograd(case, s, reduction=reduction)
+        for argnums in (1, "target", (1,), (0, 1), ("target", "input")):
+            got, grads = run(case, s, argnums=argnums, reduction=reduction)
+            assert torch.equal(got, loss)
+            which = argnums if isinstance(argnums, tuple) else (argnums,)
+            grads = grads if isinstance(argnums, tuple) else (grads,)
+            for arg, grad in zip(which, grads, strict=True):
+                assert torch.equal(grad, want[arg in (1, "target")]), (dtype, reduction, argnums)
+        over = replace(s, input=s.input.clone(), target=s.target.clone())
+        given = (over.target, over.input)
+        run(case, over, argnums=(1, 0), reduction=reduction, grad_out=given)
+        assert torch.equal(over.input, want[0])
+        assert torch.equal(over.target, want[1])
+        exact = run(case, s.to(compute), argnums=1, reduction=reduction, scale=0.3)[1]
+        buffer = torch.ones(shape, dtype=compute)
+        acc = None if dtype is torch.float64 else LossSum()
+        options = {"reduction": reduction, "scale": torch.tensor(0.3, dtype=torch.float64)}
+        run(case, s, argnums=1, **options, grad_out=buffer, accumulate=True, loss_sum=acc)
+        assert torch.equal(buffer, 1 + exact), (dtype, reduction)
+        if acc is not None and reduction == "sum" and dtype is torch.float32:
+            assert torch.equal(acc.value(), loss)
 
 
 @every_case

@@ -39,6 +39,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "complex scale": ({"scale": torch.tensor(1j)}, TypeError, "scale is torch.complex64"),
     "argnums": ({"argnums": 2}, ValueError, "argnums 2 is not a differentiable argument of cross_"),
     "argnums name": ({"argnums": "logits"}, ValueError, "argnums 'logits' is not a differentiable"),
+    "argnums of class indices": (
+        {"argnums": 1}, ValueError, "cross_entropy: input, and the target if it holds class prob",
+    ),
     "argnums twice": (
         {"argnums": (0, "input"), "grad_out": (None, None)}, ValueError,
         r"argnums \(0, 'input'\) must name each argument once",

@@ -34,6 +34,7 @@ from mbkern._launch_tensors import Inputs, TensorCall, TensorOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
 from mbkern._tensors import refuse_tracing
+from mbkern.autograd import gradient_of_probabilities
 
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 ArgNums: TypeAlias = "int | str | tuple[int | str, ...]"
@@ -59,7 +60,8 @@ def loss_and_grad(
             gradients have their argument's dtype, also with ``accumulate``.
         tensors: the loss's tensors (``mbkern.losses()`` names them; by name, too), all of the
             loss's shape, or NumPy arrays (used in place; results are arrays then).
-        argnums: which arguments to differentiate: an index or a name, or a tuple of them.
+        argnums: which arguments to differentiate: an index or a name, or a tuple of them. The
+            target of cross_entropy is one if it holds class probabilities.
         reduction: "none" (losses an item, and the gradient of their sum), "mean" or "sum".
         grad_out: where the gradients go, in the structure of ``argnums``; None, there or within,
             is a fresh tensor. May be the input itself: the gradient is then written over it.
@@ -79,13 +81,13 @@ def loss_and_grad(
     if name == _linear_imperative.NAME:
         return _linear(tensors, argnums, reduction, grad_out, accumulate, scale, loss_sum, options)
     loss = find(name)
-    positions = _positions(loss, argnums)
     given = _arguments(loss, tensors, options)
     numpy = isinstance(given[0], np.ndarray)
     inputs = tuple(
         None if value is None else _tensor(value, argument)
         for value, argument in zip(given, loss.arguments, strict=True)
     )
+    positions = _positions(loss, argnums, inputs)
     outs = _structure(grad_out, argnums, positions)
     check_reduction(reduction, options.get("denominator"))
     options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
@@ -151,20 +153,33 @@ def _arguments(loss: Loss, tensors: tuple[Any, ...], options: dict[str, Any]) ->
     return tuple(given.get(name) for name in names)
 
 
-def _positions(loss: Loss, argnums: ArgNums) -> list[int]:
+def _positions(loss: Loss, argnums: ArgNums, inputs: tuple[Tensor | None, ...]) -> list[int]:
     positions = []
-    names = loss.arguments
+    names, differentiable = loss.arguments, loss.differentiable
+    if loss.kind == "row" and _hold_probabilities(*inputs):
+        differentiable = names
     for arg in argnums if isinstance(argnums, tuple) else (argnums,):
         name = arg if isinstance(arg, str) else names[arg] if arg in range(len(names)) else None
-        if name not in loss.differentiable:
+        if name not in differentiable:
+            probabilities = loss.kind == "row" and name in names
             raise ValueError(
                 f"mbkern: argnums {arg!r} is not a differentiable argument of {loss.name}: "
-                f"{', '.join(loss.differentiable)}"
+                f"{', '.join(differentiable)}"
+                f"{', and the target if it holds class probabilities' if probabilities else ''}"
             )
         positions.append(names.index(name))
     if len(set(positions)) != len(positions) or not positions:
         raise ValueError(f"mbkern: argnums {argnums!r} must name each argument once")
     return positions
+
+
+def _hold_probabilities(input: Tensor | None, target: Tensor | None) -> bool:
+    return (
+        input is not None
+        and target is not None
+        and target.shape == input.shape
+        and target.is_floating_point()
+    )
 
 
 def _structure(grad_out: Any, argnums: ArgNums, positions: list[int]) -> dict[int, Tensor | None]:
@@ -275,15 +290,52 @@ def _row(
     state = _common(options, loss_sum, (input,))
     call = RowCall(loss.number, input, target, row)
     grads = _outputs(call, tensors, positions, outs, accumulate, (call.weight, call.sample_weight))
-    value, _ = call.run(
-        grad=grads[0],
-        accumulate=accumulate,
-        scale=scalar_argument(scale, "scale"),
-        loss_dtype=loss_dtype,
-        loss_sum=state,
-    )
+    factor = scalar_argument(scale, "scale")
+    if 1 in grads:
+        value = _row_by_target(call, grads, accumulate, factor, loss_dtype, state)
+    else:
+        value, _ = call.run(
+            grad=grads[0],
+            accumulate=accumulate,
+            scale=factor,
+            loss_dtype=loss_dtype,
+            loss_sum=state,
+        )
     _mark_written(outs, tensors)
     return value, grads
+
+
+def _row_by_target(
+    call: RowCall,
+    grads: dict[int, Tensor],
+    accumulate: bool,
+    scale: float | Tensor,
+    loss_dtype: torch.dtype,
+    loss_sum: Tensor | None,
+) -> Any:
+    """The loss and the gradient by class probabilities, and that by the input if it is asked for.
+
+    Either may be written over its argument, which the other one reads.
+    """
+    out = grads[1]
+    state = call.new_state()
+    value, divisor = call.run(state=state, loss_dtype=loss_dtype, loss_sum=loss_sum)
+    incoming = torch.as_tensor(scale, dtype=torch.float64, device=out.device)
+    grad = gradient_of_probabilities(call, state, incoming, divisor, out.dtype)
+    if 0 in grads:
+        call.run(
+            grad=grads[0],
+            accumulate=accumulate,
+            scale=scale,
+            state=state,
+            from_state=True,
+            divisor=divisor,
+        )
+    if accumulate:
+        out.add_(grad)
+    else:
+        out.copy_(grad)
+    return value
 
 
 def _tensors(
