@@ -161,6 +161,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"name": "soft_margin_loss", "target": P, "argnums": "target"}, ValueError,
         "argnums 'target' is not a differentiable argument of soft_margin_loss: input",
     ),
+    "no LossSum": (
+        {"loss_sum": torch.zeros(3)}, TypeError, "loss_sum must be a LossSum, not Tensor",
+    ),
+    "no LossSum of elements": (
+        {"name": "mse_loss", "target": P, "loss_sum": 3.0}, TypeError, "LossSum, not float",
+    ),
+    "bfloat16 of NumPy": (
+        {"input": X.numpy(), "target": T.numpy(), "loss_dtype": torch.bfloat16,
+         "grad_out": np.full((3, 4), 7.0, np.float32)},
+        TypeError, "loss_dtype=torch.bfloat16 with NumPy arrays",
+    ),
     "parameter out of range": (
         {"name": "huber_loss", "target": P, "delta": 0.0}, ValueError, "delta must be in",
     ),

@@ -257,6 +257,11 @@ def test_no_numbers_among_small_losses() -> None:
         assert torch.equal(total.state, want.state), value
 
 
+def test_only_another_one_is_merged() -> None:
+    with pytest.raises(TypeError, match=r"^mbkern: merge takes a LossSum, not Tensor"):
+        mbkern.LossSum().merge(torch.zeros(12))  # type: ignore[arg-type]
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(TypeError, match="float64"):
         mbkern.LossSum().add(torch.zeros(3, dtype=torch.float64))

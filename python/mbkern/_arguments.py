@@ -64,6 +64,10 @@ def result_dtype(
 
 def hint_value(hint: Number) -> float:
     """Return grad_scale as a number that can be divided out again, or raise."""
+    if isinstance(hint, Tensor) and hint.numel() != 1:
+        raise ValueError(
+            f"mbkern: grad_scale must be a number or a tensor of one element, not {describe(hint)}"
+        )
     value = float(hint)
     if not math.isfinite(value) or value == 0.0:
         raise ValueError(f"mbkern: grad_scale must be finite and not 0, it is {value}")

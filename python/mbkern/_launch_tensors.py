@@ -208,6 +208,11 @@ class TensorCall:
                    for k, v in enumerate(rest)]  # fmt: skip
         done = kernel((self.loss.number, *copies, *numbers))
         if done is None:
+            for name, t in zip(
+                names, (*self.inputs[: self.loss.inputs], self.target), strict=False
+            ):
+                if t is None and name not in self.loss.optional:
+                    raise TypeError(f"mbkern: {self.loss.name}: {name} must be a tensor, not None")
             described = ", ".join(
                 f"{name} {describe(t)}"
                 for name, t in zip(

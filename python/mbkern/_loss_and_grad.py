@@ -83,6 +83,7 @@ def loss_and_grad(
     loss = find(name)
     given = _arguments(loss, tensors, options)
     numpy = isinstance(given[0], np.ndarray)
+    _refuse_bfloat16(numpy, options)
     inputs = tuple(
         None if value is None else _tensor(value, argument)
         for value, argument in zip(given, loss.arguments, strict=True)
@@ -100,6 +101,11 @@ def loss_and_grad(
     if numpy:
         value, result = _array(value), tuple(_array(g) for g in result)
     return value, (result if isinstance(argnums, tuple) else result[0])
+
+
+def _refuse_bfloat16(numpy: bool, options: dict[str, Any]) -> None:
+    if numpy and options.get("loss_dtype") is torch.bfloat16:
+        raise TypeError("mbkern: loss_dtype=torch.bfloat16 with NumPy arrays, which have no such")
 
 
 def _refuse_autograd(*values: Any) -> None:
@@ -125,6 +131,7 @@ def _linear(
     """The fused head, whose arguments have shapes of their own."""
     given = _linear_imperative.arguments(tensors, options)
     numpy = isinstance(given["input"], np.ndarray)
+    _refuse_bfloat16(numpy, options)
     given = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in given.items()}
     options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     names = _linear_imperative.names_of(argnums, given)
@@ -155,18 +162,17 @@ def _arguments(loss: Loss, tensors: tuple[Any, ...], options: dict[str, Any]) ->
 
 def _positions(loss: Loss, argnums: ArgNums, inputs: tuple[Tensor | None, ...]) -> list[int]:
     positions = []
-    names, differentiable = loss.arguments, loss.differentiable
-    if loss.kind == "row" and _hold_probabilities(*inputs):
-        differentiable = names
+    names = loss.arguments
     for arg in argnums if isinstance(argnums, tuple) else (argnums,):
         name = arg if isinstance(arg, str) else names[arg] if arg in range(len(names)) else None
-        if name not in differentiable:
-            probabilities = loss.kind == "row" and name in names
+        of_rows = loss.kind == "row" and name in names
+        if name not in loss.differentiable and not (of_rows and _hold_probabilities(*inputs)):
             raise ValueError(
                 f"mbkern: argnums {arg!r} is not a differentiable argument of {loss.name}: "
-                f"{', '.join(differentiable)}"
-                f"{', and the target if it holds class probabilities' if probabilities else ''}"
+                f"{', '.join(loss.differentiable)}"
+                f"{', and the target if it holds class probabilities' if of_rows else ''}"
             )
+        assert name is not None
         positions.append(names.index(name))
     if len(set(positions)) != len(positions) or not positions:
         raise ValueError(f"mbkern: argnums {argnums!r} must name each argument once")
@@ -177,8 +183,8 @@ def _hold_probabilities(input: Tensor | None, target: Tensor | None) -> bool:
     return (
         input is not None
         and target is not None
-        and target.shape == input.shape
         and target.is_floating_point()
+        and target.shape == input.shape
     )
 
 
@@ -258,6 +264,8 @@ def _common(
 ) -> Tensor | None:
     if loss_sum is None:
         return None
+    if not isinstance(loss_sum, LossSum):
+        raise TypeError(f"mbkern: loss_sum must be a LossSum, not {type(loss_sum).__name__}")
     if any(t is not None and t.dtype is torch.float64 for t in tensors):
         raise TypeError("mbkern: loss_sum holds float32 terms exactly; float64 losses are refused")
     return loss_sum.state

@@ -48,6 +48,8 @@ class LossSum:
 
         One from another device is copied here first, which waits if that is the host's or a GPU's.
         """
+        if not isinstance(other, LossSum):
+            raise TypeError(f"mbkern: merge takes a LossSum, not {type(other).__name__}")
         _launch.exact_merge(self.state, other.state.to(self.state.device, copy=True))
         return self
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mbkern._losses import find
-from mbkern.functional._ends import tensor_loss
+from mbkern.functional._ends import refuse_what_is_no_tensor, tensor_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,7 +25,12 @@ _MARGIN_RANKING_LOSS = find("margin_ranking_loss")
 
 
 def _require_one_shape(name: str, input: Tensor, target: Tensor) -> None:
-    if input.shape != target.shape:  # torch refuses it too
+    try:
+        same = input.shape == target.shape
+    except AttributeError:
+        refuse_what_is_no_tensor(find(name), input, target)
+        raise
+    if not same:  # torch refuses it too
         raise ValueError(
             f"mbkern: {name} needs input and target of one shape, not {tuple(input.shape)} and "
             f"{tuple(target.shape)}"

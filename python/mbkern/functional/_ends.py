@@ -56,7 +56,12 @@ def row_loss(
 ) -> Tensor:
     """Compute any loss over rows of classes; the common end of the public functions."""
     check_reduction(options.reduction, options.denominator)
-    if target.dtype is not input.dtype and target.is_floating_point():
+    try:
+        mixed = target.dtype is not input.dtype and target.is_floating_point()
+    except AttributeError:
+        refuse_what_is_no_tensor(loss, input, target)
+        raise
+    if mixed:
         # Class probabilities of another dtype: as in torch, in the promotion of both, by a copy.
         if inplace:
             raise TypeError(
@@ -70,6 +75,7 @@ def row_loss(
     if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
         _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
     if _traced.is_needed(input, target):
+        refuse_what_is_no_tensor(loss, input, target)
         return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         request = Request(loss, options, grad_scale, inplace, loss_dtype)
@@ -93,7 +99,11 @@ def tensor_loss(
     """Compute any element-wise loss of tensors that broadcast to one shape."""
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
-    inputs = _one_shape(loss, tensors, extras.get("inplace", False))
+    try:
+        inputs = _one_shape(loss, tensors, extras.get("inplace", False))
+    except (AssertionError, AttributeError, TypeError):
+        refuse_what_is_no_tensor(loss, *tensors)
+        raise
     sample_weight = extras.get("sample_weight")
     if loss.weight == "mean" and weight is not None:
         weight, sample_weight = None, product(weight, sample_weight)
@@ -119,6 +129,8 @@ def rows_loss(
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     first = tensors[0]
+    if not isinstance(first, Tensor):
+        refuse_what_is_no_tensor(loss, *tensors)
     for t, name in zip(tensors, loss.arguments, strict=False):
         if t.shape != first.shape:
             raise ValueError(
@@ -143,7 +155,12 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
     check_reduction(o.reduction, o.denominator)
     if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
         _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
-    if o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target):
+    try:
+        asked = o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target)
+    except AttributeError:
+        refuse_what_is_no_tensor(loss, *inputs[: loss.inputs], o.target)
+        raise
+    if asked:
         raise NotImplementedError(f"mbkern: {loss.name} computes no gradient for target; detach it")
     first, second, third = inputs
     promoted = first.dtype
@@ -153,6 +170,7 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
     grad_scale = extras.get("grad_scale")
     traced = _traced.is_needed(first, second, third)
     if traced or (o.target is not None and _traced.is_needed(o.target, None)):
+        refuse_what_is_no_tensor(loss, *inputs[: loss.inputs], o.target)
         return _traced.tensor_loss(loss, inputs, o, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (
         first.requires_grad
@@ -199,6 +217,15 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
             _warn_of_broadcasting(first, second)
         tensors = tuple(None if t is None else t.expand(common) for t in tensors)
     return (*tensors, None, None)[:3]  # type: ignore[return-value]
+
+
+def refuse_what_is_no_tensor(loss: Loss, *tensors: object) -> None:
+    """Name an argument that is no tensor, if there is one; for what has gone wrong."""
+    for value, name in zip(tensors, loss.arguments, strict=False):
+        if not isinstance(value, Tensor) and (value is not None or name not in loss.optional):
+            raise TypeError(
+                f"mbkern: {loss.name}: {name} must be a tensor, not {type(value).__name__}"
+            )
 
 
 def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
