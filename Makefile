@@ -152,7 +152,7 @@ torches: $(PACKAGE)
 	  build/torch-$$version/bin/python -m pip install -q numpy; \
 	  build/torch-$$version/bin/python -m mbkern selftest > build/torch-$$version/selftest.txt; \
 	  tail -n 1 build/torch-$$version/selftest.txt; \
-	  build/torch-$$version/bin/python -m pytest -q $(BOUNDARY); \
+	  build/torch-$$version/bin/python -m pytest -q $(BOUNDARY) -m 'not slow'; \
 	done
 
 # Every other Python that runs here, with a wheel and an environment of its own, and the torch of .venv.
