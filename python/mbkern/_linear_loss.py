@@ -18,7 +18,13 @@ from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_rows import LinearOptions
 from mbkern._linear_stats import Collector
 from mbkern._losses import find
-from mbkern.autograd import _SECOND_BACKWARD, _graph_is_kept, _is_legacy_batched
+from mbkern.autograd import (
+    _MARK,
+    _SECOND_BACKWARD,
+    _graph_is_kept,
+    _is_legacy_batched,
+    _saved_hooks,
+)
 
 __all__ = ["LinearLoss", "LinearRequest", "unfused"]
 
@@ -121,7 +127,9 @@ class LinearLoss(torch.autograd.Function):
     Three ways. Where results have full precision, or ``grad_scale`` says by what they will be
     multiplied, the gradients are formed in forward, chunk by chunk: three products. Otherwise, and
     where the weight's gradient goes into a buffer, nothing but two numbers an item is kept in
-    forward, and backward computes the logits again: four products.
+    forward, and backward computes the logits again: four products. Under hooks of saved tensors
+    (checkpoints, offloading), which would not free gradients, what forward would have formed is
+    formed in backward: four products, the same bits.
     """
 
     @staticmethod
@@ -141,23 +149,27 @@ class LinearLoss(torch.autograd.Function):
         hint = request.grad_scale
         full = hint is not None or compute_dtype(request.dtype) is request.dtype
         stats = request.stats
-        if options.row.reduction != "none" and request.accumulate_into is None and full:
+        hooked = _saved_hooks(False) is not None
+        early = options.row.reduction != "none" and request.accumulate_into is None and full
+        ctx.deferred = early and hooked
+        state = ctx.formed = None
+        if early:
             # Read now: GradScaler changes its scale in place.
-            factor = ctx.hint = 1.0 if hint is None else hint_argument(hint)
-            state = None
+            ctx.hint = 1.0 if hint is None else hint_argument(hint)
+        if early and not hooked:
             into = new_gradients(call, needs)
             loss = call.run(
-                into, divisor=divisor, scale=factor, loss_dtype=request.loss_dtype, stats=stats
+                into, divisor=divisor, scale=ctx.hint, loss_dtype=request.loss_dtype, stats=stats
             )
             ctx.formed = (into.input, into.weight, into.bias, into.scale)
         else:
-            ctx.formed = None
             state = call.new_state()
             loss = call.run(
                 Gradients(), divisor=divisor, state=state, loss_dtype=request.loss_dtype,
                 stats=stats,
             )  # fmt: skip
-        _save(ctx, (input, weight, bias, scale, target), state, request)
+        tensors = (input, weight, bias, scale, target)
+        _save(ctx, tensors, None if early else state, request)
         if stats is not None:
             request.lse, request.kept = call.lse_of(stats), call.kept
         assert loss is not None
@@ -176,6 +188,8 @@ class LinearLoss(torch.autograd.Function):
                 )
             create = torch.is_grad_enabled()
             return (*_by_formula(request, ctx.divisor, incoming, tensors, create), None)
+        if ctx.deferred:
+            return _scaled(_form_whole(ctx, tensors, request), ctx.hint, incoming, tensors)
         if ctx.formed is not None:
             return _hand_out(ctx, incoming, tensors)
         return _form(ctx, incoming, tensors, state, request)
@@ -185,7 +199,8 @@ def _save(
     ctx: Any, tensors: tuple[Tensor | None, ...], state: Tensor | None, request: LinearRequest
 ) -> None:
     rows = request.options.row
-    ctx.save_for_backward(*tensors, rows.weight, rows.sample_weight, state)
+    mark = None if _saved_hooks(False) is None else _MARK
+    ctx.save_for_backward(mark, *tensors, rows.weight, rows.sample_weight, state)
     ctx.request = replace(request, stats=None)
     # The tensor that carries .grad or main_grad: what is unpacked may be another one.
     ctx.weight = None if request.accumulate_into is None else tensors[1]
@@ -193,7 +208,7 @@ def _save(
 
 def _saved(ctx: Any) -> tuple[tuple[Any, Any, Any, Any, Any], Any, LinearRequest]:
     """What was saved; read once, since a checkpoint computes it again each time."""
-    *tensors, of_class, of_item, state = ctx.saved_tensors
+    _, *tensors, of_class, of_item, state = ctx.saved_tensors
     request: LinearRequest = ctx.request
     rows = replace(request.options.row, weight=of_class, sample_weight=of_item)
     request = replace(request, options=replace(request.options, row=rows))
@@ -240,12 +255,19 @@ def _hand_out(ctx: Any, incoming: Tensor, tensors: tuple[Any, ...]) -> tuple[Ten
     grads = list(ctx.formed)
     if not grads:
         raise RuntimeError(_SECOND_BACKWARD)
-    value = _C.scalar_value(incoming)
-    factor = (incoming.double() if value is None else value) / ctx.hint
     if _graph_is_kept():
         grads = [None if g is None else g.clone() for g in grads]
     else:
         ctx.formed = ()
+    return _scaled(grads, ctx.hint, incoming, tensors)
+
+
+def _scaled(
+    grads: list[Tensor | None], hint: Any, incoming: Tensor, tensors: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients formed with the hint, times what the incoming gradient is more."""
+    value = _C.scalar_value(incoming)
+    factor = (incoming.double() if value is None else value) / hint
     if isinstance(factor, Tensor) or factor != 1.0:
         for g in grads:
             if g is not None:
@@ -263,6 +285,15 @@ def _rescale(grad: Tensor, factor: float | Tensor) -> None:
         grad.mul_(factor)
     else:
         grad.masked_scatter_(grad != 0, grad[grad != 0] * factor)
+
+
+def _form_whole(ctx: Any, tensors: tuple[Any, ...], request: LinearRequest) -> list[Tensor | None]:
+    """What forward would have formed, but for hooks."""
+    input, weight, bias, scale, target = tensors
+    call = LinearCall(input, weight, bias, target, scale, request.options, request.dtype)
+    into = new_gradients(call, ctx.needs_input_grad[:4])
+    call.run(into, divisor=ctx.divisor, scale=ctx.hint, loss_dtype=request.loss_dtype)
+    return [into.input, into.weight, into.bias, into.scale]
 
 
 def _form(
