@@ -9,13 +9,17 @@ REASONS: dict[str, tuple[str, ...]] = {
         "the heap, and stays so for a process: the ratio is then that of recycled memory, where "
         "the aim is 3. Between processes it is 3.9 to 4.2.",
         "torch.compile, default: its fresh pages cost from 25 to 100 % of its time; by the minima "
-        "the ratio is 2.9 to 3.9.",
+        "the ratio is 2.9 to 3.9. On two threads, over six processes, it was 2.4 to 4.0 (median "
+        "2.8) at (512, 32000), and 2.7 to 3.7 (3.4) at (128, 128256): mbkern takes 5.5 ms in a "
+        "process of its own and 7 to 8 after torch's steps, with the same faults (30 huge pages, "
+        "640 small ones), as much time of its own, and 2.5 ms more of the system's.",
     ),
     "tiers": (
         "On a processor whose units are as wide as AVX-512's vectors, twice as much is computed "
         "by as many instructions: 14 an exponential with AVX2, 13 with AVX-512; both take 6 to 7 "
         "cycles. The ratio is then 2, less what both wait for memory: 1.45 to 1.75 from run to "
-        "run. It was 1.28 to 1.38 on one with units half as wide.",
+        "run on one machine, 1.13 to 1.54 on another. It was 1.28 to 1.38 on one with units half "
+        "as wide.",
     ),
     "twin": (
         "V = 4096 with AVX-512 is at the limit: 1.04 to 1.06 from run to run (14 processes, median "
@@ -64,6 +68,10 @@ REASONS: dict[str, tuple[str, ...]] = {
     "accumulate": (
         "400 fp32 tensors, one thread: both read and write the same 101 MB, at the bandwidth of "
         "the memory (that of `x *= c`).",
+        "400 small bf16 tensors: 3.4 to 4.7 in three further runs, one below 4. Of 160 us 95 are "
+        "not the sum: 800 tensors are read through torch's exchange table (some 50 ns each), each "
+        "is asked whether it is lazily negated (some 25 ns, for giving up the GIL and taking it "
+        "again), and 400 versions are counted up.",
         "Norm and finiteness: not the arithmetic (half of the time that memory takes). Sums kept "
         "apart until a block's end change nothing. Fetching ahead by 1024 elements brings bf16 to "
         "1.02, but by 512 or 2048 it makes it 1.07 to 1.16, and fp32 slower by any: not done.",
