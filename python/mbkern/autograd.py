@@ -7,6 +7,13 @@ forward on the guess that the incoming gradient will be 1, as it was the last ti
 in backward if it is not. For ``reduction="none"``, where nothing is guessed, and under hooks of
 saved tensors (checkpoints, offloading), which free what is saved and would not free a gradient, it
 is formed in backward from the logits and two saved numbers an item; the bits are the same.
+
+``mbkern.functional`` checks its arguments and comes here; who calls a Function checks them before,
+and has plain tensors, outside torch.compile and torch.func::
+
+    loss, = (l for l in mbkern.losses() if l.name == "cross_entropy")
+    request = Request(loss, RowOptions(reduction="sum", z_loss=1e-4))
+    value = RowLoss.apply(logits, target, request)
 """
 
 from __future__ import annotations
@@ -36,7 +43,7 @@ from mbkern._launch_tensors import Grads, Inputs, TensorOptions
 from mbkern._losses import Loss
 from mbkern._tensors import on_cuda
 
-__all__ = ["Request", "RowLoss", "TensorLoss"]
+__all__ = ["Request", "RowLoss", "RowOptions", "TensorLoss", "TensorOptions"]
 
 _SECOND_BACKWARD = (
     "mbkern: trying to backward through the graph a second time, but the gradient formed in "

@@ -22,6 +22,8 @@ once. Errors: ValueError for shapes and option values, TypeError for dtypes and 
 IndexError for a class index out of range; nothing has been written then.
 """
 
+import torch
+
 from mbkern.functional._binary import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -105,3 +107,7 @@ __all__ = [
     "tv_distance_with_logits",
     "tweedie_nll_loss",
 ]
+
+for _name in __all__:  # torch.fx.symbolic_trace makes a node of each, as of torch's functions
+    if not globals()[_name].__module__.startswith("torch"):
+        torch.fx.wrap(_name)
