@@ -15,6 +15,7 @@ from mbkern.bench import measure, suites
 from mbkern.bench.formulas import FORMULAS, tensors
 from mbkern.bench.loss_ways import loss_problem
 from mbkern.bench.problem import Plan
+from mbkern.bench.suites import accumulate
 
 ALL: dict[str, Case | RowCase] = {case.name: case for case in CASES}
 ALL |= {case.name: case for case in ROW_CASES if case.registered}  # others are made of these
@@ -126,3 +127,18 @@ def test_torch_compile_is_a_provider(name: str) -> None:
     for _ in range(2):
         way.prepare()
         assert way.check(way.run()) <= problem.tolerance
+
+
+def test_accumulation_and_flush_run_on_every_instruction_set() -> None:
+    plan = Plan(short=True)
+    used = _C.isa()
+    for cases in (accumulate.accumulate(plan), accumulate.flush(plan)):
+        problem = cases[0].build(plan)
+        ours = {way.isa: way for way in problem.ways if way.name.startswith("mbkern")}
+        assert set(ours) == {"", *(isa for isa in _C.isas() if isa != used)}
+        for way in ours.values():
+            assert way.prepare is not None
+            assert way.check is not None
+            way.prepare()
+            assert way.check(way.run()) <= problem.tolerance
+            assert _C.isa() == used

@@ -7,6 +7,7 @@ pass over the buffers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import mbkern
+from mbkern import _C
 from mbkern.bench.models import parameters
 from mbkern.bench.problem import TOLERANCE, Case, Plan, Problem, dtype_of, worse
 from mbkern.bench.timing import Way
@@ -38,6 +40,26 @@ def _shapes(plan: Plan) -> list[tuple[int, ...]]:
 def _gradients(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[Tensor]:
     random = torch.Generator().manual_seed(8)
     return [torch.randn(s, generator=random).to(device, dtype) for s in shapes]
+
+
+def _on(isa: str, run: Callable[[], Any]) -> Any:
+    """A call on another instruction set than the one in use."""
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        return run()
+    finally:
+        _C.set_isa(before)
+
+
+def _tiers(ours: Way, plan: Plan) -> list[Way]:
+    """mbkern's way, and the same on every other instruction set that there is."""
+    others = [isa for isa in _C.isas() if isa != _C.isa()] if plan.device == "cpu" else []
+    return [
+        ours,
+        *(replace(ours, name=f"{ours.name} ({isa})", run=partial(_on, isa, ours.run), isa=isa)
+          for isa in others),
+    ]  # fmt: skip
 
 
 def _error(results: list[Tensor], exact: list[Tensor]) -> float:
@@ -75,9 +97,10 @@ def _accumulate(dtype: torch.dtype, plan: Plan) -> Problem:
     runs: dict[str, Callable[[], Any]] = {
         "torch": one_by_one,
         "torch foreach": lambda: torch._foreach_add_(buffers, grads),
-        "mbkern": lambda: add(buffers, grads),
     }
     ways = [Way(name, run, restore, check, bytes=moved) for name, run in runs.items()]
+    ours = Way("mbkern", lambda: add(buffers, grads), restore, check, bytes=moved)
+    ways += _tiers(ours, plan)
     ways.append(Way("limit: bare pass", bare, restore, bytes=8 * size, limit=True))
     return Problem(ways, TOLERANCE[torch.float32])
 
@@ -126,7 +149,7 @@ def _flush(plan: Plan) -> Problem:
     bare = [g.clone() for g in grads]
     ways = [
         Way("torch", chain, copy, check(theirs), bytes=12 * size),
-        Way("mbkern", window.flush, fill, check(ours), bytes=12 * size),
+        *_tiers(Way("mbkern", window.flush, fill, check(ours), bytes=12 * size), plan),
         Way("limit: bare pass", lambda: [b.neg_() for b in bare], bytes=8 * size, limit=True),
     ]
     return Problem(ways, CLIPPED)
