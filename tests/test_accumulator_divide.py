@@ -9,6 +9,7 @@ from pathlib import Path
 import distributed_divide as worker
 import pytest
 import torch
+from torch_versions import shards_on_cpu
 
 import mbkern
 
@@ -18,6 +19,7 @@ pytestmark = [
 ]
 
 
+@shards_on_cpu
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_same_as_one_process(world: int, tmp_path: Path) -> None:
     """``set_gradient_divide_factor`` on every module, under FSDP (2 ranks) and HSDP (4)."""

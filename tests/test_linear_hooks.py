@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import graph
 from torch.utils.checkpoint import checkpoint
+from torch_versions import tells_of_hooks
 
 import mbkern.functional as F
 
@@ -75,6 +76,7 @@ def test_bits(way: Way, dtype: torch.dtype, hint: Any, reduction: str) -> None:
     assert all(map(torch.equal, got, want))
 
 
+@tells_of_hooks
 @pytest.mark.parametrize(
     "hooks",
     [contextlib.nullcontext, lambda: graph.saved_tensors_hooks(lambda t: t, lambda t: t)],
@@ -95,6 +97,7 @@ def test_what_is_held(hooks: Callable[[], Any]) -> None:
     assert w.grad is not None
 
 
+@tells_of_hooks
 def test_a_checkpoint_that_runs_torchs_function_again_raises() -> None:
     """What both save has one shape: without a mark the gradient would be of something else."""
     x, w, b = _tensors(torch.float32)

@@ -25,6 +25,7 @@ from patched_inputs import (
 from torch import Tensor
 from torch.nn.functional import mse_loss as imported_mse_loss
 from torch.utils import checkpoint
+from torch_versions import tells_of_hooks
 
 import mbkern
 from mbkern._patched import PatchReport, patch, patched, unpatch
@@ -218,6 +219,7 @@ def test_checkpoint() -> None:
     assert torch.equal(leaf.grad, want)
 
 
+@tells_of_hooks
 @every_way
 def test_checkpoint_whose_backward_is_in_another_thread(mode: bool) -> None:
     leaf = X.clone().requires_grad_()
@@ -227,6 +229,7 @@ def test_checkpoint_whose_backward_is_in_another_thread(mode: bool) -> None:
     assert leaf.grad is None
 
 
+@tells_of_hooks
 @pytest.mark.filterwarnings("ignore:reduction. .mean. divides")  # of kl_div
 @pytest.mark.parametrize("case", [c for c in CASES if c.torch], ids=lambda case: case.name)
 def test_checkpoint_whose_backward_is_on_the_other_side(case: Case) -> None:

@@ -17,6 +17,7 @@ from cases import CASES, REDUCTIONS, Case, Sample
 from torch import Tensor
 from torch.autograd import graph
 from torch.utils import checkpoint
+from torch_versions import tells_of_hooks
 
 import mbkern.functional as F
 
@@ -109,6 +110,7 @@ def test_bits(case: Case) -> None:
                     assert torch.equal(a.nan_to_num(), b.nan_to_num()), label
 
 
+@tells_of_hooks
 @every_way
 @pytest.mark.parametrize("case", CASES_OF_EACH_KIND, ids=lambda case: case.name)
 def test_every_way(case: Case, way: str) -> None:
@@ -210,6 +212,7 @@ for name, shape, inplace in itertools.product(names, shapes, (False, True)):
 """
 
 
+@tells_of_hooks
 def test_nothing_is_held_until_backward() -> None:
     """By a checkpoint, whose purpose that is: not the gradient of 16 MB, nor numbers an item."""
     command = [sys.executable, "-c", HELD]

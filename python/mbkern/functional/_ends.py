@@ -221,7 +221,10 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
 
 def refuse_what_is_no_tensor(loss: Loss, *tensors: object) -> None:
     """Name an argument that is no tensor, if there is one; for what has gone wrong."""
-    for value, name in zip(tensors, loss.arguments, strict=False):
+    for k in range(
+        min(len(tensors), len(loss.arguments))
+    ):  # the Dynamo of torch 2.6 zips no others
+        value, name = tensors[k], loss.arguments[k]
         if not isinstance(value, Tensor) and (value is not None or name not in loss.optional):
             raise TypeError(
                 f"mbkern: {loss.name}: {name} must be a tensor, not {type(value).__name__}"
