@@ -148,7 +148,8 @@ def _row_loss(
     call = _row_call(input, target, weight, sample_weight, denominator, tuple(options))
     grad = new_gradient(input) if form else None
     state, memory = None if form else call.new_state(), new_number(input)
-    unused = new_number(input) if state is None else state
+    # Filled: what is in fresh memory would be compared, and may be no number.
+    unused = new_number(input).zero_() if state is None else state
     scale = 1.0 if grad_scale is None else hint_argument(grad_scale)
     loss, divisor = call.run(grad=grad, scale=scale, state=state, loss_dtype=dtype)
     assert loss is not None
