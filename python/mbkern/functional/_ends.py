@@ -221,9 +221,8 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
 
 def refuse_what_is_no_tensor(loss: Loss, *tensors: object) -> None:
     """Name an argument that is no tensor, if there is one; for what has gone wrong."""
-    for k in range(
-        min(len(tensors), len(loss.arguments))
-    ):  # the Dynamo of torch 2.6 zips no others
+    # Not zip: the Dynamo of torch 2.6 takes sequences of one length only.
+    for k in range(min(len(tensors), len(loss.arguments))):
         value, name = tensors[k], loss.arguments[k]
         if not isinstance(value, Tensor) and (value is not None or name not in loss.optional):
             raise TypeError(
