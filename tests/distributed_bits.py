@@ -1,10 +1,8 @@
-"""One rank of test_accumulator_rank_bits.py: ``distributed_bits.py RANK WORLD STORE OUT``."""
+"""One rank of test_accumulator_rank_bits.py: ``distributed_bits.py RANK WORLD FOLDER``."""
 
 from __future__ import annotations
 
-import sys
 import time
-from datetime import timedelta
 
 import process_group
 import torch
@@ -34,18 +32,13 @@ def window(
 
 def main() -> None:
     """The same window several times, the ranks in another order each time; write the results."""
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+    rank, world, folder, _ = process_group.join()
     torch.manual_seed(0)
     layers = torch.nn.Linear(200, 301), torch.nn.Tanh(), torch.nn.Linear(301, 500)
     model = DistributedDataParallel(torch.nn.Sequential(*layers))
     accumulator = mbkern.GradAccumulator(model, max_norm=0.5)
     found = [window(accumulator, model, (rank + k) % world * 0.05) for k in range(ROUNDS)]
-    torch.save(found, f"{out}.{rank}")
+    torch.save(found, folder / f"out.{rank}")
     dist.barrier()
     process_group.leave()
 

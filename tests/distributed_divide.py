@@ -1,9 +1,7 @@
-"""One rank of test_accumulator_divide.py: ``distributed_divide.py RANK WORLD STORE OUT``."""
+"""One rank of test_accumulator_divide.py: ``distributed_divide.py RANK WORLD FOLDER``."""
 
 from __future__ import annotations
 
-import sys
-from datetime import timedelta
 from typing import Any
 
 import process_group
@@ -88,18 +86,13 @@ def refuse_another_factor(world: int) -> None:
 
 def main() -> None:
     """Every factor in every way, and write the results of this rank."""
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+    rank, world, folder, _ = process_group.join()
     found = {
         f"{factor:g} {way}": divided(factor, way, rank, world) for factor in FACTORS for way in WAYS
     }
     refuse_two_factors(world)
     refuse_another_factor(world)
-    torch.save(found, f"{out}.{rank}")
+    torch.save(found, folder / f"out.{rank}")
     dist.barrier()
     process_group.leave()
 

@@ -1,9 +1,6 @@
-"""One rank of test_linear_distributed.py: ``distributed_head.py KIND RANK WORLD STORE OUT``."""
+"""One rank of test_linear_distributed.py: ``distributed_head.py RANK WORLD FOLDER KIND``."""
 
 from __future__ import annotations
-
-import sys
-from datetime import timedelta
 
 import process_group
 import torch
@@ -56,12 +53,7 @@ def train(model: torch.nn.Module, rank: int, world: int, parameters: list[Tensor
 
 def main() -> None:
     """Train, and let rank 0 write the weights."""
-    kind, rank, world, store, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+    rank, world, folder, (kind,) = process_group.join()
     torch.manual_seed(0)
     model = Model()
     if kind == "ddp":
@@ -78,7 +70,7 @@ def main() -> None:
         for name, p in model.named_parameters()
     }
     if rank == 0:
-        torch.save(weights, out)
+        torch.save(weights, folder / "out")
     dist.barrier()
     process_group.leave()
 

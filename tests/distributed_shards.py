@@ -1,13 +1,11 @@
-"""One rank of test_linear_parallel.py: ``distributed_shards.py RANK WORLD STORE``."""
+"""One rank of test_linear_parallel.py: ``distributed_shards.py RANK WORLD FOLDER``."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import re
-import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -463,12 +461,7 @@ def check_refusals(rank: int, world: int) -> None:
 
 def main() -> None:
     """Run every check."""
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+    rank, world, _, _ = process_group.join()
     check_cases(rank, world)
     check_special_values(rank, world)
     check_sequence_parallel(rank, world)

@@ -1,9 +1,8 @@
-"""One rank of test_accumulator_ranks.py: ``distributed_window.py KIND RANK WORLD STORE OUT``."""
+"""One rank of test_accumulator_ranks.py: ``distributed_window.py RANK WORLD FOLDER KIND``."""
 
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from typing import Any
 
 import process_group
@@ -187,12 +186,7 @@ def fsdp_alone(model: Any, world: int) -> list[Tensor]:
 
 def main() -> None:
     """Train, and write the result of this rank."""
-    kind, rank, world, store, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=8 if kind == "dead" else 60),
-    )  # fmt: skip
+    rank, world, folder, (kind,) = process_group.join(8 if "dead" in sys.argv else 60)
     model: Any = new_model(unused=kind != "ddp" and "kept" not in kind)
     if kind == "dead" and rank == 1:
         return  # without a word to the others
@@ -219,7 +213,7 @@ def main() -> None:
             model, max_norm=0.5, mode=mode, layout=layout, process_group=dist.group.WORLD
         )
         result = train(model, accumulator, rank, world, mode)
-    torch.save(result, f"{out}.{rank}")
+    torch.save(result, folder / f"out.{rank}")
     dist.barrier()
     process_group.leave()
 

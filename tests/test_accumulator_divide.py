@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_divide as worker
+import process_group
 import pytest
 import torch
 from torch_versions import shards_on_cpu
@@ -23,16 +22,7 @@ pytestmark = [
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_same_as_one_process(world: int, tmp_path: Path) -> None:
     """``set_gradient_divide_factor`` on every module, under FSDP (2 ranks) and HSDP (4)."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), str(world), str(tmp_path / "store"),
-             str(tmp_path / "out")],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    errors = [rank.communicate(timeout=150)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world, errors
+    process_group.run(worker.__file__, world, tmp_path)
     alone = worker.new_model(unused=False)
     rows = slice(0, len(worker.batches()[0][0]))
     want = worker.window(mbkern.GradAccumulator(alone), alone, [rows])

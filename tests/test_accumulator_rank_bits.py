@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_bits as worker
+import process_group
 import pytest
 import torch
 from torch import Tensor
@@ -20,16 +19,7 @@ pytestmark = [
 def run(world: int, folder: Path) -> list[list[Tensor]]:
     """All windows of all ranks."""
     folder.mkdir()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), str(world), str(folder / "store"),
-             str(folder / "out")],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    errors = [rank.communicate(timeout=150)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world, errors
+    process_group.run(worker.__file__, world, folder)
     return [window for rank in range(world) for window in torch.load(folder / f"out.{rank}")]
 
 

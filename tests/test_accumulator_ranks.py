@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import distributed_window as worker
+import process_group
 import pytest
 import torch
 from torch_versions import shards_on_cpu
@@ -19,28 +20,11 @@ pytestmark = [
 ]
 
 
-def run(kind: str, world: int, folder: Path) -> list[subprocess.CompletedProcess[str]]:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, kind, str(rank), str(world), str(folder / "store"),
-             str(folder / "out")],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    done = []
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=150)
-        done.append(subprocess.CompletedProcess(rank.args, rank.returncode, "", errors))
-    return done
-
-
 @pytest.mark.parametrize(
     ("kind", "world"), [("sums", 2), ("parameter", 4), ("known", 2), ("ddp", 2)]
 )
 def test_same_as_one_process(kind: str, world: int, tmp_path: Path) -> None:
-    done = run(kind, world, tmp_path)
-    assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
+    process_group.run(worker.__file__, world, tmp_path, kind)
     alone = worker.new_model()
     accumulator = mbkern.GradAccumulator(alone, max_norm=0.5)
     want = worker.train(alone, accumulator, 0, 1, "deferred")
@@ -65,8 +49,7 @@ def test_same_as_one_process(kind: str, world: int, tmp_path: Path) -> None:
 )
 @shards_on_cpu
 def test_shards(kind: str, world: int, tmp_path: Path) -> None:
-    done = run(kind, world, tmp_path)
-    assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
+    process_group.run(worker.__file__, world, tmp_path, kind)
     alone = worker.new_model()
     accumulator = mbkern.GradAccumulator(alone, max_norm=0.5)
     want = worker.train(alone, accumulator, 0, 1, "deferred")
@@ -78,7 +61,7 @@ def test_shards(kind: str, world: int, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
-    done = run("dead", 2, tmp_path)
+    done = process_group.start(worker.__file__, 2, tmp_path, "dead")
     assert done[0].returncode != 0
     assert "RuntimeError" in done[0].stderr or "Connection" in done[0].stderr
 

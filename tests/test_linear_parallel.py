@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_shards as worker
+import process_group
 import pytest
 import torch
 
@@ -21,15 +20,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_as_one_process(world: int, tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), str(world), str(tmp_path / "store")],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    errors = [rank.communicate(timeout=180)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world, errors
+    process_group.run(worker.__file__, world, tmp_path, seconds=180)
 
 
 def test_exact_sum() -> None:

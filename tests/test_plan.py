@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import plan_rank
+import process_group
 import pytest
 import torch
 from torch import Tensor
@@ -355,13 +356,8 @@ def test_leaves_are_found_once() -> None:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    out = tmp_path / "plan"
-    command = [sys.executable, plan_rank.__file__]
-    ranks = [
-        subprocess.Popen([*command, str(k), str(tmp_path / "store"), str(out)]) for k in range(2)
-    ]
-    assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
-    first, second = (out.with_suffix(f".{k}").read_text() for k in range(2))
+    process_group.run(plan_rank.__file__, 2, tmp_path)
+    first, second = ((tmp_path / f"out.{k}").read_text() for k in range(2))
     assert first == second
     assert json.loads(first)["limit_bytes"] == 2 << 30
 
