@@ -113,6 +113,19 @@ def test_the_page_is_self_contained(folder: Path) -> None:
             assert (folder / f"{figure.key}.{suffix}").stat().st_size > 5000
 
 
+def test_every_figure_has_a_file_of_its_own() -> None:
+    """Of several losses in one file, too."""
+    found = [
+        _row(suite, "mbkern", size, 1e-6 * size, threads=1, extra={"series": f"{loss} {what}"})
+        for suite, what in (("minibatch", "gradient"), ("scaling", "over rows"))
+        for loss in ("cross_entropy", "mse_loss")
+        for size in (1, 8, 64)
+    ]
+    drawn = figures.all_of(found)
+    assert len(drawn) == len({figure.key for figure in drawn}) == 4
+    assert all("1 thread" in f.title and "1 threads" not in f.title for f in drawn[:2])
+
+
 def test_memory_that_nothing_was_taken_of_is_drawn() -> None:
     found = [
         _row("s", "torch", 8, 1e-6, peak_bytes=4 << 20),

@@ -286,6 +286,9 @@ def test_state_dict_pickle_and_copy() -> None:
     assert total.state.nbytes == 96
     with pytest.raises(ValueError, match="12"):
         loaded.load_state_dict({"state": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"no 'state' but \['sum'\]"):
+        loaded.load_state_dict({"sum": total.state})
+    assert not loaded.state.equal(mbkern.LossSum().state), "what it had is lost"
 
 
 RANK = """

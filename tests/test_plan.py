@@ -359,7 +359,9 @@ def test_ranks_agree(tmp_path: Path) -> None:
     process_group.run(plan_rank.__file__, 2, tmp_path)
     first, second = ((tmp_path / f"out.{k}").read_text() for k in range(2))
     assert first == second
-    assert json.loads(first)["limit_bytes"] == 2 << 30
+    plan = json.loads(first)
+    assert plan["limit_bytes"] == 2 << 30
+    assert plan["instead"]["noise_scale"] == 4
 
 
 SCRIPT = """

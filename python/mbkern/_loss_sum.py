@@ -80,7 +80,9 @@ class LossSum:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state that ``state_dict`` returned."""
-        loaded = state["state"]
+        loaded = state.get("state")
+        if loaded is None:
+            raise ValueError(f"mbkern: no state of a LossSum: it has no 'state' but {[*state]}")
         if loaded.shape != self.state.shape or loaded.dtype != torch.int64:
             raise ValueError(
                 f"mbkern: the state of a LossSum is (12,) torch.int64, not {describe(loaded)}"

@@ -110,6 +110,7 @@ def plan(
         raise ValueError(
             f"mbkern: batch_size is {batch_size} here, {least:g} to {most:g} elsewhere"
         )
+    noise.agree(ranks)
     meter = Meter(step, source, ranks)
     with meter.undone():
         search = _Search(meter, batch_size, min(batch_size, source.most), seconds)
@@ -146,21 +147,38 @@ class _Noise:
 
     Attributes:
         scale: in items; None where it is not known.
-        notes: why it is not, if one was given.
+        notes: why it is not, if one was given. Both as of all ranks, after ``agree``.
     """
 
     def __init__(self, given: Any) -> None:
         self.scale: float | None = None
         self.notes: list[str] = []
+        self._estimate: float | None = None
         if given is None:
             return
         value = float(given.noise_scale if isinstance(given, NoiseScale) else given)
         if value > 0 and math.isfinite(value):
             self.scale = value
         elif isinstance(given, NoiseScale | Tensor) or math.isnan(value):
-            self.notes.append(f"the noise scale is not known yet: its estimate is {value:.4g}")
+            self._estimate = value
         else:
             raise ValueError(f"mbkern: noise_scale is {value}; it must be positive and finite")
+
+    def agree(self, ranks: Ranks) -> None:
+        """Take the smallest that is known on any rank: each may have an estimate of its own."""
+        estimate = math.nan if self._estimate is None else self._estimate
+        known, least, unknown = (
+            ranks.least(math.inf if value is None else value)
+            for value in (
+                self.scale,
+                None if math.isnan(estimate) else estimate,
+                None if self._estimate is None else 0.0,
+            )
+        )
+        self.scale = known if math.isfinite(known) else None
+        if self.scale is None and unknown == 0:
+            shown = least if math.isfinite(least) else math.nan
+            self.notes.append(f"the noise scale is not known yet: its estimate is {shown:.4g}")
 
 
 class _Search:

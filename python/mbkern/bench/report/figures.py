@@ -99,7 +99,11 @@ def all_of(rows: Sequence[Row]) -> list[Figure]:
 
 
 def _place(row: Row) -> str:
-    return f"{row.allocator} allocator, {row.threads} threads"
+    return f"{row.allocator} allocator, {_threads(str(row.threads))}"
+
+
+def _threads(count: str) -> str:
+    return "1 thread" if count == "1" else f"{count} threads"
 
 
 _KNEE = "Marked is the knee: the smallest micro-batch within 10 % of the best time."
@@ -110,7 +114,7 @@ def _minibatch(rows: Sequence[Row]) -> list[Figure]:
     found: dict[str, list[conclusions.Series]] = {}
     for s in conclusions.series(rows, "minibatch"):
         loss = s.name.rpartition(" ")[0]
-        title = f"{loss}, {s.device}, {s.allocator} allocator, {s.threads} threads"
+        title = f"{loss}, {s.device}, {s.allocator} allocator, {_threads(s.threads)}"
         found.setdefault(title, []).append(s)
     return [
         Figure(
@@ -179,9 +183,9 @@ def _scaling(rows: Sequence[Row]) -> list[Figure]:
             line.name += f" · slope {growth.slope:.2f}"
         found.setdefault((s.name, s.rows[0].axis, s.device, s.allocator), []).append(line)
     return [
-        Figure(f"scaling-{axis}-{device}-{state}", f"Growth: {title}, {device}, {state} allocator",
+        Figure(f"scaling-{k}", f"Growth: {title}, {device}, {state} allocator",
                axis, "time [s]", lines, note="Expected is a slope of 1, of -1 for threads.")
-        for (title, axis, device, state), lines in found.items()
+        for k, ((title, axis, device, state), lines) in enumerate(found.items())
     ]  # fmt: skip
 
 
