@@ -66,6 +66,32 @@ def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
     assert "RuntimeError" in done[0].stderr or "Connection" in done[0].stderr
 
 
+AVERAGED = """
+import torch, mbkern
+torch.distributed.init_process_group(
+    "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+for given in (list(model.parameters()), model.module):
+    accumulator = mbkern.GradAccumulator(given)
+    try:
+        accumulator.backward(model(torch.ones(4, 3)).sum(), count=4)
+    except RuntimeError as error:
+        assert "no_sync()" in str(error), error
+    else:
+        raise AssertionError("it was averaged, and nothing said")
+    accumulator.close()
+    model.zero_grad()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_what_data_parallelism_averaged_is_refused() -> None:
+    """Where the accumulator was not given the module that averages."""
+    done = subprocess.run([sys.executable, "-c", AVERAGED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_streaming_is_refused() -> None:
     with pytest.raises(ValueError, match="all-reduce each"):
         mbkern.GradAccumulator(worker.new_model(), mode="streaming", process_group=object())

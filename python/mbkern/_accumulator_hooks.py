@@ -119,7 +119,8 @@ def require_none_left(slots: list[Slot]) -> None:
         if slot.parameter.grad is not None:
             raise RuntimeError(
                 f"mbkern: {slot.name} was given a gradient in this micro-batch that no hook saw: "
-                ".grad was assigned, or requires_grad set, inside the block"
+                ".grad was assigned, or requires_grad set, inside the block, or "
+                "DistributedDataParallel averaged it: run such a model under `no_sync()`"
             )
 
 
