@@ -67,7 +67,7 @@ def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
 
 
 AVERAGED = """
-import torch, mbkern
+import torch, mbkern, process_group
 torch.distributed.init_process_group(
     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
 )
@@ -82,13 +82,15 @@ for given in (list(model.parameters()), model.module):
         raise AssertionError("it was averaged, and nothing said")
     accumulator.close()
     model.zero_grad()
-torch.distributed.destroy_process_group()
+process_group.leave()
 """
 
 
 def test_what_data_parallelism_averaged_is_refused() -> None:
     """Where the accumulator was not given the module that averages."""
-    done = subprocess.run([sys.executable, "-c", AVERAGED], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", AVERAGED], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert done.returncode == 0, done.stderr
 
 
