@@ -124,7 +124,7 @@ def fsdp(kind: str, model: Any, rank: int, world: int) -> list[Tensor]:
             two.flush()
         two.reset()
         two.close()
-        first = next(s.parameter for s in accumulator._slots if s.name == "0.weight")
+        first = next(s.parameter for s in accumulator._members.slots if s.name == "0.weight")
         with pytest.raises(KeyError):
             with_error(accumulator, model, mode)
         with pytest.raises(RuntimeError, match="micro-batch 0 failed"):

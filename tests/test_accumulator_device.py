@@ -92,7 +92,7 @@ class Training:
             loss: Any = sum((p * g).sum() for p, g in of)
             accumulator.backward(loss, counts[k], names[k % len(names)])
             found |= self.gradients(f"after {k}")
-        for slot in accumulator._slots:
+        for slot in accumulator._members.slots:
             for which, buffer in enumerate(slot.buffers):
                 if slot.received[which]:
                     found[f"sum {slot.name} {which}"] = buffer.clone()

@@ -83,7 +83,7 @@ def test_a_copy_knows_the_copied_module() -> None:
 
 
 def _memory(accumulator: mbkern.GradAccumulator) -> int:
-    return sum(b.numel() for slot in accumulator._slots for b in slot.buffers)
+    return sum(b.numel() for slot in accumulator._members.slots for b in slot.buffers)
 
 
 @pytest.mark.parametrize("layout", ["flat", "parameter"])

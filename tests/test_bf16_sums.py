@@ -352,7 +352,9 @@ def test_memory() -> None:
 
     def bytes_of(**arguments: Any) -> int:
         acc = GradAccumulator(torch.nn.Linear(512, 512, bias=False).to(BF16), **arguments)
-        return sum(t.nbytes for s in acc._slots for t in (*s.buffers, *s.low) if t is not None)
+        return sum(
+            t.nbytes for s in acc._members.slots for t in (*s.buffers, *s.low) if t is not None
+        )
 
     wide = bytes_of()
     assert bytes_of(dtype=BF16, compensation="stochastic") == wide // 2

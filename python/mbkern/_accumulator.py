@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,24 +17,18 @@ from mbkern import _accumulator_scaler, _accumulator_state
 from mbkern._accumulator_apart import Apart
 from mbkern._accumulator_collect import Collector
 from mbkern._accumulator_counts import Count, check_count, reciprocal
-from mbkern._accumulator_flush import FlushOptions, WindowStats, prepare, write
+from mbkern._accumulator_flush import FlushOptions, WindowStats, write
 from mbkern._accumulator_hooks import (
     discard,
-    put_hooks,
     release,
-    require_known,
     require_no_gradients,
     require_none_left,
     set_gradient,
     unhook,
 )
+from mbkern._accumulator_members import Members
 from mbkern._accumulator_options import Options
-from mbkern._accumulator_parameters import (
-    Slot,
-    allocate,
-    check_parameters,
-    read_parameters,
-)
+from mbkern._accumulator_parameters import Slot
 from mbkern._accumulator_ranks import check_group, find_ddp, reduce_window, require_no_sync
 from mbkern._accumulator_rounding import Rounding
 from mbkern._accumulator_sharded import find_shards
@@ -160,10 +153,7 @@ class GradAccumulator:
         self._shards = find_shards(parameters)
         self._module = find_ddp(parameters)
         self._group = self._find_group(process_group)
-        self._slots: list[Slot] = []
-        self._frozen: list[Slot] = []  # so far; without buffers
-        # The modules that were given, and the numbers of their slots.
-        self._modules: list[tuple[weakref.ref[torch.nn.Module], set[int]]] = []
+        self._members = Members(self, self._options, self._shards)
         self._apart = Apart()
         self._clipped: Tensor | None = None  # windows that were clipped, and finite ones
         self._collector: Collector | None = None
@@ -209,69 +199,11 @@ class GradAccumulator:
                 "mbkern: a DistributedDataParallel module is given to the constructor: it brings "
                 "its process group"
             )
-        options = self._options
-        if isinstance(parameters, torch.nn.Module) and not self._window.micro_batches:
-            self._retire(parameters)
-        new = read_parameters(parameters, options.l1, options.l2, self._all())
-        if options.noise_scale and any(slot.l1 or slot.l2 for slot in new):
-            raise ValueError("mbkern: noise_scale=True does not go with penalties")
-        check_parameters([slot for slot in new if slot.parameter.requires_grad], self._slots)
-        if self._shards is not None:
-            self._shards.check(self._all() + new)
-        elif any(slot.mesh is not None for slot in new):
-            raise ValueError(
-                "mbkern: the parameters are DTensors; give the constructor the module that "
-                "fully_shard has wrapped, not its parameters"
-            )
-        self._frozen += new
-        self._thaw([slot for slot in new if slot.parameter.requires_grad])
-        if isinstance(parameters, torch.nn.Module):
-            self._modules.append((weakref.ref(parameters), {slot.number for slot in new}))
-
-    def _all(self) -> list[Slot]:
-        """The slots of all parameters, in the order in which they were given."""
-        return sorted(self._slots + self._frozen, key=lambda slot: slot.number)
-
-    def _thaw(self, slots: list[Slot]) -> None:
-        """Give buffers and hooks to parameters that were frozen until now."""
-        if not slots:
-            return
-        options = self._options
-        check_parameters(slots, self._slots)
-        flat, low = options.layout == "flat", options.compensation == "kahan"
-        allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
-        prepare(slots, self._into)
-        self._frozen = [slot for slot in self._frozen if slot not in slots]
-        self._slots = sorted(self._slots + slots, key=lambda slot: slot.number)
-        put_hooks(slots, weakref.ref(self))
-
-    def _thaw_unfrozen(self) -> None:
-        self._thaw([slot for slot in self._frozen if slot.parameter.requires_grad])
-
-    def _retire(self, module: torch.nn.Module) -> None:
-        """Give up parameters that the module has replaced by others of their names."""
-        own: set[int] = set().union(*(n for known, n in self._modules if known() is module))
-        now = dict(module.named_parameters())
-        there = {id(parameter) for parameter in now.values()}
-        gone = [
-            slot
-            for slot in self._all()
-            if slot.number in own and slot.name in now and id(slot.parameter) not in there
-        ]
-        release(gone, self._into)
-        unhook(gone)
-        self._slots = [slot for slot in self._slots if slot not in gone]
-        self._frozen = [slot for slot in self._frozen if slot not in gone]
-
-    def _require_known(self) -> None:
-        """Raise if a parameter of a module that was given would not be counted."""
-        if self._shards is None:  # FSDP exchanges its parameters itself
-            modules = [module() for module, _ in self._modules]
-            require_known([module for module in modules if module is not None], self._all())
+        self._members.add(parameters, between_windows=not self._window.micro_batches)
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        unhook(self._slots)
+        unhook(self._members.slots)
 
     @property
     def max_norm(self) -> float | None:
@@ -293,16 +225,10 @@ class GradAccumulator:
             shared = name in ("_group", "_module", "_shards")
             if name == "_open":
                 other.__dict__[name] = threading.Lock()
-            elif name == "_modules":  # there is none where only the parameters were copied
-                copies = [(memo.get(id(module())), set(numbers)) for module, numbers in value]
-                other._modules = [
-                    (weakref.ref(module), numbers)
-                    for module, numbers in copies
-                    if isinstance(module, torch.nn.Module)
-                ]
+            elif name == "_members":
+                other._members = self._members.copy_for(other, memo)
             else:
                 other.__dict__[name] = value if shared else copy.deepcopy(value, memo)
-        put_hooks(other._slots, weakref.ref(other))
         return other
 
     def __reduce__(self) -> Any:
@@ -388,14 +314,14 @@ class GradAccumulator:
         if count is not None:
             counted.add(count)
         if not window.micro_batches:
-            self._require_known()
-        self._thaw_unfrozen()
-        put_hooks(self._slots, weakref.ref(self))
-        require_no_gradients(self._all())
+            self._members.require_known()
+        self._members.thaw_unfrozen()
+        self._members.hook()
+        require_no_gradients(self._members.all)
         if self._shards is not None:
             self._shards.require_own(window.kept)
             window.require_divisor(self._shards.divisor())
-        release(self._slots, self._into)
+        release(self._members.slots, self._into)
         require_no_sync(self._module)
         self._take_strays()
         collector = self._collector = Collector(
@@ -408,7 +334,7 @@ class GradAccumulator:
             rounding=self._rounding,
         )
         window.lent = {}
-        for slot in self._slots:
+        for slot in self._members.slots:
             if slot.lent and slot not in self._apart:
                 self._lend(slot)
         before = () if self._shards is None else self._shards.kept()
@@ -416,7 +342,7 @@ class GradAccumulator:
             yield
             collector.finish()
             collector.take_apart(self._apart)
-            require_none_left(self._all())
+            require_none_left(self._members.all)
             if self._shards is not None:
                 self._shards.require_apart(self._names)
         except BaseException as error:
@@ -430,7 +356,7 @@ class GradAccumulator:
                     f"after {collector.added or 'some'} of its gradients had been added"
                 )
                 window.failed = (denominator, counted)
-            discard(self._all())
+            discard(self._members.all)
             raise
         finally:
             self._collector = None
@@ -438,7 +364,8 @@ class GradAccumulator:
                 window.kept = self._shards.kept()
         window.counts[denominator] = counted
         window.measurements += collector.measurements
-        window.measured_whole &= not any(s.lent and s not in self._apart for s in self._slots)
+        slots = self._members.slots
+        window.measured_whole &= not any(s.lent and s not in self._apart for s in slots)
         window.repeated |= collector.repeated
         if count is None:
             window.omitted.add(denominator)
@@ -471,8 +398,8 @@ class GradAccumulator:
                 "adds into it does not divide that out"
             )
         which = self._which(denominator)
-        self._thaw([slot for slot in self._frozen if slot.parameter is parameter])
-        for slot in self._slots:
+        self._members.thaw(s for s in self._members.frozen if s.parameter is parameter)
+        for slot in self._members.slots:
             if slot.parameter is parameter:
                 if slot.mesh is not None:
                     raise NotImplementedError(
@@ -504,7 +431,7 @@ class GradAccumulator:
         """
         self._require_closed("flush()")
         self._window.require_whole()
-        self._require_known()
+        self._members.require_known()
         self._take_strays()
         self._reduce_kept()
         if self.mode == "known" and self._group is None and self._shards is None:
@@ -512,13 +439,13 @@ class GradAccumulator:
         grad_scale: Number = 1.0
         if scaler is not None:
             grad_scale = _accumulator_scaler.scale_of(
-                scaler, optimizer, self._all(), self._window.micro_batches
+                scaler, optimizer, self._members.all, self._window.micro_batches
             )
         if self._shards is not None and self.mode != "known":
             self._shards.reduce_counts(self._window.counts, self._names)
         if self._group is not None:
             known = self.mode == "known"
-            reduce_window(self._slots, self._window.counts, self._names, known, self._group)
+            reduce_window(self._members.slots, self._window.counts, self._names, known, self._group)
         stats = self._write(keep=False, grad_scale=grad_scale)
         if scaler is not None:
             _accumulator_scaler.record(scaler, optimizer, stats.found_inf)
@@ -537,7 +464,7 @@ class GradAccumulator:
         if self._shards is not None:
             self._shards.drop()
         if self.mode == "streaming" and self._window.micro_batches:
-            release(self._slots, self._into)  # it was of this window
+            release(self._members.slots, self._into)  # it was of this window
         self._forget()
 
     def keep_partial(self) -> None:
@@ -581,7 +508,8 @@ class GradAccumulator:
 
     def _reduce_kept(self) -> None:
         """Take over the gradients that FSDP has kept whole."""
-        self._thaw_unfrozen()  # also on a rank without a micro-batch: buffers are all-reduced
+        # Also on a rank without a micro-batch: buffers are all-reduced.
+        self._members.thaw_unfrozen()
         if self._shards is None:
             return
         self._window.require_divisor(self._shards.divisor())
@@ -599,7 +527,7 @@ class GradAccumulator:
     def _share_of_clipped(self, stats: WindowStats) -> Tensor:
         if self._clipped is None:
             self._clipped = stats.norm.new_zeros(2)
-        if any(any(slot.received) for slot in self._slots):
+        if any(any(slot.received) for slot in self._members.slots):
             finite = (stats.found_inf == 0).double()
             clipped = (stats.clip_factor < 1).double() * finite
             self._clipped = self._clipped + torch.stack([clipped, finite])
@@ -625,12 +553,12 @@ class GradAccumulator:
         counts = {name: window.counts.get(name, Count()).total() for name in self._names}
         totals: list[Number] = [1.0] if known else list(counts.values())
         options = FlushOptions(self._into, keep, grad_scale, self.max_norm, self._shards)
-        stats, norms = write(self._slots, totals, options)
+        stats, norms = write(self._members.slots, totals, options)
         head = (stats.norm, stats.clip_factor, stats.found_inf, stats.penalty, norms)
-        for slot in self._frozen:
+        for slot in self._members.frozen:
             set_gradient(slot, None, self._into)
         plain = window.measured_whole and not window.repeated
-        plain &= not (known or any(slot.l1 or slot.l2 for slot in self._slots))
+        plain &= not (known or any(slot.l1 or slot.l2 for slot in self._members.slots))
         return WindowStats(
             *head, window.micro_batches, counts, measurements, dict(window.sizes),
             stats.norm.square() if plain else None, window.repeated,
@@ -638,7 +566,7 @@ class GradAccumulator:
         )  # fmt: skip
 
     def _forget(self) -> None:
-        for slot in self._slots:
+        for slot in self._members.slots:
             slot.received = [False] * len(slot.received)
             slot.lent = False
         self._apart = Apart()

@@ -27,7 +27,7 @@ _KEYS = {
 
 def save(accumulator: GradAccumulator) -> dict[str, Any]:
     """Copies of everything that the rest of the window depends on."""
-    window, slots = accumulator._window, accumulator._all()
+    window, slots = accumulator._window, accumulator._members.all
     return {
         "format": _FORMAT,
         "mode": accumulator.mode,
@@ -93,14 +93,15 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     none: list[Tensor | None] = [None] * accumulator._options.sets
     sums = {name: saved or none for name, saved in state["sums"].items()}  # []: it was frozen
     low_parts = {name: saved or none for name, saved in state["low"].items()}
-    names = {slot.name for slot in accumulator._all()}
+    members = accumulator._members
+    names = {slot.name for slot in members.all}
     if names != set(sums):
         raise ValueError(
             "mbkern: the state is of other parameters; only there: "
             f"{sorted(set(sums) - names)}, only here: {sorted(names - set(sums))}"
         )
-    accumulator._thaw([slot for slot in accumulator._frozen if sums[slot.name] != none])
-    for slot in accumulator._slots:
+    members.thaw(slot for slot in members.frozen if sums[slot.name] != none)
+    for slot in members.slots:
         for saved, buffer in zip(sums[slot.name], slot.buffers, strict=True):
             if saved is not None and (saved.shape, saved.dtype) != (buffer.shape, buffer.dtype):
                 raise ValueError(
@@ -127,8 +128,8 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
             f"mbkern: the state is of seed {seed}, this accumulator of {rounding.seed}"
         )
     accumulator.reset()
-    release(accumulator._slots, accumulator._into)
-    for slot in accumulator._slots:
+    release(members.slots, accumulator._into)
+    for slot in members.slots:
         for which, saved in enumerate(sums[slot.name]):
             slot.received[which] = saved is not None
             for tensor, of in ((slot.buffers, sums), (slot.low, low_parts)):

@@ -1,0 +1,128 @@
+"""Which parameters an accumulator has: those that it adds up, those frozen so far, and how both
+change."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mbkern._accumulator_flush import prepare
+from mbkern._accumulator_hooks import put_hooks, release, require_known, unhook
+from mbkern._accumulator_options import Options
+from mbkern._accumulator_parameters import (
+    Slot,
+    allocate,
+    check_parameters,
+    read_parameters,
+)
+
+if TYPE_CHECKING:
+    from mbkern._accumulator import GradAccumulator
+    from mbkern._accumulator_sharded import Shards
+
+
+class Members:
+    """The slots of an accumulator's parameters.
+
+    Attributes:
+        slots: of those that have required grad: with buffers and hooks.
+        frozen: of those that have not so far: without buffers.
+    """
+
+    def __init__(self, owner: GradAccumulator, options: Options, shards: Shards | None) -> None:
+        self.slots: list[Slot] = []
+        self.frozen: list[Slot] = []
+        self._owner = weakref.ref(owner)
+        self._options, self._shards = options, shards
+        # The modules that were given, and the numbers of their slots.
+        self._modules: list[tuple[weakref.ref[torch.nn.Module], set[int]]] = []
+
+    @property
+    def all(self) -> list[Slot]:
+        """The slots of all parameters, in the order in which they were given."""
+        return sorted(self.slots + self.frozen, key=lambda slot: slot.number)
+
+    def add(self, parameters: Any, *, between_windows: bool) -> None:
+        """Take more, in any of the constructor's forms; known ones are passed over.
+
+        Between windows those that a module has replaced give place to those of their names.
+        """
+        options = self._options
+        if isinstance(parameters, torch.nn.Module) and between_windows:
+            self._retire(parameters)
+        new = read_parameters(parameters, options.l1, options.l2, self.all)
+        if options.noise_scale and any(slot.l1 or slot.l2 for slot in new):
+            raise ValueError("mbkern: noise_scale=True does not go with penalties")
+        check_parameters([slot for slot in new if slot.parameter.requires_grad], self.slots)
+        if self._shards is not None:
+            self._shards.check(self.all + new)
+        elif any(slot.mesh is not None for slot in new):
+            raise ValueError(
+                "mbkern: the parameters are DTensors; give the constructor the module that "
+                "fully_shard has wrapped, not its parameters"
+            )
+        self.frozen += new
+        self.thaw(slot for slot in new if slot.parameter.requires_grad)
+        if isinstance(parameters, torch.nn.Module):
+            self._modules.append((weakref.ref(parameters), {slot.number for slot in new}))
+
+    def thaw(self, frozen: Iterable[Slot]) -> None:
+        """Give buffers and hooks to parameters that were frozen until now."""
+        slots = list(frozen)
+        if not slots:
+            return
+        options = self._options
+        check_parameters(slots, self.slots)
+        flat, low = options.layout == "flat", options.compensation == "kahan"
+        allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
+        prepare(slots, options.into)
+        self.frozen = [slot for slot in self.frozen if slot not in slots]
+        self.slots = sorted(self.slots + slots, key=lambda slot: slot.number)
+        put_hooks(slots, self._owner)
+
+    def thaw_unfrozen(self) -> None:
+        """The same for those that have come to require grad."""
+        self.thaw(slot for slot in self.frozen if slot.parameter.requires_grad)
+
+    def _retire(self, module: torch.nn.Module) -> None:
+        """Give up parameters that the module has replaced by others of their names."""
+        own: set[int] = set().union(*(n for known, n in self._modules if known() is module))
+        now = dict(module.named_parameters())
+        there = {id(parameter) for parameter in now.values()}
+        gone = [
+            slot
+            for slot in self.all
+            if slot.number in own and slot.name in now and id(slot.parameter) not in there
+        ]
+        release(gone, self._options.into)
+        unhook(gone)
+        self.slots = [slot for slot in self.slots if slot not in gone]
+        self.frozen = [slot for slot in self.frozen if slot not in gone]
+
+    def require_known(self) -> None:
+        """Raise if a parameter of a module that was given would not be counted."""
+        if self._shards is None:  # FSDP exchanges its parameters itself
+            modules = [module() for module, _ in self._modules]
+            require_known([module for module in modules if module is not None], self.all)
+
+    def hook(self) -> None:
+        """Put hooks where there are none, or none any more."""
+        put_hooks(self.slots, self._owner)
+
+    def copy_for(self, owner: GradAccumulator, memo: dict[int, Any]) -> Members:
+        """A copy of parameters, buffers and modules, as far as those were copied, with hooks."""
+        other = Members(owner, self._options, self._shards)
+        other.slots = copy.deepcopy(self.slots, memo)
+        other.frozen = copy.deepcopy(self.frozen, memo)
+        copies = [(memo.get(id(module())), set(numbers)) for module, numbers in self._modules]
+        other._modules = [
+            (weakref.ref(module), numbers)
+            for module, numbers in copies
+            if isinstance(module, torch.nn.Module)
+        ]
+        other.hook()
+        return other
