@@ -13,12 +13,13 @@ from cases import CASES, Case
 from torch import Tensor
 from torch.utils import checkpoint
 
-import mbkern.autograd
+import mbkern
 import mbkern.functional as F
+from mbkern import _autograd_left
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_type = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-GUESS = mbkern.autograd._Incoming
+GUESS = _autograd_left.Incoming
 INCOMING = (1.0, 0.3, -64.0, float("inf"))
 
 

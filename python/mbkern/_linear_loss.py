@@ -12,19 +12,19 @@ from torch import Tensor
 
 from mbkern import _C, _composite
 from mbkern._arguments import Number, compute_dtype
+from mbkern._autograd_engine import (
+    MARK,
+    SECOND_BACKWARD,
+    graph_is_kept,
+    is_legacy_batched,
+    saved_hooks,
+)
 from mbkern._launch import hint_argument, new_zeros, scalar_argument
 from mbkern._linear_buffers import Accumulation, Destination, gradient_dtype
 from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_rows import LinearOptions
 from mbkern._linear_stats import Collector
 from mbkern._losses import find
-from mbkern.autograd import (
-    _MARK,
-    _SECOND_BACKWARD,
-    _graph_is_kept,
-    _is_legacy_batched,
-    _saved_hooks,
-)
 
 __all__ = ["LinearLoss", "LinearRequest", "unfused"]
 
@@ -149,7 +149,7 @@ class LinearLoss(torch.autograd.Function):
         hint = request.grad_scale
         full = hint is not None or compute_dtype(request.dtype) is request.dtype
         stats = request.stats
-        hooked = _saved_hooks(False) is not None
+        hooked = saved_hooks(False) is not None
         early = options.row.reduction != "none" and request.accumulate_into is None and full
         ctx.deferred = early and hooked
         state = ctx.formed = None
@@ -178,7 +178,7 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         tensors, state, request = _saved(ctx)
-        batched = _is_legacy_batched(incoming)
+        batched = is_legacy_batched(incoming)
         if torch.is_grad_enabled() or batched:
             if request.accumulate_into is not None:
                 raise RuntimeError(
@@ -199,7 +199,7 @@ def _save(
     ctx: Any, tensors: tuple[Tensor | None, ...], state: Tensor | None, request: LinearRequest
 ) -> None:
     rows = request.options.row
-    mark = None if _saved_hooks(False) is None else _MARK
+    mark = None if saved_hooks(False) is None else MARK
     ctx.save_for_backward(mark, *tensors, rows.weight, rows.sample_weight, state)
     ctx.request = replace(request, stats=None)
     # The tensor that carries .grad or main_grad: what is unpacked may be another one.
@@ -254,8 +254,8 @@ def _hand_out(ctx: Any, incoming: Tensor, tensors: tuple[Any, ...]) -> tuple[Ten
     """The gradients formed in forward, times what the incoming gradient is more than the hint."""
     grads = list(ctx.formed)
     if not grads:
-        raise RuntimeError(_SECOND_BACKWARD)
-    if _graph_is_kept():
+        raise RuntimeError(SECOND_BACKWARD)
+    if graph_is_kept():
         grads = [None if g is None else g.clone() for g in grads]
     else:
         ctx.formed = ()
@@ -354,7 +354,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or _is_legacy_batched(incoming):
+        if torch.is_grad_enabled() or is_legacy_batched(incoming):
             raise RuntimeError(
                 "mbkern: the lse of return_stats gives no gradient that can itself be "
                 "differentiated (create_graph=True); use torch.logsumexp of the logits"

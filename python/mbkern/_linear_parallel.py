@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from mbkern import _linear_buffers as buffers
 from mbkern._arguments import Number, result_dtype
+from mbkern._autograd_engine import is_legacy_batched
 from mbkern._launch import scalar_argument
 from mbkern._linear_loss import (
     LinearRequest,
@@ -25,7 +26,6 @@ from mbkern._linear_shards import Shard, ShardCall, all_gather
 from mbkern._linear_shards_exact import ExactShardCall
 from mbkern._linear_stats import LinearStats
 from mbkern._tensors import describe, is_dtensor
-from mbkern.autograd import _is_legacy_batched
 
 
 class Enter(torch.autograd.Function):
@@ -104,7 +104,7 @@ class ShardLoss(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor | None, *more: Tensor | None) -> Any:
         of_lse = more[0] if more else None
         if torch.is_grad_enabled() or any(
-            g is not None and _is_legacy_batched(g) for g in (incoming, of_lse)
+            g is not None and is_legacy_batched(g) for g in (incoming, of_lse)
         ):
             raise RuntimeError(
                 "mbkern: linear_cross_entropy over several processes gives no gradient that can "

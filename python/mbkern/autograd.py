@@ -18,16 +18,31 @@ and has plain tensors, outside torch.compile and torch.func::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbkern import _C, _composite, _ops
-from mbkern._arguments import Number, check_output, compute_dtype
+from mbkern import _composite, _ops
+from mbkern._arguments import check_output
+from mbkern._autograd_engine import (
+    MARK,
+    graph_is_kept,
+    is_legacy_batched,
+    is_ours_alone,
+    saved_hooks,
+)
+from mbkern._autograd_left import (
+    Incoming,
+    Left,
+    Request,
+    forget_guess,
+    formed_for,
+    hand_out,
+    left_under_hooks,
+)
 from mbkern._calls import new_call
 from mbkern._launch import (
     RowCall,
@@ -35,42 +50,18 @@ from mbkern._launch import (
     bump_version,
     hint_argument,
     new_gradient,
-    rescale_on_device,
     scalar_argument,
-    scale_dense,
 )
 from mbkern._launch_tensors import Grads, Inputs, TensorOptions
 from mbkern._losses import Loss
-from mbkern._tensors import on_cuda
 
 __all__ = ["Request", "RowLoss", "RowOptions", "TensorLoss", "TensorOptions"]
 
-_SECOND_BACKWARD = (
-    "mbkern: trying to backward through the graph a second time, but the gradient formed in "
-    "forward has been handed out. Specify retain_graph=True in the first backward."
-)
 _DOUBLE_BACKWARD = (
     "mbkern: {name} was asked for a gradient that can itself be differentiated "
     "(create_graph=True), which it does not support, or not with inplace=True, which overwrites "
     "the logits; use torch.nn.functional for second derivatives"
 )
-
-
-_OVERWRITTEN = (
-    "mbkern: with inplace=True the gradient is over the input, and it has been modified by an "
-    "inplace operation since; the input is gone after the loss, and must not be written to"
-)
-
-
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
-# Those around the call, or None.
-_saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
-# Saved first under hooks. A checkpoint compares what is saved again by shapes only, and torch's
-# function, if `patched()` has been left since, may save the same shapes in another order.
-_MARK = torch.zeros((1,) * 7, dtype=torch.int8, device="cpu")
-_storage_users = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
-_OURS = 2  # a tensor, and its storage as an object
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _differentiable(
@@ -98,63 +89,6 @@ def _differentiable(
     return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
 
 
-def _hand_out(
-    left: _Left,
-    grads: tuple[Tensor | None, ...],
-    incoming: Tensor,
-    *,
-    keep_zeros: bool,
-    fresh: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """The gradients, formed with the hint, times what the incoming gradient is more.
-
-    Our references are dropped first: AccumulateGrad keeps a gradient that nobody else holds, and
-    clones any other. ``fresh``: there are none, backward has just formed them.
-    """
-    hint, inplace = left.hint, left.request.inplace
-    if not grads:
-        raise RuntimeError(_SECOND_BACKWARD)
-    if inplace and not fresh and grads[0] is not None and grads[0]._version != left.version:
-        raise RuntimeError(_OVERWRITTEN)
-    value = _C.scalar_value(incoming)
-    if value is None:  # no plain number on the host
-        if _is_legacy_batched(incoming):  # is_grads_batched: many incoming gradients at once
-            factors = incoming.double() / hint
-            return tuple(None if g is None else _each(g, factors, keep_zeros) for g in grads)
-        if not on_cuda(incoming):
-            value = incoming.item()
-    if fresh:
-        pass
-    elif _graph_is_kept():
-        grads = tuple(None if g is None else g.clone() for g in grads)
-    else:
-        left.grads = ()
-    if value is None:
-        return tuple(
-            None if g is None else rescale_on_device(g, incoming, hint, keep_zeros=keep_zeros)
-            for g in grads
-        )
-    factor = value / float(hint)
-    if factor == 1.0:
-        return grads
-    dense = not inplace
-    return tuple(None if g is None else _scaled(g, factor, dense, keep_zeros) for g in grads)
-
-
-def _scaled(grad: Tensor, factor: float, dense: bool, keep_zeros: bool) -> Tensor:
-    if dense:
-        return scale_dense(grad, factor, keep_zeros=keep_zeros)
-    if keep_zeros and not math.isfinite(factor):
-        return grad.masked_scatter_(grad != 0, grad[grad != 0] * factor)
-    return grad.mul_(factor)
-
-
-def _each(grad: Tensor, factors: Tensor, keep_zeros: bool) -> Tensor:
-    compute = compute_dtype(grad.dtype)
-    many = (grad.to(compute) * factors.to(compute)).to(grad.dtype)
-    return torch.where(grad == 0, grad, many) if keep_zeros else many
-
-
 def _new_version(written: Tensor) -> int:
     bump_version(written)
     return written._version
@@ -172,101 +106,6 @@ def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
     check_output(input, "input (inplace=True)", input.detach(), False, others)
 
 
-@dataclass(slots=True)
-class Request:
-    """What a Function is asked for, besides its tensors.
-
-    Attributes:
-        loss: which loss.
-        options: its options: RowOptions or TensorOptions.
-        grad_scale: a hint of the incoming gradient: a number, a 0-dim tensor or None.
-        inplace: write the gradient over the input.
-        loss_dtype: the dtype of the result; None for the input's.
-    """
-
-    loss: Loss
-    options: Any
-    grad_scale: Number | None = None
-    inplace: bool = False
-    loss_dtype: torch.dtype | None = None
-
-
-@dataclass(slots=True)
-class _Left:
-    """What forward leaves to backward, besides the tensors that autograd saves.
-
-    Attributes:
-        divisor: of the mean.
-        grads: formed in forward, as backward returns them; empty when handed out; None: backward
-            forms them.
-        hint: what they were multiplied by.
-        guessed: whether they are right for an incoming gradient of 1 only.
-        state: what backward needs of each item (RowCall.new_state). Among the saved tensors only
-            with ``hooked``: a checkpoint counts them, and they must not depend on the guess.
-        version: of the input, after its gradient was written over it.
-        hooked: whether hooks took the saved tensors away.
-        deferred: whether it is only for them that backward forms the gradients.
-    """
-
-    request: Request
-    divisor: float | Tensor
-    grads: tuple[Tensor | None, ...] | None = None
-    hint: float | Tensor = 1.0
-    version: int = -1
-    guessed: bool = False
-    state: Tensor | None = None
-    hooked: bool = False
-    deferred: bool = False
-
-
-class _Incoming:
-    """Whether the last incoming gradient of a 16-bit one was 1: a guess for the next; the results
-    are the same bits either way."""
-
-    was_one: ClassVar[bool] = True
-
-    @classmethod
-    def will_be_one(cls, input: Tensor, inplace: bool) -> bool:
-        """The guess. No on CUDA, where nobody looks, and where there is no second try."""
-        return cls.was_one and not inplace and not on_cuda(input)
-
-    @classmethod
-    def is_one(cls, incoming: Tensor) -> bool:
-        """Whether it is, to be remembered."""
-        value = _C.scalar_value(incoming)
-        if value is not None:
-            cls.was_one = value == 1.0
-        return value == 1.0
-
-
-def _forget_guess(left: _Left) -> None:
-    """Free gradients that were formed for nothing."""
-    if left.guessed:
-        left.grads = None
-
-
-def _formed(left: _Left, incoming: Tensor) -> tuple[Tensor | None, ...] | None:
-    """The gradients that forward formed, if they are those of this incoming gradient."""
-    grads = left.grads
-    if grads is None or not left.guessed or _Incoming.is_one(incoming):
-        return grads
-    _forget_guess(left)
-    return None
-
-
-def _left_under_hooks(request: Request, divisor: float | Tensor, deferred: bool) -> _Left:
-    hint = request.grad_scale if deferred else None
-    # Read now: GradScaler changes its scale in place.
-    factor = 1.0 if hint is None else hint_argument(hint)
-    return _Left(request, divisor, hint=factor, hooked=True, deferred=deferred)
-
-
-def _is_ours_alone(tensor: Tensor) -> bool:
-    """Whether nobody else holds the memory of a tensor that hooks returned: another node that does
-    would not see that it was written to, since there no versions are compared."""
-    return bool(_storage_users(tensor.untyped_storage()._cdata) == _OURS)
-
-
 class RowLoss(torch.autograd.Function):
     """Losses over rows of classes: ``RowLoss.apply(input, target, request)``.
 
@@ -282,10 +121,10 @@ class RowLoss(torch.autograd.Function):
         hint, inplace = request.grad_scale, request.inplace
         if inplace:
             _check_inplace(input, (call.target, options.weight, options.sample_weight))
-        hooked = _saved_hooks(False) is not None
+        hooked = saved_hooks(False) is not None
         guessed = hint is None and call.compute is not input.dtype
         early = options.reduction != "none" and needs_input and not needs_target
-        if early and not hooked and (not guessed or _Incoming.will_be_one(input, inplace)):
+        if early and not hooked and (not guessed or Incoming.will_be_one(input, inplace)):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grad = input.detach() if inplace else new_gradient(input)
@@ -293,32 +132,32 @@ class RowLoss(torch.autograd.Function):
             # Looked at by create_graph, or if the guess fails.
             ctx.save_for_backward(None, input, target, options.weight, options.sample_weight, None)
             version = _new_version(input) if inplace else -1
-            ctx.left = _Left(request, divisor, (grad, None, None), factor, version, guessed)
+            ctx.left = Left(request, divisor, (grad, None, None), factor, version, guessed)
             return result  # type: ignore[return-value]
         state: Tensor | None = call.new_state()
         result, divisor = call.run(state=state, loss_dtype=request.loss_dtype)
         if hooked:
-            ctx.left = _left_under_hooks(request, divisor, early and not guessed)
+            ctx.left = left_under_hooks(request, divisor, early and not guessed)
         else:
-            ctx.left, state = _Left(request, divisor, state=state), None
-        mark = _MARK if hooked else None
+            ctx.left, state = Left(request, divisor, state=state), None
+        mark = MARK if hooked else None
         ctx.save_for_backward(mark, input, target, options.weight, options.sample_weight, state)
         return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        left: _Left = ctx.left
+        left: Left = ctx.left
         request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
-            _forget_guess(left)
+            forget_guess(left)
             input, target = ctx.saved_tensors[1:3]
             first, second = _differentiable(
                 _composite.row_loss, request, divisor, incoming, input, target
             )
             return first, second, None
-        formed = _formed(left, incoming)
+        formed = formed_for(left, incoming)
         if formed is not None:
-            return _hand_out(left, formed, incoming, keep_zeros=True)
+            return hand_out(left, formed, incoming, keep_zeros=True)
         _, input, target, weight, sample_weight, state = ctx.saved_tensors
         options: RowOptions = replace(request.options, weight=weight, sample_weight=sample_weight)
         call = RowCall(request.loss.number, input, target, options)
@@ -330,7 +169,7 @@ class RowLoss(torch.autograd.Function):
         grad = grad_target = None
         if ctx.needs_input_grad[1]:
             grad_target = gradient_of_probabilities(call, state, incoming, divisor)
-        if ctx.needs_input_grad[0] and _is_legacy_batched(incoming) and not left.deferred:
+        if ctx.needs_input_grad[0] and is_legacy_batched(incoming) and not left.deferred:
             grad = _ops.row_loss_backward(
                 incoming, input, target, weight, sample_weight, None, state,
                 _ops.divisor_tensor(divisor),
@@ -338,23 +177,23 @@ class RowLoss(torch.autograd.Function):
                 options.label_smoothing, options.z_loss, options.softcap or 0.0, False,
             )  # fmt: skip
         elif ctx.needs_input_grad[0]:
-            overwrite = request.inplace and not _graph_is_kept()
-            overwrite = overwrite and (not left.hooked or _is_ours_alone(input))
+            overwrite = request.inplace and not graph_is_kept()
+            overwrite = overwrite and (not left.hooked or is_ours_alone(input))
             grad = input.detach() if overwrite else new_gradient(input)
             if options.reduction == "none":
                 call.run(grad=grad, item_scale=incoming, state=state, from_state=True)
             else:
                 scale = left.hint
                 if not left.deferred:
-                    _Incoming.is_one(incoming)
+                    Incoming.is_one(incoming)
                     scale = scalar_argument(incoming, "the incoming gradient")
                 call.run(grad=grad, scale=scale, state=state, from_state=True, divisor=divisor)
             if overwrite:
                 bump_version(input)
-        if not _graph_is_kept():
+        if not graph_is_kept():
             left.state = None
         if left.deferred:
-            return _hand_out(left, (grad, None, None), incoming, keep_zeros=True, fresh=True)
+            return hand_out(left, (grad, None, None), incoming, keep_zeros=True, fresh=True)
         return grad, grad_target, None
 
 
@@ -406,10 +245,10 @@ class TensorLoss(torch.autograd.Function):
             _check_inplace(
                 first, (second, third, options.target, options.weight, options.sample_weight)
             )
-        hooked = _saved_hooks(False) is not None
+        hooked = saved_hooks(False) is not None
         guessed = hint is None and not _are_full(inputs, needs)
         early = options.reduction != "none"
-        if early and not hooked and (not guessed or _Incoming.will_be_one(first, inplace)):
+        if early and not hooked and (not guessed or Incoming.will_be_one(first, inplace)):
             # Read now: GradScaler changes its scale in place.
             factor = 1.0 if hint is None else hint_argument(hint)
             grads = _gradients(inputs, needs, inplace)
@@ -418,38 +257,38 @@ class TensorLoss(torch.autograd.Function):
                 None, *inputs, options.target, options.weight, options.sample_weight
             )
             version = _new_version(first) if inplace and needs[0] else -1
-            ctx.left = _Left(request, divisor, (*grads, None), factor, version, guessed)
+            ctx.left = Left(request, divisor, (*grads, None), factor, version, guessed)
             return result  # type: ignore[return-value]
         result, divisor = call.run(loss_dtype=loss_dtype)
         if hooked:
-            ctx.left = _left_under_hooks(request, divisor, early and not guessed)
+            ctx.left = left_under_hooks(request, divisor, early and not guessed)
         else:
-            ctx.left = _Left(request, divisor)
-        mark = _MARK if hooked else None
+            ctx.left = Left(request, divisor)
+        mark = MARK if hooked else None
         ctx.save_for_backward(mark, *inputs, options.target, options.weight, options.sample_weight)
         return result  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        left: _Left = ctx.left
+        left: Left = ctx.left
         request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
-            _forget_guess(left)
+            forget_guess(left)
             return (
                 *_differentiable(
                     _tensor_formula, request, divisor, incoming, *ctx.saved_tensors[1:4]
                 ),
                 None,
             )
-        formed = _formed(left, incoming)
+        formed = formed_for(left, incoming)
         if formed is not None:
-            return _hand_out(left, formed, incoming, keep_zeros=request.options.target is not None)
+            return hand_out(left, formed, incoming, keep_zeros=request.options.target is not None)
         _, first, second, third, target, weight, sample_weight = ctx.saved_tensors
         inputs, needs = (first, second, third), ctx.needs_input_grad[:3]
         options: TensorOptions = replace(
             request.options, target=target, weight=weight, sample_weight=sample_weight
         )
-        if _is_legacy_batched(incoming) and not left.deferred:
+        if is_legacy_batched(incoming) and not left.deferred:
             many = _ops.tensor_loss_backward(
                 incoming, *inputs, target, weight, sample_weight, None,
                 _ops.divisor_tensor(divisor), request.loss.name, options.reduction,
@@ -457,8 +296,8 @@ class TensorLoss(torch.autograd.Function):
             )  # fmt: skip
             return (*(g if need else None for g, need in zip(many, needs, strict=True)), None)
         call = new_call(request.loss, inputs, options)
-        overwrite = request.inplace and not _graph_is_kept()
-        overwrite = overwrite and (not left.hooked or _is_ours_alone(first))
+        overwrite = request.inplace and not graph_is_kept()
+        overwrite = overwrite and (not left.hooked or is_ours_alone(first))
         grads = _gradients(inputs, needs, overwrite)
         arguments: dict[str, Any] = {
             "want_loss": False, "grads": grads, "loss_dtype": first.dtype,
@@ -468,14 +307,14 @@ class TensorLoss(torch.autograd.Function):
         else:
             scale = left.hint
             if not left.deferred:
-                _Incoming.is_one(incoming)
+                Incoming.is_one(incoming)
                 scale = scalar_argument(incoming, "the incoming gradient")
             call.run(scale=scale, divisor=divisor, **arguments)
         if overwrite and needs[0]:
             bump_version(first)
         if left.deferred:
             keep_zeros = options.target is not None
-            return _hand_out(left, (*grads, None), incoming, keep_zeros=keep_zeros, fresh=True)
+            return hand_out(left, (*grads, None), incoming, keep_zeros=keep_zeros, fresh=True)
         return (*grads, None)
 
 
