@@ -16,6 +16,7 @@ import torch
 import mbkern
 from mbkern import _C, _selftest
 from mbkern._selftest_cases import Case, Outputs
+from mbkern._selftest_tiers import Tier
 
 COMMAND = [sys.executable, "-m", "mbkern", "selftest"]
 
@@ -112,6 +113,27 @@ def test_missing_and_stale_digests(golden: Path, capsys: pytest.CaptureFixture[s
     change(golden, digests={**digests, "no_such_loss": {}})
     assert _selftest.run() == 1
     assert "not in this build: no_such_loss" in capsys.readouterr().out
+
+
+def test_on_cuda_alone_every_golden_kernel_is_run(
+    golden: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CUDA's kernels in the build for tests, elsewhere the CPU's in their place: what is asked is
+    which cases there are. The CPU refuses bad targets."""
+    monkeypatch.setattr(_selftest, "find_tiers", lambda *_: [Tier("shim", on_cuda=True)])
+    empty = _selftest.Finding("bad targets on CUDA")
+    if not _C.cuda_is_shim():
+        monkeypatch.setattr(_selftest, "check_bad_targets_on_cuda", lambda *_: empty)
+    capsys.readouterr()
+    assert _selftest.run(device="cuda") == 0, capsys.readouterr().out
+    rows = {line.split()[0] for line in capsys.readouterr().out.splitlines() if " ok" in line}
+    assert rows == set(json.loads(golden.read_text())["digests"])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device", "golden")
+def test_on_cuda_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _selftest.run(device="cuda") == 0, capsys.readouterr().out
 
 
 def test_another_version(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:

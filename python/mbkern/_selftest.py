@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ GOLDEN = Path(__file__).with_name("_golden.json")
 TIERS = ("scalar", "avx2", "avx512")
 BAD_TARGETS = "bad targets"  # of the CPU, which refuses them
 Golden = dict[str, dict[str, dict[str, str]]]  # kernel, dtype, case: digest
+Data = dict[str, Any]  # of a case, made on the CPU
+Cuts = dict[str, list[slice]]
+Run = Callable[[Case, Any, list[slice]], Outputs]
 
 
 @dataclass
@@ -90,16 +94,15 @@ def thread_counts() -> list[int]:
     return sorted({1, 2, 3, len(os.sched_getaffinity(0))})
 
 
-def check(kernel: str, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Finding:
+def check(case: Case, data: Data, run: Run, cuts: Cuts, tiers: list[Tier]) -> Finding:
     """Run a case on all tiers, and in all cuts."""
-    data, finding = make(kernel, case, dtype), Finding(case.name)
+    finding = Finding(case.name)
     reference: Outputs | None = None
     for tier in tiers:
         tier.enter()
         moved = moved_to(tier, data)
-        for cut, pieces in cuts(case).items():
-            outputs = compute(kernel, case, moved, pieces)
-            outputs = {name: tensor.cpu() for name, tensor in outputs.items()}
+        for cut, pieces in cuts.items():
+            outputs = {name: tensor.cpu() for name, tensor in run(case, moved, pieces).items()}
             finding.runs += 1
             if reference is None:
                 reference, finding.digest = outputs, digest(outputs)
@@ -109,30 +112,13 @@ def check(kernel: str, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Fin
     return finding
 
 
-def check_on_cpu(cases: Any, case: Case, dtype: torch.dtype, tiers: list[Tier]) -> Finding:
-    """Run a case of a module with ``make``, ``compute`` and ``cuts`` on the CPU's tiers."""
-    data, finding = cases.make(case, dtype), Finding(case.name)
-    reference: Outputs | None = None
-    for tier in tiers:
-        tier.enter()
-        for cut, pieces in cases.cuts(case).items():
-            outputs = cases.compute(case, data, pieces)
-            finding.runs += 1
-            if reference is None:
-                reference, finding.digest = outputs, digest(outputs)
-            elif found := difference(outputs, reference):
-                finding.problem = f"{tier.name}, {cut}: {found}"
-                return finding
-    return finding
-
-
-def moved_to(tier: Tier, data: dict[str, Any]) -> dict[str, Any]:
-    """A case's inputs and options in the memory of a tier."""
-    moved = {k: tier.move(v) if isinstance(v, Tensor) else v for k, v in data.items()}
-    for group in ("options", "more"):
-        values = data[group].items()
-        moved[group] = {k: tier.move(v) if isinstance(v, Tensor) else v for k, v in values}
-    return moved
+def moved_to(tier: Tier, data: Any) -> Any:
+    """A case's inputs and options, in dicts and lists, in the memory of a tier."""
+    if isinstance(data, dict):
+        return {name: moved_to(tier, value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [moved_to(tier, value) for value in data]
+    return tier.move(data) if isinstance(data, Tensor) else data
 
 
 def bad_classes() -> Iterator[tuple[int, int, Tensor]]:
@@ -224,16 +210,28 @@ def findings(tiers: list[Tier]) -> Iterator[tuple[str, str, list[Finding]]]:
     on_cpu = [tier for tier in tiers if not tier.on_cuda]
     for loss in losses():
         for dtype in FORMATS:
-            found = [check(loss.name, case, dtype, tiers) for case in cases(loss.name, dtype)]
+            found = [
+                check(
+                    case, make(loss.name, case, dtype), partial(compute, loss.name), cuts(case),
+                    tiers,
+                )
+                for case in cases(loss.name, dtype)
+            ]  # fmt: skip
             if loss.name == "cross_entropy" and on_cpu:
                 found.append(check_bad_targets(dtype, on_cpu))
             if loss.name == "cross_entropy" and len(on_cpu) < len(tiers):
                 found.append(check_bad_targets_on_cuda(dtype, tiers[-1]))
             yield loss.name, str(dtype).removeprefix("torch."), found
-    others = (("linear_cross_entropy", head, head.HEADS), ("accumulation", lists, lists.LISTS))
-    for name, module, known in others if on_cpu else ():
+    others: tuple[tuple[str, Any, list[Case]], ...] = (
+        ("linear_cross_entropy", head, head.HEADS),
+        ("accumulation", lists, lists.LISTS),
+    )
+    for name, module, known in others:
         for dtype in FORMATS:
-            found = [check_on_cpu(module, case, dtype, on_cpu) for case in known]
+            found = [
+                check(case, module.make(case, dtype), module.compute, module.cuts(case), tiers)
+                for case in known
+            ]
             yield name, str(dtype).removeprefix("torch."), found
     for name in _C.elementary_functions():
         for double in (False, True):
