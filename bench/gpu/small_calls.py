@@ -65,20 +65,61 @@ def results(call: Call, device: str) -> list[Tensor]:
     return found if total is None else [*found, total.value(dtype=torch.float64)]
 
 
+def heads(few: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Input, weight, bias and target of fused heads; their products are tiles of 16 by 16."""
+    random = torch.Generator().manual_seed(6)
+    for dtype in FEW_DTYPES if few else DTYPES:
+        for features, classes in ((37, 1000),) if few else ((1, 7), (64, 64), (37, 1000)):
+            x, w, b = (
+                torch.randn(shape, generator=random).to(dtype)
+                for shape in ((ITEMS, features), (classes, features), (classes,))
+            )
+            yield x, w, b, torch.randint(classes, (ITEMS,), generator=random)
+
+
+def head_results(tensors: tuple[Tensor, ...], device: str) -> list[Tensor]:
+    """The loss and the gradients added into buffers, then by way of autograd, split-invariant:
+    other products are torch's, in an order of each device's."""
+    x, w, b, t = (tensor.to(device) for tensor in tensors)
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    buffers = [torch.ones_like(v, dtype=wide) for v in (w, b)]
+    loss, (dx, *_) = mbkern.loss_and_grad(
+        "linear_cross_entropy", x, w, t, linear_bias=b, split_invariant=True, num_valid=len(t),
+        argnums=("input", "linear_weight", "linear_bias"), grad_out=(None, *buffers),
+        accumulate=True,
+    )  # fmt: skip
+    leaves = [v.detach().clone().requires_grad_() for v in (x, w, b)]
+    again = mbkern.functional.linear_cross_entropy(
+        leaves[0], leaves[1], t, linear_bias=leaves[2], split_invariant=True
+    )
+    return [loss, dx, *buffers, *torch.autograd.grad(again * 3, leaves)]
+
+
+def differing(ours: list[Tensor], theirs: list[Tensor], what: str) -> int:
+    """How many results have not the same bits; they are printed."""
+    found = 0
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        bits = [tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (a, b)]
+        if not torch.equal(*bits):
+            found += 1
+            print(f"{what}: result {k} differs")
+    return found
+
+
 def main(device: str, kind: str = "all") -> int:
     """Make every call; the status is 1 if bits differ from the CPU's."""
-    differing = done = 0
+    wrong = done = 0
     for call in calls(kind == "few"):
         done += 1
-        ours = [r.cpu() for r in results(call, device)]
-        theirs = results(call, "cpu")
-        for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
-                differing += 1
-                name, x, _, options = call
-                print(f"{name} {tuple(x.shape)} {x.dtype} {options}: result {k} differs")
-    print(f"{done} calls on {device}, {differing} results differ from the CPU's")
-    return int(differing > 0 or done == 0)
+        name, x, _, options = call
+        what = f"{name} {tuple(x.shape)} {x.dtype} {options}"
+        wrong += differing(results(call, device), results(call, "cpu"), what)
+    for tensors in heads(kind == "few"):
+        done += 1
+        what = f"linear_cross_entropy of {tuple(tensors[1].shape)} {tensors[1].dtype}"
+        wrong += differing(head_results(tensors, device), head_results(tensors, "cpu"), what)
+    print(f"{done} calls on {device}, {wrong} results differ from the CPU's")
+    return int(wrong > 0 or done == 0)
 
 
 if __name__ == "__main__":
