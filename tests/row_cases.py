@@ -140,7 +140,4 @@ KERNELS = tuple(case for case in ROW_CASES if case.registered)
 
 def direct(case: RowCase, sample: RowSample) -> tuple[list[Tensor], dict[str, Any]]:
     """The arguments of ``mbkern.loss_and_grad``: tensors by position, options by name."""
-    options = dict(sample.options)
-    if "direction" in options:
-        options["reverse"] = options.pop("direction") == "reverse"
-    return list(sample.tensors.values()), options
+    return list(sample.tensors.values()), dict(sample.options)

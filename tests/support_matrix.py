@@ -37,10 +37,13 @@ OTHERS = """
 `ctc_loss`, `AdaptiveLogSoftmaxWithLoss`, `triplet_margin_with_distance_loss` (offered under its
 name: the distance is the caller's function), `triplet_margin_loss` with a norm other than 2; and,
 inside `patched()`, complex and integer inputs, targets of another dtype or shape than the input,
-weights that require grad, and losses of rows of more than two dimensions but `nll_loss`.
+weights that require grad, and losses of rows of more than two dimensions but `nll_loss`. Called as
+`mbkern.functional`, complex and integer inputs are refused, and so are losses of rows whose tensors
+would be broadcast, or are 0-dim: torch computes them.
 
 Where results differ from torch's on purpose: two inputs of different dtypes give the promoted
-dtype, whichever comes first; `gaussian_nll_loss` gives float32 under autocast, as all others;
+dtype, whichever comes first; `gaussian_nll_loss` and `multilabel_soft_margin_loss` give float32
+under autocast, as all others (torch's stay in 16 bits, on some devices, and so under `patched()`);
 `binary_cross_entropy` raises ValueError for what is no probability, on CUDA it is NaN; its gradient
 by the target at p = 0 or 1 is that of the loss, 100 or -100, and not infinite; the gradient of
 `poisson_nll_loss(full=True)` by a target of 0 is finite.

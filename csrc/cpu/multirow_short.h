@@ -73,7 +73,8 @@ struct ShortItems {
   MBK_PASS void sums(Lanes& lane) const {
     const Shared<W> c(lane);
     const V apart = load<V>(lane.apart);
-    const int used = a.columns < kGroup ? (int)a.columns : kGroup;
+    int used = a.columns < kGroup ? (int)a.columns : kGroup;
+    if (used == 0) used = 1;  // the sum of no columns is 0
     W sum[kCount][kWideParts][kGroup];
     for (int s = 0; s < kCount; ++s)
       for (int part = 0; part < kWideParts; ++part)

@@ -56,7 +56,12 @@ struct TripletMarginLoss : MultirowLoss {
     const V eps = constant<V>(c, kEpsilon);
     const V positive = ((x[0] - x[1]) + eps) * constant<V>(c, kPositive);
     const V negative = ((x[0] - x[2]) + eps) * constant<V>(c, kNegative);
-    const V swapped = ((x[1] - x[2]) + eps) * constant<V>(c, kSwapped);
+    // Where p and n are farther apart than numbers go, and it is not this distance that counts,
+    // there is no gradient of it, rather than inf * 0.
+    const V factor = constant<V>(c, kSwapped);
+    V between = (x[1] - x[2]) + eps;
+    between = select((factor == V{}) & (abs(between) == splat<V>(__builtin_inff())), V{}, between);
+    const V swapped = between * factor;
     g[0] = positive - negative;
     g[1] = -positive - swapped;
     g[2] = negative + swapped;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TypeAlias
 
 import torch
@@ -198,6 +199,22 @@ def check_row_options(label_smoothing: float, z_loss: float, softcap: float | No
         raise ValueError(f"mbkern: label_smoothing must be in [0, 1], not {label_smoothing}")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"mbkern: softcap must be positive and finite, not {softcap}")
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that torch's deprecated arguments mean, with its warning.
+
+    torch's own function cannot be called where a call of ours is compiled.
+    """
+    average, reduces = size_average is None or size_average, reduce is None or reduce
+    reduction = "none" if not reduces else "mean" if average else "sum"
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "size_average and reduce args will be deprecated, please use "
+            f"reduction='{reduction}' instead.",
+            stacklevel=4,
+        )
+    return reduction
 
 
 def refuse_indices(target: Tensor, shape: torch.Size, wanted: torch.Size) -> None:

@@ -287,9 +287,11 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
-def _kl(x: Tensor, y: Tensor, temperature: float, reverse: float) -> Tensor:
+def _kl(x: Tensor, y: Tensor, temperature: float, direction: str) -> Tensor:
     student, teacher = (torch.log_softmax(t / temperature, -1) for t in (x, y))
-    return _divergence(student, teacher) if reverse else _divergence(teacher, student)
+    if direction == "reverse":
+        return _divergence(student, teacher)
+    return _divergence(teacher, student)
 
 
 def _js(x: Tensor, y: Tensor, temperature: float, beta: float) -> Tensor:

@@ -33,7 +33,7 @@ from mbkern._launch import (
 from mbkern._launch_tensors import Inputs, TensorCall, TensorOptions
 from mbkern._loss_sum import LossSum
 from mbkern._losses import Loss, find
-from mbkern._tensors import refuse_tracing
+from mbkern._tensors import describe, refuse_tracing
 from mbkern.autograd import gradient_of_probabilities
 
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
@@ -93,14 +93,41 @@ def loss_and_grad(
     check_reduction(reduction, options.get("denominator"))
     options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     _refuse_autograd(*inputs, *outs.values(), *options.values(), scale)
+    shapes, given_outs = {p: t.shape for p, t in enumerate(inputs) if t is not None}, outs
+    if loss.flattens:
+        inputs, outs = _flat(inputs, outs)
     run = _row if loss.kind == "row" else _tensors
     value, grads = run(
         loss, inputs, positions, outs, reduction, accumulate, scale, loss_sum, options
     )
+    if loss.flattens:
+        grads = {p: _or_view(given_outs[p], g, shapes[p]) for p, g in grads.items()}
     result: Any = tuple(grads[p] for p in positions)
     if numpy:
         value, result = _array(value), tuple(_array(g) for g in result)
     return value, (result if isinstance(argnums, tuple) else result[0])
+
+
+def _flat(
+    inputs: tuple[Tensor | None, ...], outs: Mapping[int, Tensor | None]
+) -> tuple[tuple[Tensor | None, ...], dict[int, Tensor | None]]:
+    """All as (N, C): what is written must be a view, what is read may be a copy."""
+    flat = {}
+    for p, out in outs.items():
+        flat[p] = out
+        if out is not None and out.dim() > 2:
+            try:
+                flat[p] = out.view(len(out), -1)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"mbkern: grad_out is {describe(out)} with strides {out.stride()}; it must be "
+                    "one that a view makes (N, C), or None"
+                ) from error
+    return tuple(t if t is None or t.dim() <= 2 else t.flatten(1) for t in inputs), flat
+
+
+def _or_view(given: Tensor | None, flat: Tensor, shape: torch.Size) -> Tensor:
+    return flat.view(shape) if given is None else given
 
 
 def _refuse_bfloat16(numpy: bool, options: dict[str, Any]) -> None:

@@ -18,25 +18,41 @@ _TWO = ("input", "target")
 class Parameter:
     """A number that a loss takes by name: its default, and what it may be."""
 
-    default: float | bool
+    default: float | bool | str
     least: float = -math.inf
     most: float = math.inf
     open: bool = False  # whether the ends are left out
     inverse: bool = False  # whether the kernels take its inverse
+    gap: tuple[float, float] = (0.0, 0.0)  # it may be an end of it, and nothing between
+    only: str = ""  # what it may be, in words; else the range is named
+    choices: tuple[str, ...] = ()  # words, of which the kernels take the position
 
     def check(self, name: str, value: Any) -> float:
-        """Return a value as a number, or raise."""
+        """Return a value as the kernels take it, or raise."""
+        if self.choices:
+            if value not in self.choices:
+                words = " or ".join(map(repr, self.choices))
+                raise ValueError(f"mbkern: {name} must be {words}, not {value!r}")
+            return float(self.choices.index(value))
+        if isinstance(self.default, bool) and not isinstance(value, Tensor):
+            return float(bool(value))
         if isinstance(value, Tensor):
             raise TypeError(
                 f"mbkern: {name} must be a number, not a tensor, of which no gradient is computed"
             )
         number = float(value)
         inside = self.least < number < self.most if self.open else self.least <= number <= self.most
-        if not inside and not (self.open and number == math.inf == self.most):
+        inside |= self.open and number == math.inf == self.most
+        if not inside or self.gap[0] < number < self.gap[1]:
             left, right = "()" if self.open else "[]"
-            raise ValueError(
-                f"mbkern: {name} must be in {left}{self.least}, {self.most}{right}, not {value}"
-            )
+            allowed = self.only or f"in {left}{self.least}, {self.most}{right}"
+            raise ValueError(f"mbkern: {name} must be {allowed}, not {value}")
+        return 1.0 / number if self.inverse else number
+
+    def given(self, number: float) -> float | str:
+        """What ``check`` returned this for."""
+        if self.choices:
+            return self.choices[int(number)]
         return 1.0 / number if self.inverse else number
 
 
@@ -61,6 +77,7 @@ class Loss:
             or None, without one.
         differentiates_all: whether gradients are computed for all its tensors.
         is_flat: whether it takes no more than (N, C), as torch's does, or its rows would be others.
+        flattens: whether the rows of more are all that there is of an item.
         constants: what the kernels take after the parameters.
         number: its position in the compiled list of its kind.
     """
@@ -77,6 +94,7 @@ class Loss:
     weight: str | None = None
     differentiates_all: bool = True
     is_flat: bool = False
+    flattens: bool = False
     constants: tuple[float, ...] = ()
     number: int = -1
 
@@ -88,10 +106,10 @@ class Loss:
         ]
         return (*numbers, *self.constants)
 
-    def named(self, numbers: tuple[float, ...]) -> dict[str, float]:
+    def named(self, numbers: tuple[float, ...]) -> dict[str, Any]:
         """What :meth:`numbers` was given."""
         return {
-            name: 1.0 / value if parameter.inverse else value
+            name: parameter.given(value)
             for (name, parameter), value in zip(self.parameters.items(), numbers, strict=False)
         }
 
@@ -127,7 +145,10 @@ _ONE = ("input",)
 _PAIR = ("student", "teacher")
 _TEMPERATURE = {"temperature": Parameter(1.0, 0.0, open=True, inverse=True)}
 _FOCAL = {"gamma": Parameter(2.0, 0.0), **_TEMPERATURE}
-_REVERSE = {**_TEMPERATURE, "reverse": Parameter(False)}
+_DIRECTION = {
+    **_TEMPERATURE,
+    "direction": Parameter("forward", choices=("forward", "reverse")),
+}
 _BETA = {**_TEMPERATURE, "beta": Parameter(0.5, 0.0, 1.0)}
 _DISTANCE: dict[str, Any] = {"target": "index", "ignores": True, "optional": ("target",)}
 _MARGIN = {"margin": Parameter(1.0)}
@@ -188,7 +209,7 @@ _LOSSES = {
         _loss(
             "tweedie_nll_loss",
             parameters={
-                "power": Parameter(1.5, 0.0),
+                "power": Parameter(1.5, 0.0, gap=(0.0, 1.0), only="0 or at least 1"),
                 "log_input": Parameter(True),
                 "eps": Parameter(1e-8),
             },
@@ -199,7 +220,10 @@ _LOSSES = {
             _ONE,
             target="index",
             weight="classes",
-            parameters={"p": Parameter(1, 1, 2), "margin": Parameter(1.0)},
+            parameters={
+                "p": Parameter(1, 1, 2, gap=(1, 2), only="1 or 2"),
+                "margin": Parameter(1.0),
+            },
         ),
         _rows("multilabel_margin_loss", _ONE, target="list"),
         _rows("multilabel_soft_margin_loss", _TWO, weight="classes"),
@@ -218,7 +242,7 @@ _LOSSES = {
                 "swap": Parameter(False),
             },
         ),
-        _rows("dice_loss", _TWO, parameters={"smooth": Parameter(1.0, 0.0)}),
+        _rows("dice_loss", _TWO, parameters={"smooth": Parameter(1.0, 0.0)}, flattens=True),
         _rows(
             "softmax_focal_loss",
             _ONE,
@@ -227,7 +251,7 @@ _LOSSES = {
             weight="classes",
             parameters=_FOCAL,
         ),
-        _rows("kl_div_with_logits", _PAIR, parameters=_REVERSE, constants=(1.0,), **_DISTANCE),
+        _rows("kl_div_with_logits", _PAIR, parameters=_DIRECTION, constants=(1.0,), **_DISTANCE),
         _rows("js_div_with_logits", _PAIR, parameters=_BETA, constants=(1.0,), **_DISTANCE),
         _rows(
             "tv_distance_with_logits",

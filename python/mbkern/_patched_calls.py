@@ -22,6 +22,8 @@ _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 _functorch_active = torch._C._are_functorch_transforms_active
 _HEAD = "linear_cross_entropy"
+#: Torch composes them of operations that autocast does not put into float32 everywhere.
+_LEFT_IN_HALF = ("gaussian_nll_loss", "multilabel_soft_margin_loss")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +126,7 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
         return "a transform inside torch.compile"  # which loses the derivatives of our operators
     if input.dtype not in DTYPES:
         return f"input is {_short(input.dtype)}"
-    if entry.name == "gaussian_nll_loss" and input.dtype in _HALF and _is_autocast(input.device):
+    if entry.name in _LEFT_IN_HALF and input.dtype in _HALF and _is_autocast(input.device):
         return "autocast, which leaves this loss in 16 bits on some devices"
     if entry.loss.kind == "multirow":
         reason = _rows_refusal(entry, input, target, options)

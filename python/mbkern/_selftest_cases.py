@@ -233,9 +233,11 @@ def make(kernel: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     return data
 
 
-def _another(parameter: Parameter) -> float | bool:
+def _another(parameter: Parameter) -> float | bool | str:
     """A value that is not the default one: a flag is turned, other numbers get larger."""
     default = parameter.default
+    if isinstance(default, str):
+        return parameter.choices[-1]
     if isinstance(default, bool):
         return not default
     return default + 1 if isinstance(default, int) else default + 0.375
@@ -325,7 +327,7 @@ def cases(kernel: str, dtype: torch.dtype) -> list[Case]:
         found = [case for case in found if case.name in FORMULA]
     if kernel == "binary_cross_entropy":  # which refuses what is no probability
         found = [case for case in found if not {"lattice", "wide"} & set(case.with_.split())]
-    if find(kernel).is_flat:
+    if find(kernel).is_flat or find(kernel).flattens:
         found = [case for case in found if len(case.shape) == 2]
     return [case for case in found if dtype is not torch.float64 or case.mode != "reduced"]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as _legacy
 
-from mbkern._arguments import Number
+from mbkern._arguments import Number, legacy_reduction
 from mbkern._launch import RowOptions
 from mbkern._losses import find
 from mbkern.functional._ends import row_loss
@@ -57,7 +56,7 @@ def cross_entropy(
     (docs/numerics.md).
     """
     if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     options = RowOptions(
         weight,
         sample_weight,

@@ -46,9 +46,7 @@ def kl_div_with_logits(
     Differentiable in both, each gradient computed only where it is asked for. Every term is formed
     as a number that is not negative, so that small divergences are right.
     """
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"mbkern: direction must be 'forward' or 'reverse', not {direction!r}")
-    parameters = _KL.numbers(temperature=temperature, reverse=direction == "reverse")
+    parameters = _KL.numbers(temperature=temperature, direction=direction)
     return rows_loss(
         _KL, (student, teacher), target, reduction, parameters, None, ignore_index, **extras
     )

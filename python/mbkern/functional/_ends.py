@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as _legacy
 
 from mbkern import _traced
 from mbkern._arguments import (
     NO_CLASS,
     Number,
     check_reduction,
+    legacy_reduction,
     product,
     promoted_dtype,
     result_dtype,
@@ -98,7 +98,7 @@ def tensor_loss(
 ) -> Tensor:
     """Compute any element-wise loss of tensors that broadcast to one shape."""
     if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     try:
         inputs = _one_shape(loss, tensors, extras.get("inplace", False))
     except (AssertionError, AttributeError, TypeError):
@@ -106,6 +106,10 @@ def tensor_loss(
         raise
     sample_weight = extras.get("sample_weight")
     if loss.weight == "mean" and weight is not None:
+        alone = sample_weight is None and extras.get("denominator") is None
+        if alone and reduction == "mean" and weight.shape != inputs[0].shape:
+            # As torch's: by the sum of the weights that were given, not of those broadcast.
+            extras["denominator"] = weight.sum(dtype=torch.float64)
         weight, sample_weight = None, product(weight, sample_weight)
     options = TensorOptions(
         None, weight, sample_weight, reduction, extras.get("denominator"), -100, parameters
@@ -127,7 +131,7 @@ def rows_loss(
 ) -> Tensor:
     """Compute any loss of rows of tensors of one shape; ``ignore_index`` None: no class is."""
     if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     first = tensors[0]
     if not isinstance(first, Tensor):
         refuse_what_is_no_tensor(loss, *tensors)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as _legacy
 
+from mbkern._arguments import legacy_reduction
 from mbkern._losses import find
 from mbkern.functional._ends import tensor_loss
 
@@ -44,7 +44,7 @@ def kl_div(
     Differentiable in both. From logits, in one pass: :func:`kl_div_with_logits`.
     """
     if size_average is not None or reduce is not None:
-        reduction = _legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if reduction == "batchmean":
         if extras.get("denominator") is not None:
             raise ValueError("mbkern: denominator goes with reduction='mean', not 'batchmean'")
@@ -149,6 +149,4 @@ def tweedie_nll_loss(
     Differentiable in both. Source: Jorgensen, The theory of dispersion models (1997).
     """
     parameters = _TWEEDIE_NLL_LOSS.numbers(power=power, log_input=log_input, eps=eps)
-    if 0 < power < 1:
-        raise ValueError(f"mbkern: power must be 0 or at least 1, not {power}")
     return tensor_loss(_TWEEDIE_NLL_LOSS, (input, target), reduction, parameters, **extras)

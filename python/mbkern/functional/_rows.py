@@ -80,8 +80,6 @@ def multi_margin_loss(
         extras: the keywords of the module.
     """
     parameters = _MULTI_MARGIN_LOSS.numbers(p=p, margin=margin)
-    if p not in (1, 2):
-        raise ValueError(f"mbkern: p must be 1 or 2, not {p}")
     return rows_loss(
         _MULTI_MARGIN_LOSS, (input,), target, reduction, parameters, weight, None, size_average,
         reduce, **extras,
@@ -234,7 +232,7 @@ def dice_loss(
 
     Differentiable in both. Source: Milletari, Navab & Ahmadi, V-Net (2016), with sums for squares.
     """
-    if input.dim() > 2 and target.shape == input.shape:
+    if input.dim() > 2 and target.shape == input.shape:  # as Loss.flattens says
         input, target = input.flatten(1), target.flatten(1)
     return rows_loss(
         _DICE_LOSS, (input, target), None, reduction, _DICE_LOSS.numbers(smooth=smooth), **extras
@@ -301,4 +299,7 @@ def info_nce_loss(
             )
         target = torch.arange(similarity.shape[0], device=similarity.device)
     parameters = _SOFTMAX_FOCAL_LOSS.numbers(gamma=0.0, temperature=temperature)
-    return rows_loss(_SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, parameters, **extras)
+    return rows_loss(
+        _SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, parameters, ignore_index=None,
+        **extras,
+    )  # fmt: skip
