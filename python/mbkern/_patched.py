@@ -291,6 +291,7 @@ def patched(*, mode: bool = False, report: bool = False) -> _Patched:
     Args:
         mode: catch the calls by a torch function mode, not in ``torch.nn.functional``. Catches also
             functions that were imported by name beforehand; every torch call then costs a little.
+            ``l1_loss`` stays torch's then: torch does not show a mode its weight.
         report: the block's value is a :class:`PatchReport` that counts its calls; otherwise None.
     """
     return _Patched(mode, report)
