@@ -38,9 +38,9 @@ from cubin import Instruction, Kernel, kernels
 TABLE = Path(__file__).with_name("machine_code.txt")
 CONTRACTION_OFF = "-fmad false"
 EXACT = {"RCP", "RSQ", "RCP64H", "RSQ64H"}  # starts of exact divisions and square roots
-# Kernels that must have accesses of 16 bytes: rows kept in registers, and element-wise losses in
-# fp32.
-WIDE = (r"^team_rows<.*, true>$", r"^pointwise<.*, float>$")
+# Kernels that must have accesses of 16 bytes: rows kept in registers, element-wise losses in fp32,
+# and of usual calls in 16 bits, too. Which others have none, and why: docs/cuda-notes.md.
+WIDE = (r"^team_rows<.*, true>$", r"^pointwise<.*, float>$", r"^pointwise_dense<")
 
 
 def _operands(i: Instruction) -> list[str]:
