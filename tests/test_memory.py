@@ -30,6 +30,7 @@ def rows(columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "input": torch.randn(3, columns, generator=g).to(dtype),
         "target": target,
         "probabilities": torch.rand(3, columns, generator=g).to(dtype),
+        "third": torch.randn(3, columns, generator=g).to(dtype),
         "weight": torch.rand(columns, generator=g).to(compute),
         "sample_weight": torch.rand(3, generator=g).to(compute),
         "buffer": torch.randn(3, columns, generator=g).to(compute),
@@ -135,7 +136,30 @@ def every_elementwise_loss(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return value, *grads
 
 
+def every_loss_of_rows(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """One of them each time, with the gradients of all of its arguments."""
+    columns = len(t["weight"])
+    of_rows = [loss for loss in mbkern.losses() if loss.kind == "multirow"]
+    loss = of_rows[columns // 5 % len(of_rows)]
+    tensors = [t["input"], t["probabilities"], t["third"]][: loss.inputs]
+    options = {"sample_weight": t["sample_weight"]}
+    if loss.target is not None:
+        classes = t["target"] if loss.ignores else t["target"].clamp(min=0)
+        options["target"] = {
+            "index": classes,
+            "list": classes[:, None].repeat(1, columns),
+            "label": t["incoming"],
+        }[loss.target]
+    if loss.weight == "classes":
+        options["weight"] = t["weight"]
+    value, grads = mbkern.loss_and_grad(
+        loss.name, *tensors, **options, argnums=loss.differentiable, reduction="none"
+    )
+    return value, *grads
+
+
 CALLS = [
+    every_loss_of_rows,
     every_elementwise_loss,
     fresh,
     in_place,
