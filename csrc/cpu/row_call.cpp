@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -23,10 +24,13 @@ namespace {
 [[noreturn]] void refuse_target(const RowArgs& a, int64_t item) {
   const ItemPosition at(a, item);
   const int64_t value = read_index(a.target, a.target_type, at.offset(a.target_strides));
-  throw std::out_of_range("mbkern: target " + std::to_string(value) + " at flat index " +
-                          std::to_string(item) + " is out of bounds: it is neither in [0, " +
-                          std::to_string(a.columns) + ") nor ignore_index (" +
-                          std::to_string(a.ignore_index) + ")");
+  const std::string classes = "in [0, " + std::to_string(a.columns) + ")";
+  const bool ignores = a.ignore_index != std::numeric_limits<int64_t>::min();  // or it is no class
+  throw std::out_of_range(
+      "mbkern: target " + std::to_string(value) + " at flat index " + std::to_string(item) +
+      " is out of bounds: it is " +
+      (ignores ? "neither " + classes + " nor ignore_index (" + std::to_string(a.ignore_index) + ")"
+               : "not " + classes));
 }
 
 // Of items [begin, end): how many are not ignored, and the first whose target is no class; `end`

@@ -184,7 +184,7 @@ def check_row_shapes(input: Tensor, target: Tensor, ignore_index: int) -> None:
         return
     items = shape[:1] + shape[2:] if len(shape) > 1 else torch.Size(())
     if target.dtype not in INDEX_TYPES or target.shape != items:
-        refuse_indices(target, shape, items)
+        refuse_indices(target, shape, items, or_shares=True)
 
 
 def check_row_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:
@@ -217,12 +217,15 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     return reduction
 
 
-def refuse_indices(target: Tensor, shape: torch.Size, wanted: torch.Size) -> None:
+def refuse_indices(
+    target: Tensor, shape: torch.Size, wanted: torch.Size, *, or_shares: bool = False
+) -> None:
     """Say why ``target`` cannot be the class indices of an input of ``shape``."""
     if target.shape != wanted:
+        shares = f" or {tuple(shape)} (class probabilities)" if or_shares else ""
         raise ValueError(
             f"mbkern: target has shape {tuple(target.shape)}; for an input of {tuple(shape)} it "
-            f"must be {tuple(wanted)} (class indices) or {tuple(shape)} (class probabilities)"
+            f"must be {tuple(wanted)} (class indices){shares}"
         )
     raise TypeError(
         f"mbkern: class indices are {target.dtype}; supported are int64, int32, int16, int8 and "
