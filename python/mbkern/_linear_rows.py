@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mbkern._arguments import compute_dtype, weights_as
 from mbkern._launch import RowOptions, exact_add, exact_result, scalar_argument
+from mbkern._linear_stats import class_or_0
 from mbkern._tensors import on_cuda, require_plain
 
 LIMBS = 12  # of an exact sum
@@ -108,7 +109,8 @@ class LinearRows:
         known = self.options.num_valid
         if on_cuda(counts):
             assert known is not None
-            return torch.nonzero_static(counts, size=known).squeeze(1)
+            # Those that count first; then, if too few do, others, whose targets are ignored.
+            return torch.sort(counts.byte(), descending=True, stable=True).indices[:known]
         number = int(torch.count_nonzero(counts))
         if known is not None and known != number:
             raise ValueError(f"mbkern: num_valid is {known}, and {number} targets are not ignored")
@@ -170,7 +172,7 @@ class LinearRows:
             ignored = t == options.ignore_index
             if options.weight is not None:
                 of_class = options.weight.detach().to(self.compute)
-                of_item = of_class[t.masked_fill(ignored, 0).long()]
+                of_item = of_class[class_or_0(t, self._number_of_classes())]
                 weights = of_item if weights is None else of_item * weights
             if weights is not None:
                 weights = weights.masked_fill(ignored, 0)

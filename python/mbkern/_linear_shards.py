@@ -18,7 +18,7 @@ from torch import Tensor
 from mbkern._launch import exact_add, in_huge_pages
 from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_rows import LIMBS
-from mbkern._linear_stats import LinearStats, capped
+from mbkern._linear_stats import LinearStats, capped, class_or_0, log_prob
 from mbkern._tensors import on_cuda
 
 _BLOCK_BYTES = 2 << 20  # of float32 logits at once: they stay in the cache
@@ -94,8 +94,8 @@ class ShardCall(LinearCall):
         if self._all_weights is None:
             self._target_weight = torch.ones_like(target, dtype=torch.float64)
         else:
-            known = target.masked_fill(~self._counts, 0).clamp(0, shard.total - 1)
-            self._target_weight = self._all_weights[known].double()
+            self._target_weight = self._all_weights[class_or_0(target, shard.total)].double()
+        self._bad = self._counts & (class_or_0(target, shard.total) != target)
 
     def _number_of_classes(self) -> int:
         return self.shard.total
@@ -108,6 +108,11 @@ class ShardCall(LinearCall):
         """log of the sum of all exp(c_j - m); exact where the target is nearly certain."""
         term, rest = self._term(items), items.rest
         return torch.log1p(torch.where(term == 1.0, rest, (rest - 1.0) + term))
+
+    def _or_nan(self, logit: Tensor) -> Tensor:
+        """Targets' logits, NaN where a target is no class: no rank has it, and on CUDA no host has
+        asked."""
+        return logit.masked_fill(self._bad, torch.nan)
 
     # ---- forward ----
 
@@ -167,7 +172,7 @@ class ShardCall(LinearCall):
         top, rest, logit = ranks[:, 0], ranks[:, 1], ranks[:, 2].amax(0)
         largest = top.amax(0)
         weights = torch.exp(top - largest)
-        items = Items(largest, (rest * weights).sum(0), logit)
+        items = Items(largest, (rest * weights).sum(0), self._or_nan(logit))
         if smoothing:
             of_class = self._all_weights
             if of_class is None:
@@ -187,14 +192,12 @@ class ShardCall(LinearCall):
         mass = items.rest + term
         entropy = log_sum - (sums + _times(term, items.logit - items.max)) / mass
         count = counts.sum()
-        infinite = items.max.isinf()
-        lse = torch.where(infinite, items.max, items.max + log_sum)
-        near = (items.logit - items.max) - log_sum
-        log_prob = torch.where(infinite, items.logit - lse, near)
+        lse = torch.where(items.max.isinf(), items.max, items.max + log_sum)
+        of_target = log_prob(items.logit - items.max, items.max, log_sum)
         return LinearStats(
             count, ((predicted == target) & counts).sum() / count,
             predicted.masked_fill(~counts, -1),
-            log_prob.masked_fill(~counts, 0).to(self.compute),
+            of_target.masked_fill(~counts, 0).to(self.compute),
             entropy.masked_fill(~counts, 0).to(self.compute),
             lse.masked_fill(~counts, 0).to(self.compute),
         )  # fmt: skip

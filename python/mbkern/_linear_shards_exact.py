@@ -80,6 +80,7 @@ class ExactShardCall(ShardCall):
             rest = self._sum(self._sums_of_blocks(e))
             rest = torch.where(top.isfinite(), rest, torch.nan)
             found[:, at] = torch.stack((top, rest, logit)).flatten(1)
+        found[2] = self._or_nan(found[2])
         top, rest, logit = found.double()
         capped = self._capped(found[2].clone()).double()
         return Items(top, rest, capped, uncapped=logit), None

@@ -41,30 +41,48 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def class_or_0(target: Tensor, classes: int) -> Tensor:
+    """Class indices to index with: on CUDA nobody has asked whether a target is a class."""
+    return torch.where((target >= 0) & (target < classes), target, 0).long()
+
+
+def log_prob(distance: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:
+    """log p_j of c_j - m, m and log sum exp(c_k - m): no sum of large numbers that cancel.
+
+    Where m is infinite, so is the log-sum-exp, m itself.
+    """
+    return distance - torch.where(largest.isinf(), 0.0, log_sum)
+
+
 def of_logits(z: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     """What (rows, classes, ...) capped logits say of each item, all but the log-sum-exp: whether it
-    counts, whether it is right, the predicted class, the entropy, sum q_j z_j and sum q_j."""
-    predicted = z.argmax(1)
+    counts, whether it is right, the predicted class, the entropy and the log-probability."""
+    predicted = z.argmax(1, keepdim=True)
     entropy = torch.special.entr(torch.softmax(z, 1)).sum(1)
+    largest = z.gather(1, predicted)
+    distance = z - largest
+    others = torch.exp(distance).scatter(1, predicted, 0.0).sum(1, keepdim=True)
+    log_sum = torch.log1p(others)
+    first = predicted.squeeze(1)
     if target.shape == z.shape:
-        counted = torch.ones_like(predicted, dtype=torch.bool)
-        hit = target.argmax(1) == predicted
-        logit = torch.where(target == 0, 0, target * z).sum(1)
-        return counted, hit, predicted, entropy, logit, target.sum(1).to(z.dtype)
+        counted = torch.ones_like(first, dtype=torch.bool)
+        hit = target.argmax(1) == first
+        terms = target * log_prob(distance, largest, log_sum)
+        of_target = torch.where(target == 0, 0, terms).sum(1).to(z.dtype)
+        return counted, hit, first, entropy, of_target
     counted = target != ignore_index
-    known = torch.where(counted, target, 0).long()
-    hit = (known == predicted) & counted
-    logit = z.gather(1, known.unsqueeze(1)).squeeze(1)
-    return counted, hit, predicted, entropy, logit, torch.ones_like(logit)
+    known = class_or_0(target, z.shape[1])
+    hit = (target == first) & counted
+    of_target = log_prob(distance.gather(1, known.unsqueeze(1)), largest, log_sum).squeeze(1)
+    return counted, hit, first, entropy, of_target.masked_fill(known != target, torch.nan)
 
 
 def gather(parts: tuple[Tensor, ...], lse: Tensor) -> LinearStats:
     """All items' statistics, in the shape of ``lse``, and what they come to."""
-    counted, hit, predicted, entropy, logit, mass = (p.reshape(lse.shape) for p in parts)
+    counted, hit, predicted, entropy, of_target = (p.reshape(lse.shape) for p in parts)
     none, count = ~counted, counted.sum()
-    log_prob = (logit - mass * lse.detach()).masked_fill(none, 0)
     return LinearStats(
-        count, hit.sum() / count, predicted.masked_fill(none, -1), log_prob,
+        count, hit.sum() / count, predicted.masked_fill(none, -1), of_target.masked_fill(none, 0),
         entropy.masked_fill(none, 0), lse.masked_fill(none, 0),
     )  # fmt: skip
 
@@ -104,7 +122,7 @@ class Collector:
             kept: which rows were computed, None: all.
             shape: of the unreduced loss.
         """
-        kinds = (torch.bool, torch.bool, torch.int64, lse.dtype, lse.dtype, lse.dtype)
+        kinds = (torch.bool, torch.bool, torch.int64, lse.dtype, lse.dtype)
         found = list(zip(*self._parts, strict=True)) if self._parts else [()] * len(kinds)
         parts = []
         for values, dtype in zip(found, kinds, strict=True):
