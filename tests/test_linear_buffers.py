@@ -214,6 +214,9 @@ def test_imperative_numpy_and_refusals() -> None:
         call("linear_cross_entropy", x, w, target, grad_out=x)
     with pytest.raises(ValueError, match="overlaps another argument"):
         call("linear_cross_entropy", x, w, target, argnums=1, grad_out=w, accumulate=True)
+    out = torch.zeros(21, 5)  # one tensor for two gradients
+    with pytest.raises(ValueError, match="overlaps another argument"):
+        call("linear_cross_entropy", x, x + 1, target, argnums=(0, 1), grad_out=(out, out))
     with pytest.raises(TypeError, match="float64 losses are refused"):
         call("linear_cross_entropy", x.double(), w.double(), target, loss_sum=mbkern.LossSum())
 

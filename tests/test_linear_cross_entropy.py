@@ -10,6 +10,7 @@ import torch.nn.functional as TF
 from linear_cases import Head, check, heads, leaves, limit
 from torch import Tensor
 
+import mbkern
 from mbkern import _C
 from mbkern import functional as F
 from mbkern._linear_call import LinearCall
@@ -193,6 +194,9 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"shift": -1}, ValueError, "shift=-1"),
     ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be positive, not 0"),
     ({"num_valid": 7}, ValueError, "num_valid is 7, and 21 targets"),
+    ({"num_valid": -1}, ValueError, "num_valid must not be negative, it is -1"),
+    ({"logit_scale": float("nan")}, ValueError, "logit_scale is nan; it must be finite"),
+    ({"logit_scale": float("-inf")}, ValueError, "logit_scale is -inf; it must be finite"),
     ({"grad_scale": 0.0}, ValueError, "grad_scale must be finite"),
     (
         {"logit_scale": torch.ones(2)},
@@ -270,6 +274,53 @@ def test_statistics(dtype: torch.dtype) -> None:
             **head.options(), return_stats=True,
         )  # fmt: skip
         check(bare.lse, lse.masked_fill(~counted, 0).detach(), head, most)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_log_probabilities_do_not_cancel(probabilities: bool) -> None:
+    """Of logits around 100, and of a class that is nearly certain: as exact as the loss."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(256, 500, generator=g) * 2 + 100
+    target = torch.randint(500, (256,), generator=g)
+    z[range(128), target[:128]] = z[:128].amax(1) + 12  # exp(-12), and less, is left for others
+    if probabilities:
+        target = TF.one_hot(target, 500).float()
+    loss, stats = F.linear_cross_entropy(
+        z, torch.eye(500), target, return_stats=True, reduction="none"
+    )
+    exact = -TF.cross_entropy(z.double(), target.double() if probabilities else target,
+                              reduction="none")  # fmt: skip
+    for rows in (slice(0, 128), slice(128, 256)):
+        check(stats.log_prob[rows], exact[rows], "statistics", 2.0**-22)
+        check(-loss[rows], exact[rows], "loss", 2.0**-22)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_probabilities_of_another_dtype(dtype: torch.dtype, kind: torch.dtype) -> None:
+    """The loss has torch's dtype, on every way; and what is float64 is computed in float64."""
+    head = Head(probabilities=True)
+    t = head.tensors(dtype)
+    t["target"] = t["target"].to(kind)
+    want = head.expected(t)
+    names = ("input", "linear_weight", "linear_bias")
+    wanted = torch.autograd.grad(want, [t[n] for n in names])
+    both = torch.promote_types(dtype, kind)
+    plain = {k: v.detach() if isinstance(v, Tensor) else v for k, v in t.items()}
+    torch._dynamo.reset()  # or it would not compile again for ever more dtypes
+    compiled = torch.compile(F.linear_cross_entropy, backend="aot_eager")
+    imperative, grads = mbkern.loss_and_grad("linear_cross_entropy", argnums=names, **plain)
+    losses = [F.linear_cross_entropy(**t), F.linear_cross_entropy(**plain), imperative]
+    losses.append(compiled(**t))
+    for loss in losses:
+        assert loss.dtype is both
+        check(loss, want, both, limit("loss", both if both is torch.float64 else dtype))
+    for loss in (losses[0], losses[-1]):
+        found = torch.autograd.grad(loss, [t[n] for n in names])
+        for got in (found, grads):
+            for a, b in zip(got, wanted, strict=True):
+                assert a.dtype is dtype
+                check(a, b, both, limit("", dtype))
 
 
 def test_statistics_of_nothing_and_under_tracers() -> None:

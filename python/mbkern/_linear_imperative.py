@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mbkern import _linear_buffers as buffers
-from mbkern._arguments import Number, check_output, result_dtype
+from mbkern._arguments import Number, check_output
 from mbkern._launch import new_zeros, scalar_argument
 from mbkern._linear_call import Gradients, LinearCall
-from mbkern._linear_options import linear_options, product_dtype
+from mbkern._linear_options import head_dtypes, linear_options
 from mbkern._loss_sum import LossSum
 
 NAME = "linear_cross_entropy"
@@ -79,7 +79,7 @@ def run(
     head = linear_options(
         input, weight, target, bias, reduction=reduction, logit_scale=logit_scale, **options
     )
-    dtype = product_dtype(input, weight)
+    dtype, loss_dtype = head_dtypes(input, weight, target, loss_dtype)
     if loss_sum is not None and dtype is torch.float64:
         raise TypeError("mbkern: loss_sum holds float32 terms exactly; float64 losses are refused")
     factor = logit_scale if isinstance(logit_scale, Tensor) else None
@@ -87,8 +87,9 @@ def run(
         if out is not None:
             others = tuple(
                 t
-                for n, t in (*given.items(), *outs.items(), *options.items(), ("scale", scale))
-                if isinstance(t, Tensor) and t is not given[name] and t is not out
+                for kind in (given, outs, options, {"scale": scale})
+                for n, t in kind.items()
+                if isinstance(t, Tensor) and n != name and t is not given[name]
             )
             _check_out(out, name, given[name], accumulate, others)
     call = LinearCall(input, weight, bias, target, factor, head, dtype)
@@ -111,7 +112,7 @@ def run(
         into,
         divisor=call.divisor(),
         scale=scalar_argument(scale, "scale"),
-        loss_dtype=result_dtype(loss_dtype, dtype, input),
+        loss_dtype=loss_dtype,
         loss_sum=None if loss_sum is None else loss_sum.state,
     )
     assert loss is not None

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbkern._arguments import Number, check_reduction, check_row_options
+from mbkern._arguments import Number, check_reduction, check_row_options, result_dtype
 from mbkern._launch import RowOptions
 from mbkern._linear_rows import LinearOptions
 from mbkern._tensors import INDEX_TYPES, describe
 
 
-def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+def head_dtypes(
+    input: Tensor, weight: Tensor, target: Tensor, loss_dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """What the products are computed in, and the result's: torch's, of logits and probabilities.
+
+    All is computed in float64 where class probabilities are.
+    """
+    dtype = promoted = _product_dtype(input, weight)
+    if target.is_floating_point():
+        promoted = torch.promote_types(dtype, target.dtype)
+        dtype = promoted if promoted is torch.float64 else dtype
+    return dtype, result_dtype(loss_dtype, promoted, input)
+
+
+def _product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's dtype where it would cast, else the operands' own, which must be one."""
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
@@ -143,6 +158,10 @@ def linear_options(
             )
     elif logit_scale is not None:
         factor = float(logit_scale)
+        if not math.isfinite(factor):  # some BLAS do not look at it
+            raise ValueError(f"mbkern: logit_scale is {factor}; it must be finite")
+    if num_valid is not None and num_valid < 0:
+        raise ValueError(f"mbkern: num_valid must not be negative, it is {num_valid}")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"mbkern: chunk_bytes must be positive, not {chunk_bytes}")
     rows = RowOptions(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mbkern import _linear_buffers as buffers
-from mbkern._arguments import Number, result_dtype
+from mbkern._arguments import Number
 from mbkern._autograd_engine import is_legacy_batched
 from mbkern._launch import scalar_argument
 from mbkern._linear_loss import (
@@ -21,7 +21,7 @@ from mbkern._linear_loss import (
     _saved,
     as_argument,
 )
-from mbkern._linear_options import linear_options, product_dtype
+from mbkern._linear_options import head_dtypes, linear_options
 from mbkern._linear_shards import Shard, ShardCall, all_gather
 from mbkern._linear_shards_exact import ExactShardCall
 from mbkern._linear_stats import LinearStats
@@ -208,7 +208,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     if scale is not None:
         scale = Enter.apply(scale, group, None, 0, True)  # type: ignore[no-untyped-call]
-    dtype = product_dtype(joined, linear_weight)
+    dtype, loss_dtype = head_dtypes(joined, linear_weight, target, loss_dtype)
     has_graph = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (joined, linear_weight, linear_bias, scale)
     )
@@ -220,9 +220,7 @@ def linear_cross_entropy(
                 "mbkern: accumulate_into is given, and linear_weight does not require grad: "
                 "nothing would be added"
             )
-    request = LinearRequest(
-        head, dtype, result_dtype(loss_dtype, dtype, joined), None, accumulate_into
-    )
+    request = LinearRequest(head, dtype, loss_dtype, None, accumulate_into)
     found = ShardLoss.apply(  # type: ignore[no-untyped-call]
         joined, linear_weight, linear_bias, scale, target, request, shard, return_stats
     )

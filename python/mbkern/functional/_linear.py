@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mbkern import _linear_buffers as buffers
 from mbkern import _linear_parallel as parallel
 from mbkern import _traced
-from mbkern._arguments import Number, compute_dtype, hint_value, result_dtype
+from mbkern._arguments import Number, compute_dtype, hint_value
 from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_loss import LinearLoss, LinearRequest, LogSumExp, unfused
 from mbkern._linear_ops import linear_loss
-from mbkern._linear_options import linear_options, product_dtype
+from mbkern._linear_options import head_dtypes, linear_options
 from mbkern._linear_rows import LinearOptions
 from mbkern._linear_stats import Collector, LinearStats, capped, gather, of_logits
 from mbkern._tensors import is_differentiated, is_dtensor
@@ -71,8 +71,8 @@ def linear_cross_entropy(
         options: torch's ``LinearCrossEntropyOptions``: its ``batch_chunk_size`` is taken as the
             rows of a chunk; the rest has no counterpart here: a second backward and sums in
             float32 need no option.
-        logit_scale: number or 0-dim tensor that multiplies the logits, bias included; a tensor that
-            requires grad gets its gradient.
+        logit_scale: finite number or 0-dim tensor that multiplies the logits, bias included; a
+            tensor that requires grad gets its gradient.
         shift: predict the target this many places on along the last leading dimension (True: 1),
             without a copy of it: item t is compared with ``target[..., t + shift]``. The loss has
             that many items less.
@@ -82,15 +82,19 @@ def linear_cross_entropy(
             weight's shape (float32; others by way of a float32 temporary), "grad" for the weight's
             own ``.grad``, or "main_grad" (Megatron-LM). Autograd returns none then: a hook that
             was registered on the weight gets None; post-accumulate hooks run. Nothing is added in
-            a backward that does not go on to the weight (``inputs=``).
+            a backward that does not go on to the weight (``inputs=``). What is added is this
+            rank's own: DistributedDataParallel reduces ``.grad`` only, in the weight's dtype; a
+            tensor or ``main_grad`` is the caller's to reduce.
         split_invariant: the gradients of weight and bias are the same bits for every cut of the
             mini-batch, thread count, instruction set and on CUDA, given ``accumulate_into`` or
             ``loss_and_grad(..., accumulate=True)``; without either, that holds for one call only,
             since torch adds up the micro-batches. Logits, too, are float32 then.
         chunk_bytes: memory of a chunk of logits; None: 64 MiB on the CPU.
-        num_valid: how many targets are not ignored, if that is known: on CUDA, rows are left out
-            only then, since nobody may wait for the device to count them; else they are computed
-            and count nothing.
+        num_valid: how many rows have a target that is not ignored, if that is known: on CUDA, rows
+            are left out only then, since nobody may wait for the device to count them; else they
+            are computed and count nothing. Another number raises on the CPU, but under transforms,
+            which do not look at it. On CUDA nobody can: a larger one costs time only; a smaller one
+            silently leaves out rows that count, the last ones.
         filter_eps: leave out of the products what is small (CPU): blocks of gradients of logits,
             12 classes (6 on AVX2) of a chunk or 12 rows of 256 classes, in which every softmax is
             below it (times the largest weight). The error of an element of the input's gradient is
@@ -165,8 +169,7 @@ def linear_cross_entropy(
                 input, linear_weight, linear_bias, scale, target, head, grad_scale, loss_dtype,
                 return_stats,
             )  # fmt: skip
-        dtype = product_dtype(input, linear_weight)
-        request = LinearRequest(head, dtype, result_dtype(loss_dtype, dtype, input))
+        request = LinearRequest(head, *head_dtypes(input, linear_weight, target, loss_dtype))
         return linear_loss(input, linear_weight, linear_bias, scale, target, request)
     has_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if accumulate_into is not None:
@@ -178,9 +181,8 @@ def linear_cross_entropy(
                 "mbkern: accumulate_into is given, and linear_weight does not require grad: "
                 "nothing would be added"
             )
-    dtype = product_dtype(input, linear_weight)
     request = LinearRequest(
-        head, dtype, result_dtype(loss_dtype, dtype, input), grad_scale, accumulate_into,
+        head, *head_dtypes(input, linear_weight, target, loss_dtype), grad_scale, accumulate_into,
         Collector(head.row.ignore_index, softcap) if return_stats else None,
     )  # fmt: skip
     loss: Tensor | None
