@@ -83,6 +83,23 @@ def test_what_is_not_a_number_is_not_left_out() -> None:
     assert dw.isnan().all()
 
 
+def test_one_infinite_factor_does_not_leave_out_the_rest() -> None:
+    """An incoming gradient, and a weight: only its own row is not finite."""
+    t = confident(torch.float32)
+    exact, _ = gradients(t, reduction="sum")
+    bound = 1e-4 * t["linear_weight"].abs().sum(0) + 1e-5 * exact.abs().max()
+    leaf, weights = t["input"].clone().requires_grad_(), torch.ones(200)
+    others = torch.arange(200) != 7
+    for number in (float("inf"), float("nan")):
+        weights[7] = number
+        loss = F.linear_cross_entropy(**{**t, "input": leaf}, reduction="none", filter_eps=1e-4)
+        (incoming,) = torch.autograd.grad(loss, leaf, weights)
+        weighted, _ = gradients(t, reduction="sum", filter_eps=1e-4, sample_weight=weights)
+        for found in (incoming, weighted):
+            assert (found - exact)[others].abs().le(bound).all()
+            assert not found[7].isfinite().any()
+
+
 @pytest.mark.slow
 def test_it_saves_time() -> None:
     t = confident(torch.float32, rows=256, classes=20000, features=256)

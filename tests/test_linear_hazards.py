@@ -376,6 +376,40 @@ def test_mistakes_of_loss_and_grad(t: dict[str, Any]) -> None:
             mbkern.loss_and_grad("linear_cross_entropy", x, w, y, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+)
+def test_a_bias_of_another_dtype_in_the_formula(
+    t: dict[str, Any], dtype: torch.dtype, kind: torch.dtype
+) -> None:
+    """Second derivatives, transforms, many gradients at once: what one backward gives."""
+    x, w = (t[name].detach().to(dtype).requires_grad_() for name in "xw")
+    b, y = t["b"].detach().to(kind).requires_grad_(), t["y"]
+
+    def of(x: Tensor, w: Tensor, b: Tensor, y: Tensor = y) -> Tensor:
+        loss: Tensor = head(x, w, y, linear_bias=b)
+        return loss
+
+    def batched() -> Any:
+        one = torch.ones(1, dtype=dtype)
+        return [
+            g[0] for g in torch.autograd.grad(of(x, w, b), [x, w, b], one, is_grads_batched=True)
+        ]
+
+    want = torch.autograd.grad(of(x, w, b), [x, w, b])
+    shares = torch.nn.functional.one_hot(y, 7).to(dtype).requires_grad_()
+    ways: list[Callable[[], Any]] = [
+        lambda: torch.autograd.grad(of(x, w, b), [x, w, b], create_graph=True),
+        lambda: torch.func.grad(of, (0, 1, 2))(x, w, b),
+        batched,
+        lambda: torch.autograd.grad(of(x, w, b, shares), [x, w, b]),
+    ]
+    for way in ways:
+        for got, expected in zip(way(), want, strict=True):
+            assert got.dtype is expected.dtype
+            check(got, expected, dtype, 1e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
 def test_rows_of_a_chunk_as_torch_counts_them() -> None:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("torch has had its options since 2.13")
@@ -393,3 +427,5 @@ def test_rows_of_a_chunk_as_torch_counts_them() -> None:
             t["input"], t["linear_weight"], None, t["target"], None, head, torch.bfloat16
         )
         assert [b - a for a, b in call.chunks()] == [8, 8, 5]
+    most = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=10**12)  # memory of so many rows
+    assert torch.equal(F.linear_cross_entropy(**t, options=most), F.linear_cross_entropy(**t))

@@ -8,6 +8,7 @@ head adds in the weight's dtype, and loses a bfloat16 gradient's last bits with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,7 @@ class LinearCall(LinearRows):
     def _rows_for(self, width: int) -> int:
         """Rows of a chunk of logits of that width."""
         if self.options.chunk_rows is not None:
-            return self.options.chunk_rows
+            return min(self.options.chunk_rows, max(1, self.count))
         asked = self.options.chunk_bytes
         if asked is None:
             asked = _CHUNK_BYTES_CUDA if on_cuda(self.x) else _CHUNK_BYTES
@@ -244,15 +245,16 @@ class LinearCall(LinearRows):
     def _filter(
         self, scale: float | Tensor, item_scale: Tensor | None, divisor: float | Tensor
     ) -> float:
-        """The gradient of a logit whose softmax is ``filter_eps``, at the largest weight."""
+        """The gradient of a logit whose softmax is ``filter_eps``, at the largest finite weight:
+        under an infinite one no gradient is small."""
         if not self.options.filter_eps or not float(divisor):
             return 0.0
         largest = abs(float(scale) / float(divisor))
         rows = self.options.row
         for weights in (item_scale, self.sample_weight, rows.weight if self.has_index else None):
             if weights is not None and weights.numel():
-                largest *= float(weights.abs().max())
-        return self.options.filter_eps * largest
+                largest *= float(weights.abs().nan_to_num(0.0, 0.0).max())
+        return self.options.filter_eps * largest if math.isfinite(largest) else 0.0
 
     # ---- all chunks ----
 

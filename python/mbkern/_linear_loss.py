@@ -70,7 +70,7 @@ def unfused(
             target = target.narrow(along, options.shift, length)
         input = input.narrow(along, 0, length)
         batch = input.shape[:-1]
-    flat_bias = None if bias is None else bias.reshape(-1)
+    flat_bias = None if bias is None else bias.reshape(-1).to(weight.dtype)
     z = torch.nn.functional.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
     z = z.reshape(-1, weight.shape[0], *inner)
     if options.logit_scale is not None:
