@@ -48,6 +48,12 @@ def check(destination: Destination, weight: Tensor, others: tuple[Tensor | None,
                 "mbkern: accumulate_into='grad' needs a weight that is a leaf, or a view of all of "
                 "one; this one is the result of a computation"
             )
+        dtype = gradient_dtype(owner)
+        if dtype is not owner.dtype and _is_in_data_parallel(owner):  # fails when .grad is written
+            raise ValueError(
+                f"mbkern: accumulate_into='grad' of a {owner.dtype} weight whose grad_dtype is "
+                f"{dtype}: DistributedDataParallel reduces gradients of the weight's dtype only"
+            )
         if owner.grad is not None:
             _check_tensor(owner.grad, weight, others)
     else:
@@ -148,6 +154,13 @@ def gradient_dtype(tensor: Tensor) -> torch.dtype:
     """What a gradient is rounded to: the tensor's dtype, or what its leaf asks for."""
     asked = getattr(tensor, "grad_dtype", None) if tensor.is_leaf else None
     return asked or tensor.dtype
+
+
+def _is_in_data_parallel(parameter: Tensor) -> bool:
+    """Whether this is in the forward of a DistributedDataParallel that has the parameter."""
+    kind = getattr(torch.nn.parallel, "DistributedDataParallel", None)
+    module = getattr(kind, "_active_ddp_module", None)
+    return module is not None and any(p is parameter for p in module.parameters())
 
 
 def _overwrite(buffer: Tensor) -> None:
