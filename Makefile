@@ -95,7 +95,7 @@ sanitize: $(PACKAGE)
 # CUDA's kernels on the CPU, their threads in several orders.
 SHIM_ORDERS ?= ascending descending random:1
 SHIM_TESTS ?= tests/test_selftest.py tests/test_losses.py tests/test_cuda.py tests/test_accumulator_device.py \
-  tests/test_gpu_head.py
+  tests/test_gpu_head.py tests/test_linear_device.py
 shim-native: $(TOOLS)
 	$(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON
 	cmake --build build/shim/native --target shim_test core_test
