@@ -290,9 +290,7 @@ def test_log_probabilities_do_not_cancel(probabilities: bool) -> None:
     )
     exact = -TF.cross_entropy(z.double(), target.double() if probabilities else target,
                               reduction="none")  # fmt: skip
-    entropy = torch.distributions.Categorical(logits=z.double()).entropy()
     for rows in (slice(0, 128), slice(128, 256)):
-        check(stats.entropy[rows], entropy[rows], "entropy", 2.0**-22)
         check(stats.log_prob[rows], exact[rows], "statistics", 2.0**-22)
         check(-loss[rows], exact[rows], "loss", 2.0**-22)
 

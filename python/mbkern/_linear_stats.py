@@ -58,19 +58,17 @@ def of_logits(z: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...
     """What (rows, classes, ...) capped logits say of each item, all but the log-sum-exp: whether it
     counts, whether it is right, the predicted class, the entropy and the log-probability."""
     predicted = z.argmax(1, keepdim=True)
+    entropy = torch.special.entr(torch.softmax(z, 1)).sum(1)
     largest = z.gather(1, predicted)
     distance = z - largest
-    terms = torch.exp(distance)
-    others = terms.scatter(1, predicted, 0.0).sum(1, keepdim=True)
+    others = torch.exp(distance).scatter(1, predicted, 0.0).sum(1, keepdim=True)
     log_sum = torch.log1p(others)
-    weighted = torch.where(terms == 0, 0, terms * distance).sum(1, keepdim=True)
-    entropy = (log_sum - weighted / (1 + others)).squeeze(1)
     first = predicted.squeeze(1)
     if target.shape == z.shape:
         counted = torch.ones_like(first, dtype=torch.bool)
         hit = target.argmax(1) == first
-        shares = target * log_prob(distance, largest, log_sum)
-        of_target = torch.where(target == 0, 0, shares).sum(1).to(z.dtype)
+        terms = target * log_prob(distance, largest, log_sum)
+        of_target = torch.where(target == 0, 0, terms).sum(1).to(z.dtype)
         return counted, hit, first, entropy, of_target
     counted = target != ignore_index
     known = class_or_0(target, z.shape[1])
