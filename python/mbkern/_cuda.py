@@ -55,7 +55,8 @@ class TargetErrors:
 
     Attributes:
         count: how many.
-        item: the flat index of one of them in its call's target; -1 if there was none.
+        item: the flat index of one of them in its call's target; -1 if there was none. Of the fused
+            head's: in the chunk of rows, or among those left by ``num_valid``, that it was met in.
         value: that class index.
         columns: the number of classes of that call.
     """
@@ -72,7 +73,8 @@ def take_target_errors(device: torch.device | str | int | None = None) -> Target
     On the CPU a class index that is neither in range nor ``ignore_index`` raises IndexError. On
     CUDA nobody waits for the device, so the loss and the gradient of such an item become NaN (and
     with them a reduced loss), and the device takes a note, which is read here. Waits for the
-    device: call it where the loss is looked at anyway.
+    device: call it where the loss is looked at anyway. A head whose vocabulary is cut over
+    processes takes no note: no kernel of it sees the targets.
 
     Args:
         device: a CUDA device; None is the current one.
