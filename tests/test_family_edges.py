@@ -103,6 +103,15 @@ def test_dice_of_images(reduction: str) -> None:
     strided = torch.empty(5, 4, 3, 2).permute(3, 2, 1, 0)
     with pytest.raises(ValueError, match=r"grad_out is \(2, 3, 4, 5\) .*strides"):
         mbkern.loss_and_grad("dice_loss", x, y, grad_out=strided)
+    for wrong in ({"grad_out": torch.zeros(2, 60)}, {"grad_out": torch.zeros(2, 4, 3, 5)}):
+        with pytest.raises(ValueError, match=r"grad_out must be \(2, 3, 4, 5\)"):
+            mbkern.loss_and_grad("dice_loss", x, y, **wrong)
+        assert not wrong["grad_out"].any()
+    with pytest.raises(ValueError, match="of one shape"):
+        mbkern.loss_and_grad("dice_loss", x, y.flatten(1))
+    empty = x[:0].clone()
+    _, g = mbkern.loss_and_grad("dice_loss", empty, y[:0], reduction="sum", grad_out=empty)
+    assert g is empty
     over, g = mbkern.loss_and_grad("dice_loss", x, y, reduction=reduction, grad_out=x)
     assert torch.equal(over, loss.detach())
     assert g is x

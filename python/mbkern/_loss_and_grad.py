@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -111,19 +112,25 @@ def loss_and_grad(
 def _flat(
     inputs: tuple[Tensor | None, ...], outs: Mapping[int, Tensor | None]
 ) -> tuple[tuple[Tensor | None, ...], dict[int, Tensor | None]]:
-    """All as (N, C): what is written must be a view, what is read may be a copy."""
-    flat = {}
+    """All as (N, C): what is written must be a view, what is read may be a copy.
+
+    Tensors that are not of one shape stay as they are: they are refused as such.
+    """
+    first = inputs[0]
+    tensors = [t for t in (*inputs, *outs.values()) if t is not None]
+    if first is None or first.dim() <= 2 or any(t.shape != first.shape for t in tensors):
+        return inputs, dict(outs)
+    shape, flat = (first.shape[0], math.prod(first.shape[1:])), dict(outs)
     for p, out in outs.items():
-        flat[p] = out
-        if out is not None and out.dim() > 2:
+        if out is not None:
             try:
-                flat[p] = out.view(len(out), -1)
+                flat[p] = out.view(shape)
             except RuntimeError as error:
                 raise ValueError(
                     f"mbkern: grad_out is {describe(out)} with strides {out.stride()}; it must be "
                     "one that a view makes (N, C), or None"
                 ) from error
-    return tuple(t if t is None or t.dim() <= 2 else t.flatten(1) for t in inputs), flat
+    return tuple(None if t is None else t.flatten(1) for t in inputs), flat
 
 
 def _or_view(given: Tensor | None, flat: Tensor, shape: torch.Size) -> Tensor:
