@@ -245,16 +245,24 @@ def test_the_slowdown_of_the_check_is_planted(tmp_path: Path) -> None:
 
 
 def test_the_spread_of_every_loss_is_measured() -> None:
-    """``bench/spread.py``, which takes two minutes, on one case of each kind."""
+    """``bench/spread.py``, which takes minutes, on one case of each kind."""
     cases = spread.cases(Plan())
     assert {case.name.split()[0] for case in cases} == set(FORMULAS)
     for name in ("cross_entropy (128, 1000)", "mse_loss (16384,)", "nll_loss (16, 1000)"):
         (case,) = (c for c in cases if c.name == name and c.dtype == "float32")
         problem = case.build(Plan())
-        (way,) = problem.ways
+        way, control = problem.ways
         assert way.calls >= 1
+        assert control.limit
         assert way.check is not None
         assert way.check(way.run()) <= problem.tolerance
+
+
+def test_a_spread_is_taken_from_the_pass_of_the_quietest_control() -> None:
+    busy, quiet = spread.Spread(0.01, 0.02), spread.Spread(0.05, 0.015)
+    assert spread.quietest([{"a": busy}, {"a": quiet}]) == {"a": quiet}
+    assert quiet.missed
+    assert not spread.Spread(0.05, 0.04).missed
 
 
 @pytest.mark.parametrize(

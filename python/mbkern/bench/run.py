@@ -133,6 +133,7 @@ def status(recorder: Recorder) -> int:
         return INTERRUPTED
     bad = any(row.status in (WRONG, FAILED) for row in recorder.rows)
     if not any(row.samples_s for row in recorder.rows):
-        print("nothing was measured: no case is left by what was asked for", file=sys.stderr)
+        why = "all failed" if bad else "no case is left by what was asked for"
+        print(f"nothing was measured: {why}", file=sys.stderr)
         return 1
     return int(bad or bool(recorder.unwritten))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def _from_file(path: Path) -> dict[str, Suite]:
     if spec is None or spec.loader is None:
         raise ValueError(f"mbkern bench: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
     spec.loader.exec_module(module)
     suites: dict[str, Suite] = module.SUITES
     return suites
