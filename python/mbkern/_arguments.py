@@ -12,13 +12,14 @@ from torch import Tensor
 from mbkern._losses import Loss
 from mbkern._tensors import (
     INDEX_TYPES,
+    byte_range,
     describe,
     has_internal_overlap,
+    meets,
     on_cuda,
     require_dtype,
     require_plain,
     same_elements,
-    share_memory,
 )
 
 Number: TypeAlias = "float | int | Tensor"
@@ -160,7 +161,8 @@ def check_output(
             f"mbkern: {name} has elements that share memory (shape {tuple(grad.shape)}, "
             f"strides {grad.stride()}); give it memory of its own"
         )
-    if share_memory(grad, input):
+    start, end = byte_range(grad)
+    if meets(input, start, end):
         if accumulate:
             raise ValueError(
                 f"mbkern: {name} shares memory with the input, which cannot be accumulated into"
@@ -168,7 +170,7 @@ def check_output(
         if not same_elements(grad, input):
             raise ValueError(f"mbkern: {name} overlaps the input without being the input")
     for other in others:
-        if other is not None and share_memory(grad, other):
+        if other is not None and meets(other, start, end):
             raise ValueError(f"mbkern: {name} overlaps another argument, {describe(other)}")
 
 

@@ -86,15 +86,19 @@ def loss_and_grad(
     numpy = isinstance(given[0], np.ndarray)
     _refuse_bfloat16(numpy, options)
     inputs = tuple(
-        None if value is None else _tensor(value, argument)
-        for value, argument in zip(given, loss.arguments, strict=True)
+        [
+            value if value is None or isinstance(value, Tensor) else _tensor(value, argument)
+            for value, argument in zip(given, loss.arguments, strict=True)
+        ]
     )
     positions = _positions(loss, argnums, inputs)
     outs = _structure(grad_out, argnums, positions)
     check_reduction(reduction, options.get("denominator"))
-    options = {k: _tensor(v, k) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    for option, value in options.items():
+        if isinstance(value, np.ndarray):
+            options[option] = _tensor(value, option)
     _refuse_autograd(*inputs, *outs.values(), *options.values(), scale)
-    shapes, given_outs = {p: t.shape for p, t in enumerate(inputs) if t is not None}, outs
+    given_inputs, given_outs = inputs, outs
     if loss.flattens:
         inputs, outs = _flat(inputs, outs)
     run = _row if loss.kind == "row" else _tensors
@@ -102,8 +106,8 @@ def loss_and_grad(
         loss, inputs, positions, outs, reduction, accumulate, scale, loss_sum, options
     )
     if loss.flattens:
-        grads = {p: _or_view(given_outs[p], g, shapes[p]) for p, g in grads.items()}
-    result: Any = tuple(grads[p] for p in positions)
+        grads = {p: _or_view(given_outs[p], g, given_inputs[p]) for p, g in grads.items()}
+    result: Any = tuple([grads[p] for p in positions])
     if numpy:
         value, result = _array(value), tuple(_array(g) for g in result)
     return value, (result if isinstance(argnums, tuple) else result[0])
@@ -133,8 +137,9 @@ def _flat(
     return tuple(None if t is None else t.flatten(1) for t in inputs), flat
 
 
-def _or_view(given: Tensor | None, flat: Tensor, shape: torch.Size) -> Tensor:
-    return flat.view(shape) if given is None else given
+def _or_view(given: Tensor | None, flat: Tensor, like: Tensor | None) -> Tensor:
+    assert like is not None
+    return flat.view(like.shape) if given is None else given
 
 
 def _refuse_bfloat16(numpy: bool, options: dict[str, Any]) -> None:
@@ -144,8 +149,10 @@ def _refuse_bfloat16(numpy: bool, options: dict[str, Any]) -> None:
 
 def _refuse_autograd(*values: Any) -> None:
     refuse_tracing("loss_and_grad")
+    if not torch.is_grad_enabled():
+        return
     for value in values:
-        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        if isinstance(value, Tensor) and value.requires_grad:
             raise RuntimeError(
                 "mbkern: loss_and_grad computes outside autograd, and an argument requires grad; "
                 "call it under torch.no_grad() or with detached tensors"
@@ -185,6 +192,8 @@ def _arguments(loss: Loss, tensors: tuple[Any, ...], options: dict[str, Any]) ->
     names = loss.arguments
     if len(tensors) > len(names):
         raise TypeError(f"mbkern: {loss.name} takes {', '.join(names)}, not {len(tensors)} tensors")
+    if len(tensors) == len(names):
+        return tensors
     given = dict(zip(names, tensors, strict=False))
     for name in names[len(tensors) :]:
         if name in options:
@@ -253,6 +262,22 @@ def _array(value: Any) -> Any:
     return value.numpy() if isinstance(value, Tensor) else value
 
 
+def _check_output(
+    call: RowCall | TensorCall,
+    out: Tensor,
+    tensor: Tensor,
+    accumulate: bool,
+    others: tuple[Any, ...],
+) -> None:
+    try:
+        check_output(out, "grad_out", tensor, accumulate, others)
+        return
+    except Exception as error:
+        wrong = error
+    call.explain()  # what is wrong with the loss itself comes first
+    raise wrong
+
+
 def _outputs(
     call: RowCall | TensorCall,
     tensors: tuple[Tensor | None, ...],
@@ -262,17 +287,13 @@ def _outputs(
     others: tuple[Any, ...],
 ) -> dict[int, Tensor]:
     """The memory of each gradient: the caller's, checked, or fresh."""
-    if any(out is not None for out in outs.values()):
-        call.explain()  # what is wrong with the loss itself comes first
     grads: dict[int, Tensor] = {}
     for p in positions:
         out, tensor = outs[p], tensors[p]
         assert tensor is not None
         if out is not None:
-            rest = [t for q, t in enumerate(tensors) if q != p] + [
-                g for q, g in grads.items() if q != p
-            ]
-            check_output(out, "grad_out", tensor, accumulate, (*rest, *others))
+            rest = (*tensors[:p], *tensors[p + 1 :], *grads.values(), *others)
+            _check_output(call, out, tensor, accumulate, rest)
             grads[p] = out
         elif accumulate:
             grads[p] = zeros_like(tensor, compute_dtype(tensor.dtype))
@@ -393,16 +414,16 @@ def _tensors(
 ) -> tuple[Any, dict[int, Tensor]]:
     input = tensors[0]
     assert input is not None
+    shape = input.shape
     for name, t in zip(loss.arguments[: loss.inputs], tensors, strict=False):
-        if t is not None and t.shape != input.shape:
+        if t is not None and t.shape != shape:
             raise ValueError(
                 f"mbkern: loss_and_grad needs {loss.arguments[0]} and {name} of one shape, not "
-                f"{tuple(input.shape)} and {tuple(t.shape)}; the gradient of a broadcast argument "
+                f"{tuple(shape)} and {tuple(t.shape)}; the gradient of a broadcast argument "
                 "would be a sum"
             )
-    parameters = loss.numbers(
-        **{name: options.pop(name) for name in loss.parameters if name in options}
-    )
+    own = {name: options.pop(name) for name in loss.parameters if name in options}
+    parameters = loss.numbers(**own)
     sample_weight = options.pop("sample_weight", None)
     weight = options.pop("weight", None) if loss.weight is not None else None
     if loss.weight == "mean":

@@ -181,11 +181,15 @@ def byte_range(tensor: Tensor) -> tuple[int, int]:
     return start, start + (span + 1) * tensor.element_size()
 
 
+def meets(tensor: Tensor, start: int, end: int) -> bool:
+    """Whether the byte range of a tensor meets that of others."""
+    first, last = byte_range(tensor)
+    return first < end and start < last
+
+
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether the byte ranges of two tensors meet."""
-    a0, a1 = byte_range(a)
-    b0, b1 = byte_range(b)
-    return a0 < b1 and b0 < a1
+    return meets(a, *byte_range(b))
 
 
 def is_dtensor(tensor: object) -> bool:
