@@ -4,7 +4,7 @@
 namespace mbk::MBK_ISA {
 
 // cos = x.y / sqrt(A B), A = |x|^2 + eps, B = |y|^2 + eps, with torch's eps (ATen/native/Loss.cpp).
-//   label 1: 1 - cos;  label -1: max(0, cos - margin);  else 0
+//   label 1: 1 - cos;  label -1: max(0, cos - margin), at whose kink the slope is 1;  else 0
 //   dcos/dx = y / sqrt(A B) - x cos / A
 // In fp64: both 1 - cos and its gradient are small differences where x and y are nearly parallel.
 struct CosineEmbeddingLoss : MultirowLoss {

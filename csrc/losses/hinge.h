@@ -3,7 +3,7 @@
 
 namespace mbk::MBK_ISA {
 
-// Targets x1 = +-1: max(0, margin - x1 x0).
+// Targets x1 = +-1: max(0, margin - x1 x0); at the kink the slope is 1.
 struct Hinge {
   static constexpr const char* name = "hinge_loss";
   static constexpr int kInputs = 2;

@@ -4,7 +4,7 @@
 namespace mbk::MBK_ISA {
 
 // Targets x1 = +-1: x0 where x1 = 1, max(0, margin - x0) where x1 = -1; the sum of both elsewhere,
-// as in torch. No derivative by x1.
+// as in torch, and so is the slope 1 at the kink. No derivative by x1.
 struct HingeEmbedding {
   static constexpr const char* name = "hinge_embedding_loss";
   static constexpr int kInputs = 2;

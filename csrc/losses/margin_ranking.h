@@ -3,7 +3,7 @@
 
 namespace mbk::MBK_ISA {
 
-// Targets x2 = +-1: max(0, -x2 (x0 - x1) + margin).
+// Targets x2 = +-1: max(0, -x2 (x0 - x1) + margin); at the kink the slope is 1, as in torch.
 struct MarginRanking {
   static constexpr const char* name = "margin_ranking_loss";
   static constexpr int kInputs = 3;

@@ -6,7 +6,7 @@
 namespace mbk::MBK_ISA {
 
 // loss = w_t / C sum_{j != t} max(0, margin - x_t + x_j)^p, p = 1 or 2. Nothing is added where the
-// distance is NaN, as in torch.
+// distance is NaN, and the slope at the kink is 0, both as in torch.
 struct MultiMarginLoss : MultirowLoss {
   static constexpr const char* name = "multi_margin_loss";
   static constexpr ItemTarget kTarget = ItemTarget::index;
@@ -43,8 +43,8 @@ struct MultiMarginLoss : MultirowLoss {
 };
 
 // loss = 1 / C sum_y sum_j max(0, 1 - x_y + x_j) over the targets y, in their order, and all j that
-// are no target. One level of sums for each y; kept[0] is 1 for a target, kept[1] the derivative so
-// far, a whole number.
+// are no target; the slope at the kink is 0, as in torch. One level of sums for each y; kept[0] is
+// 1 for a target, kept[1] the derivative so far, a whole number.
 struct MultilabelMarginLoss : MultirowLoss {
   static constexpr const char* name = "multilabel_margin_loss";
   static constexpr ItemTarget kTarget = ItemTarget::list;

@@ -4,8 +4,9 @@
 namespace mbk::MBK_ISA {
 
 // loss = max(0, margin + d(a, p) - n), n = d(a, n) or, with swap, the smaller of it and d(p, n);
-// d(x, y) = |x - y + eps|_2, whose gradient at 0 is 0. Where both are as small, each has half of
-// the gradient. Squares are added in fp64: the loss is a difference of distances.
+// d(x, y) = |x - y + eps|_2, whose gradient at 0 is 0; the slope of max at 0 is 1. Where both are
+// as small, each has half of the gradient. Squares are added in fp64: the loss is a difference of
+// distances.
 struct TripletMarginLoss : MultirowLoss {
   static constexpr const char* name = "triplet_margin_loss";
   static constexpr int kInputs = 3, kGradients = 3, kSums = 3, kConstants = 4;
