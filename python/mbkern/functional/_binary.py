@@ -28,9 +28,9 @@ def _require_one_shape(name: str, input: Tensor, target: Tensor) -> None:
     try:
         same = input.shape == target.shape
     except AttributeError:
-        refuse_what_is_no_tensor(find(name), input, target)
-        raise
+        same = False
     if not same:  # torch refuses it too
+        refuse_what_is_no_tensor(find(name), input, target)
         raise ValueError(
             f"mbkern: {name} needs input and target of one shape, not {tuple(input.shape)} and "
             f"{tuple(target.shape)}"

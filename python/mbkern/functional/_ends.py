@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,10 @@ _is_compiling = torch.compiler.is_compiling
 _EXTRAS = frozenset(Extras.__annotations__)
 #: Where torch warns of tensors that broadcast: (N, 1) against (N) is hardly ever meant.
 _WARNED_OF = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+#: Losses whose target is only compared: if it requires grad, torch takes it and gives it none.
+_COMPARED = ("hinge_embedding_loss",)
+#: Losses whose formula in torch takes a number for all elements of the target.
+_OF_NUMBERS = ("gaussian_nll_loss", "multilabel_soft_margin_loss")
 
 
 def row_loss(
@@ -78,6 +83,8 @@ def row_loss(
         refuse_what_is_no_tensor(loss, input, target)
         return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        if inplace is not False and inplace is not True:
+            _check_inplace(inplace)
         request = Request(loss, options, grad_scale, inplace, loss_dtype)
         result: Tensor = apply_row(input, target, request)  # type: ignore[no-untyped-call]
         return result
@@ -102,15 +109,21 @@ def tensor_loss(
     try:
         inputs = _one_shape(loss, tensors, extras.get("inplace", False))
     except (AssertionError, AttributeError, TypeError):
-        refuse_what_is_no_tensor(loss, *tensors)
-        raise
+        filled = _of_numbers(loss, tensors)
+        if filled is None:
+            raise
+        return tensor_loss(loss, filled, reduction, parameters, weight, **extras)
     sample_weight = extras.get("sample_weight")
     if loss.weight == "mean" and weight is not None:
         alone = sample_weight is None and extras.get("denominator") is None
         if alone and reduction == "mean" and weight.shape != inputs[0].shape:
             # As torch's: by the sum of the weights that were given, not of those broadcast.
             extras["denominator"] = weight.sum(dtype=torch.float64)
-        weight, sample_weight = None, product(weight, sample_weight)
+        try:
+            weight, sample_weight = None, product(weight, sample_weight)
+        except (AttributeError, TypeError):
+            refuse_weights(weight=weight, sample_weight=sample_weight)
+            raise
     options = TensorOptions(
         None, weight, sample_weight, reduction, extras.get("denominator"), -100, parameters
     )
@@ -133,16 +146,23 @@ def rows_loss(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     first = tensors[0]
-    if not isinstance(first, Tensor):
-        refuse_what_is_no_tensor(loss, *tensors)
-    for t, name in zip(tensors, loss.arguments, strict=False):
-        if t.shape != first.shape:
-            raise ValueError(
-                f"mbkern: {loss.name} needs {loss.arguments[0]} and {name} of one shape, not "
-                f"{tuple(first.shape)} and {tuple(t.shape)}"
-            )
-        if not t.is_floating_point() and t is not first and not t.is_complex():
-            tensors = tuple(other if other is not t else t.to(first.dtype) for other in tensors)
+    try:
+        for t, name in zip(tensors, loss.arguments, strict=False):
+            if t.shape != first.shape:
+                refuse_what_is_no_tensor(loss, *tensors)
+                raise ValueError(
+                    f"mbkern: {loss.name} needs {loss.arguments[0]} and {name} of one shape, not "
+                    f"{tuple(first.shape)} and {tuple(t.shape)}"
+                )
+            if not t.is_floating_point() and t is not first and not t.is_complex():
+                tensors = tuple(other if other is not t else t.to(first.dtype) for other in tensors)
+    except AttributeError:
+        filled = _of_numbers(loss, tensors)
+        if filled is None:
+            raise
+        return rows_loss(
+            loss, filled, target, reduction, parameters, weight, ignore_index, **extras
+        )
     options = TensorOptions(
         target, weight, extras.get("sample_weight"), reduction, extras.get("denominator"),
         NO_CLASS if ignore_index is None else ignore_index, parameters,
@@ -160,16 +180,17 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
     if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
         _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
     try:
-        asked = o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target)
-    except AttributeError:
+        if o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target):
+            raise NotImplementedError(
+                f"mbkern: {loss.name} computes no gradient for target; detach it"
+            )
+        first, second, third = inputs
+        promoted = first.dtype
+        if third is not None or (second is not None and second.dtype is not promoted):
+            promoted = promoted_dtype(*inputs)
+    except (AttributeError, TypeError):
         refuse_what_is_no_tensor(loss, *inputs[: loss.inputs], o.target)
         raise
-    if asked:
-        raise NotImplementedError(f"mbkern: {loss.name} computes no gradient for target; detach it")
-    first, second, third = inputs
-    promoted = first.dtype
-    if third is not None or (second is not None and second.dtype is not promoted):
-        promoted = promoted_dtype(*inputs)
     loss_dtype = result_dtype(extras.get("loss_dtype"), promoted, first)
     grad_scale = extras.get("grad_scale")
     traced = _traced.is_needed(first, second, third)
@@ -181,7 +202,10 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
         or (second is not None and second.requires_grad)
         or (third is not None and third.requires_grad)
     ):
-        request = Request(loss, o, grad_scale, extras.get("inplace", False), loss_dtype)
+        inplace = extras.get("inplace", False)
+        if inplace is not False and inplace is not True:
+            _check_inplace(inplace)
+        request = Request(loss, o, grad_scale, inplace, loss_dtype)
         result: Tensor = apply_tensors(*inputs, request)  # type: ignore[no-untyped-call]
         return result
     value, _ = new_call(loss, inputs, o).run(loss_dtype=loss_dtype)
@@ -201,11 +225,19 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
     differs = False
     for t, name in zip(tensors, loss.arguments, strict=True):
         if t is None:
+            if name not in loss.optional:
+                refuse_what_is_no_tensor(loss, *tensors)
             continue
         differs = differs or t.shape != shape
         if name not in loss.differentiable and torch.is_grad_enabled() and is_differentiated(t):
-            raise NotImplementedError(
-                f"mbkern: {loss.name} computes no gradient for {name}; detach it"
+            if loss.name not in _COMPARED:
+                raise NotImplementedError(
+                    f"mbkern: {loss.name} computes no gradient for {name}; detach it"
+                )
+            detached = t = t.detach()  # by its place: the input may be the same tensor
+            tensors = tuple(
+                other if argument != name else detached
+                for other, argument in zip(tensors, loss.arguments, strict=True)
             )
         if t.dtype is not dtype and not (t.is_floating_point() or t.is_complex()):
             tensors = tuple(other if other is not t else t.to(dtype) for other in tensors)
@@ -232,6 +264,34 @@ def refuse_what_is_no_tensor(loss: Loss, *tensors: object) -> None:
             raise TypeError(
                 f"mbkern: {loss.name}: {name} must be a tensor, not {type(value).__name__}"
             )
+
+
+def refuse_weights(**weights: object) -> None:
+    """Name one that is given and no tensor, if there is one; for what has gone wrong."""
+    for name, value in weights.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"mbkern: {name} must be a tensor, not {type(value).__name__}")
+
+
+def _of_numbers(loss: Loss, tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The tensors with numbers filled in, which torch's formula takes; None if there are none.
+
+    Raises for what is no tensor.
+    """
+    first, *rest = tensors
+    filled = False
+    if loss.name in _OF_NUMBERS and isinstance(first, Tensor):
+        for k, value in enumerate(rest):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                rest[k], filled = first.new_full((), float(value)).expand(first.shape), True
+    refuse_what_is_no_tensor(loss, first, *rest)
+    return (first, *rest) if filled else None
+
+
+def _check_inplace(inplace: object) -> None:
+    """Refuse what is neither yes nor no, as the word "False": the input would be written over."""
+    if not isinstance(inplace, (int, np.bool_)):
+        raise TypeError(f"mbkern: inplace must be True or False, not {type(inplace).__name__}")
 
 
 def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mbkern._arguments import legacy_reduction
 from mbkern._losses import find
-from mbkern.functional._ends import tensor_loss
+from mbkern.functional._ends import refuse_what_is_no_tensor, tensor_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +50,11 @@ def kl_div(
         if extras.get("denominator") is not None:
             raise ValueError("mbkern: denominator goes with reduction='mean', not 'batchmean'")
         reduction = "mean"
-        extras = {**extras, "denominator": float(input.shape[0]) if input.dim() else 1.0}
+        try:
+            extras = {**extras, "denominator": float(input.shape[0]) if input.dim() else 1.0}
+        except AttributeError:
+            refuse_what_is_no_tensor(_KL_DIV, input, target)
+            raise
     parameters = _KL_DIV.numbers(log_target=log_target)
     return tensor_loss(_KL_DIV, (input, target), reduction, parameters, **extras)
 
@@ -107,23 +112,40 @@ def gaussian_nll_loss(
 
     Differentiable in all three.
     """
-    if not isinstance(var, Tensor):
-        if var < 0:
-            raise ValueError("var has negative entry/entries")
-        var = torch.full((), float(var), dtype=input.dtype, device=input.device)
-    shape = input.shape
+    try:
+        shape = input.shape
+        if not isinstance(var, Tensor):
+            var = _of_one_variance(var, input)
+    except AttributeError:
+        refuse_what_is_no_tensor(_GAUSSIAN_NLL_LOSS, input, target)
+        raise
     if var.dim() and var.shape != shape:
         if var.shape == shape[:-1]:
             var = var.unsqueeze(-1)
         elif var.dim() > len(shape) or any(
             a not in (1, b) for a, b in zip(reversed(var.shape), reversed(shape), strict=False)
         ):
+            refuse_what_is_no_tensor(_GAUSSIAN_NLL_LOSS, input, target)
             raise ValueError(
                 f"mbkern: var has shape {tuple(var.shape)}, which does not broadcast to the "
                 f"input's, {tuple(shape)}, nor is it that without its last dimension"
             )
     parameters = _GAUSSIAN_NLL_LOSS.numbers(full=full, eps=eps)
     return tensor_loss(_GAUSSIAN_NLL_LOSS, (input, target, var), reduction, parameters, **extras)
+
+
+def _of_one_variance(var: float, input: Tensor) -> Tensor:
+    try:
+        number = math.nan if isinstance(var, (bool, str)) else float(var)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number != number and not isinstance(var, float):
+        raise TypeError(
+            f"mbkern: gaussian_nll_loss: var must be a tensor or a number, not {type(var).__name__}"
+        )
+    if number < 0:
+        raise ValueError("var has negative entry/entries")
+    return torch.full((), number, dtype=input.dtype, device=input.device)
 
 
 def tweedie_nll_loss(

@@ -144,13 +144,21 @@ def linear_cross_entropy(
             chunk_bytes=chunk_bytes, sample_weight=sample_weight, num_valid=num_valid,
             filter_eps=filter_eps,
         )  # fmt: skip
-    head = linear_options(
-        input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
-        z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, denominator=denominator,
-        shift=shift, split_invariant=split_invariant, chunk_bytes=chunk_bytes,
-        sample_weight=sample_weight, num_valid=num_valid, filter_eps=filter_eps,
-    )  # fmt: skip
+    try:
+        head = linear_options(
+            input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
+            z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, denominator=denominator,
+            shift=shift, split_invariant=split_invariant, chunk_bytes=chunk_bytes,
+            sample_weight=sample_weight, num_valid=num_valid, filter_eps=filter_eps,
+        )  # fmt: skip
+    except AttributeError:  # what else is no tensor is refused there
+        for name, value in (
+            ("input", input), ("linear_weight", linear_weight), ("target", target),
+        ):  # fmt: skip
+            if value is None:
+                raise TypeError(f"mbkern: {name} must be a tensor, not NoneType") from None
+        raise
     scale = logit_scale if isinstance(logit_scale, Tensor) else None
     tensors = (input, linear_weight, linear_bias, scale)
     _refuse_other_gradients(weight, sample_weight, denominator)

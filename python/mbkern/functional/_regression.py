@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mbkern._losses import find
-from mbkern.functional._ends import tensor_loss
+from mbkern._losses import Loss, find
+from mbkern.functional._ends import refuse_weights, refuse_what_is_no_tensor, tensor_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,8 +23,14 @@ _LOG_COSH_LOSS = find("log_cosh_loss")
 _QUANTILE_LOSS = find("quantile_loss")
 
 
-def _require_shape(weight: Tensor | None, input: Tensor) -> None:
-    if weight is not None and weight.shape != input.shape:
+def _require_shape(loss: Loss, weight: Tensor, input: Tensor) -> None:
+    try:
+        same = weight.shape == input.shape
+    except AttributeError:
+        same = False
+    if not same:
+        refuse_what_is_no_tensor(loss, input)
+        refuse_weights(weight=weight)
         raise ValueError(
             f"mbkern: weight {tuple(weight.shape)} and input {tuple(input.shape)} must have "
             "the same shape"
@@ -49,7 +55,8 @@ def mse_loss(
         size_average, reduce: deprecated, as in torch.
         extras: the keywords of the module; an item is an element.
     """
-    _require_shape(weight, input)
+    if weight is not None:
+        _require_shape(_MSE_LOSS, weight, input)
     return tensor_loss(
         _MSE_LOSS, (input, target), reduction, (), weight, size_average, reduce, **extras
     )
@@ -78,7 +85,8 @@ def l1_loss(
 
     Arguments as in :func:`mse_loss`. The gradient at 0 is 0.
     """
-    _require_shape(weight, input)
+    if weight is not None:
+        _require_shape(_L1_LOSS, weight, input)
     return tensor_loss(
         _L1_LOSS, (input, target), reduction, (), weight, size_average, reduce, **extras
     )
@@ -119,7 +127,8 @@ def huber_loss(
     :func:`torch.nn.functional.huber_loss`. As there ``weight``, of the input's shape, does not
     count in the mean. Other arguments as in :func:`mse_loss`.
     """
-    _require_shape(weight, input)
+    if weight is not None:
+        _require_shape(_HUBER_LOSS, weight, input)
     parameters = _HUBER_LOSS.numbers(delta=delta)
     return tensor_loss(_HUBER_LOSS, (input, target), reduction, parameters, weight, **extras)
 

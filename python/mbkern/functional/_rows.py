@@ -9,7 +9,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mbkern._losses import find
-from mbkern.functional._ends import rows_loss
+from mbkern.functional._ends import refuse_what_is_no_tensor, rows_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -163,8 +163,12 @@ def cosine_embedding_loss(
 
     Differentiable in both inputs.
     """
-    if not (target.is_floating_point() or target.is_complex()):
-        target = target.to(input1.dtype)
+    try:
+        if not (target.is_floating_point() or target.is_complex()):
+            target = target.to(input1.dtype)
+    except (AttributeError, TypeError):
+        refuse_what_is_no_tensor(_COSINE_EMBEDDING_LOSS, input1, input2, target)
+        raise
     parameters = _COSINE_EMBEDDING_LOSS.numbers(margin=margin)
     return rows_loss(
         _COSINE_EMBEDDING_LOSS, (input1, input2), target, reduction, parameters, None, None,
@@ -232,8 +236,12 @@ def dice_loss(
 
     Differentiable in both. Source: Milletari, Navab & Ahmadi, V-Net (2016), with sums for squares.
     """
-    if input.dim() > 2 and target.shape == input.shape:  # as Loss.flattens says
-        input, target = input.flatten(1), target.flatten(1)
+    try:
+        if input.dim() > 2 and target.shape == input.shape:  # as Loss.flattens says
+            input, target = input.flatten(1), target.flatten(1)
+    except AttributeError:
+        refuse_what_is_no_tensor(_DICE_LOSS, input, target)
+        raise
     return rows_loss(
         _DICE_LOSS, (input, target), None, reduction, _DICE_LOSS.numbers(smooth=smooth), **extras
     )
@@ -289,7 +297,13 @@ def info_nce_loss(
     The other direction is that of ``similarity.T``. Source: van den Oord, Li & Vinyals,
     Representation learning with contrastive predictive coding (2018).
     """
-    if similarity.dim() != 2:
+    try:
+        is_matrix = similarity.dim() == 2
+    except AttributeError:
+        raise TypeError(
+            f"mbkern: similarity must be a tensor, not {type(similarity).__name__}"
+        ) from None
+    if not is_matrix:
         raise ValueError(f"mbkern: similarity must be (N, M), not {tuple(similarity.shape)}")
     if target is None:
         if similarity.shape[1] < similarity.shape[0]:
@@ -299,7 +313,14 @@ def info_nce_loss(
             )
         target = torch.arange(similarity.shape[0], device=similarity.device)
     parameters = _SOFTMAX_FOCAL_LOSS.numbers(gamma=0.0, temperature=temperature)
-    return rows_loss(
-        _SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, parameters, ignore_index=None,
-        **extras,
-    )  # fmt: skip
+    try:
+        return rows_loss(
+            _SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, parameters, ignore_index=None,
+            **extras,
+        )  # fmt: skip
+    except TypeError:
+        if not isinstance(target, Tensor):
+            raise TypeError(
+                f"mbkern: info_nce_loss: target must be a tensor, not {type(target).__name__}"
+            ) from None
+        raise
