@@ -145,6 +145,28 @@ def test_no_recompilation(backend: str) -> None:
         assert counter.frame_count == 1, case.name
 
 
+@pytest.mark.parametrize("option", ["denominator", "grad_scale"])
+@pytest.mark.parametrize("name", ["cross_entropy", "mse_loss"])
+def test_a_number_that_changes_is_compiled_once_more_at_most(name: str, option: str) -> None:
+    """The tokens of each step, as a Python number."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    case = next(c for c in CASES if c.name == name)
+    call = torch.compile(case.function, fullgraph=True, backend=counter)
+    sample = case.sample((6, 9), torch.float32)
+    for number in (3.0, 4.5, 7.25, 9.125, 1e-3):
+        grads = []
+        for function in (call, case.function):
+            x = sample.input.clone().requires_grad_()
+            value = function(x, sample.target, **{option: number})
+            value.backward()
+            grads.append((value, x.grad))
+        (value, grad), (eager, eager_grad) = grads
+        assert torch.equal(value, eager)
+        assert torch.equal(grad, eager_grad)
+    assert counter.frame_count <= 2
+
+
 OPTIONS: list[dict[str, Any]] = [
     {"weight": torch.rand(9)},
     {"sample_weight": torch.rand(6)},

@@ -162,9 +162,7 @@ def linear_loss(
 ) -> Tensor:
     """The head in a graph."""
     o, rows = request.options, request.options.row
-    denominator = rows.denominator
-    if denominator is not None and not isinstance(denominator, Tensor):
-        denominator = torch.full((), denominator, dtype=torch.float64, device=input.device)
+    denominator = _ops.scalar_tensor(rows.denominator, input)
     loss: Tensor = torch.ops.mbkern.linear_loss(
         input, weight, bias, scale, target, rows.weight, rows.sample_weight, denominator,
         rows.reduction, rows.ignore_index, rows.label_smoothing, rows.z_loss, rows.softcap or 0.0,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, library
 
 from mbkern import _C
+from mbkern._arguments import Number
 from mbkern._calls import new_call
 from mbkern._launch import (
     RowCall,
@@ -77,6 +78,16 @@ def new_number(like: Tensor) -> Tensor:
     if on_cuda(like):
         return like.new_empty((), dtype=torch.float64)
     return new_scalar(torch.float64)  # type: ignore[return-value]
+
+
+def scalar_tensor(value: Number | None, like: Tensor) -> Tensor | None:
+    """A number as an operator's argument."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    if torch.compiler.is_compiling():
+        # A factor may change from call to call; torch.full would be compiled anew for each number.
+        return torch.ones((), dtype=torch.float64, device=like.device) * value
+    return torch.full((), value, dtype=torch.float64, device=like.device)
 
 
 def divisor_tensor(

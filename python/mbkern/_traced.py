@@ -49,12 +49,6 @@ def is_needed(input: Tensor, target: Tensor | None, third: Tensor | None = None)
     )
 
 
-def _scalar(value: Number | None, like: Tensor) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return value
-    return torch.full((), value, dtype=torch.float64, device=like.device)
-
-
 def _may_form(input: Tensor) -> bool:
     """Whether forward may form the gradient and hand it to backward behind the graph's back.
 
@@ -134,9 +128,9 @@ def row_loss(
         and _may_form(input)
     )
     arguments = (
-        input, target, o.weight, o.sample_weight, _scalar(o.denominator, input),
-        _scalar(grad_scale, input), loss.name, o.reduction, o.ignore_index, o.label_smoothing,
-        o.z_loss, o.softcap or 0.0, form, dtype,
+        input, target, o.weight, o.sample_weight, _ops.scalar_tensor(o.denominator, input),
+        _ops.scalar_tensor(grad_scale, input), loss.name, o.reduction, o.ignore_index,
+        o.label_smoothing, o.z_loss, o.softcap or 0.0, form, dtype,
     )  # fmt: skip
     apply: Any = _RowLoss.apply if _is_differentiated(input, target) else _ops.row_loss
     result: Tensor = apply(*arguments)[0]
@@ -289,9 +283,9 @@ def tensor_loss(
     if third is not None and (third is first or third is inputs[1]):
         third = third.view_as(third)
     arguments = (
-        first, second, third, o.target, o.weight, o.sample_weight, _scalar(o.denominator, first),
-        _scalar(grad_scale, first), loss.name, o.reduction, o.ignore_index, o.parameters, *form,
-        dtype,
+        first, second, third, o.target, o.weight, o.sample_weight,
+        _ops.scalar_tensor(o.denominator, first), _ops.scalar_tensor(grad_scale, first), loss.name,
+        o.reduction, o.ignore_index, o.parameters, *form, dtype,
     )  # fmt: skip
     apply: Any = _TensorLoss.apply if _is_differentiated(*inputs) else _ops.tensor_loss
     result: Tensor = apply(*arguments)[0]
