@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _accumulator_scaler, _accumulator_state
+from mbkern._accumulate import as_number
 from mbkern._accumulator_apart import Apart
 from mbkern._accumulator_collect import Collector
 from mbkern._accumulator_counts import Count, check_count, reciprocal
@@ -35,6 +36,13 @@ from mbkern._accumulator_sharded import find_shards
 from mbkern._accumulator_window import Window
 from mbkern._arguments import Number
 from mbkern._noise_scale import NoiseScale
+
+
+def _as_seed(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"mbkern: seed must be an integer, not {type(seed).__name__}") from None
 
 
 class GradAccumulator:
@@ -141,9 +149,9 @@ class GradAccumulator:
     ) -> None:
         self._options = Options(
             dtype=dtype, layout=layout, mode=mode, compensation=compensation,
-            seed=operator.index(seed), denominators=denominators, l1=float(l1), l2=float(l2),
-            into=into, pre_scale=float(pre_scale), sparse=sparse, measure=measure,
-            noise_scale=noise_scale,
+            seed=_as_seed(seed), denominators=denominators, l1=as_number(l1, "l1"),
+            l2=as_number(l2, "l2"), into=into, pre_scale=as_number(pre_scale, "pre_scale"),
+            sparse=sparse, measure=measure, noise_scale=noise_scale,
         )  # fmt: skip
         self.mode, self.max_norm = mode, max_norm
         self.noise_scale = NoiseScale() if noise_scale else None
@@ -212,9 +220,10 @@ class GradAccumulator:
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
-        if value is not None and not float(value) >= 0:
+        number = None if value is None else as_number(value, "max_norm")
+        if number is not None and not number >= 0:
             raise ValueError(f"mbkern: max_norm is {value}; it must be at least 0, or None")
-        self._max_norm = None if value is None else float(value)
+        self._max_norm = number
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradAccumulator:
         """A copy with buffers of its own, of the parameters' copies; of the same process group."""

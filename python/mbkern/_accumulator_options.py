@@ -50,7 +50,11 @@ class Options:
                 f"mbkern: pre_scale is {self.pre_scale}; it must be positive and finite"
             )
         names = self.denominators
-        if isinstance(names, str) or len(set(names)) != len(tuple(names)):
+        try:
+            different = not isinstance(names, str) and len(set(names)) == len(tuple(names))
+        except TypeError:
+            different = False
+        if not different:
             raise ValueError(
                 f"mbkern: denominators must be a sequence of different names, not {names!r}"
             )

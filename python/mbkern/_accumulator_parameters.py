@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mbkern._accumulate import as_number
 from mbkern._tensors import describe, is_dtensor
 
 _ALIGNMENT = 64  # bytes
@@ -149,7 +150,7 @@ def _unused(name: str, names: set[str]) -> str:
 
 def penalty(value: Any, name: str) -> float:
     """A penalty's factor."""
-    number = float(value)
+    number = as_number(value, name)
     if not (number >= 0 and math.isfinite(number)):
         raise ValueError(f"mbkern: {name} is {number}; it must be finite and at least 0")
     return number
@@ -160,6 +161,11 @@ def _groups(given: Any, l1: float, l2: float) -> Iterable[tuple[Any, float, floa
         return [(list(given.named_parameters()), l1, l2)]
     if isinstance(given, Tensor):
         return [([given], l1, l2)]
+    if isinstance(given, (str, bytes)) or not _is_iterable(given):
+        raise TypeError(
+            "mbkern: parameters must be a module, tensors, pairs of a name and a tensor, or dicts, "
+            f"not {type(given).__name__}"
+        )
     items = list(given)
     if not any(isinstance(item, dict) for item in items):
         return [(items, l1, l2)]
@@ -172,6 +178,14 @@ def _groups(given: Any, l1: float, l2: float) -> Iterable[tuple[Any, float, floa
         of_group = penalty(group.get("l1", l1), "l1"), penalty(group.get("l2", l2), "l2")
         found.append((tensors, *of_group))
     return found
+
+
+def _is_iterable(given: Any) -> bool:
+    try:
+        iter(given)
+    except TypeError:  # also of what has the method, as an array without a dimension
+        return False
+    return True
 
 
 def _check(tensor: Tensor, name: str) -> None:

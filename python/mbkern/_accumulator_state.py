@@ -77,6 +77,10 @@ def _copied(numbers: Any) -> Any:
 
 def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     """Check everything, then take it over."""
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"mbkern: the state of a GradAccumulator is a dict, not {type(state).__name__}"
+        )
     missing = _KEYS - set(state)
     if missing:
         raise ValueError(f"mbkern: not the state of a GradAccumulator: it has no {sorted(missing)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _launch_lists
-from mbkern._accumulate import Tensors, as_long, as_tensors, refuse_differentiated
+from mbkern._accumulate import Tensors, as_long, as_number, as_tensors, refuse_differentiated
 from mbkern._arguments import Number
 from mbkern._tensors import refuse_tracing
 
@@ -99,7 +99,8 @@ def flush_(
     if torch.is_grad_enabled():
         refuse_differentiated(to, "grads")
     of_l1, of_l2 = _penalty(l1, "l1", penalised), _penalty(l2, "l2", penalised)
-    if max_norm is not None and not max_norm >= 0:
+    most = math.inf if max_norm is None else as_number(max_norm, "max_norm")
+    if not most >= 0:
         raise ValueError(f"mbkern: max_norm is {max_norm}; it must be at least 0")
     device = of[0].device if of and isinstance(of[0], Tensor) else None
     stats = torch.zeros(4, dtype=torch.float64, device=device)
@@ -108,7 +109,7 @@ def flush_(
     if of:
         target = _launch_lists.FlushTo(to, penalised, low, of_l1, of_l2, stats, squares)
         scale = (factor, denominator, grad_scale)
-        _launch_lists.flush(of, target, scale, math.inf if max_norm is None else float(max_norm))
+        _launch_lists.flush(of, target, scale, most)
     norm, clip_factor, found_inf, penalty = stats.unbind()
     found = found_inf.float()
     # What is finite may not be so in a type with a smaller range: fp16, or fp32 of fp64.
@@ -125,8 +126,10 @@ def flush_(
 
 
 def _penalty(value: Any, name: str, parameters: list[Any]) -> float | list[float]:
-    several = isinstance(value, Sequence) or (hasattr(value, "ndim") and value.ndim > 0)
-    numbers = [float(x) for x in value] if several else [float(value)]
+    several = not isinstance(value, (str, bytes)) and (
+        isinstance(value, Sequence) or (hasattr(value, "ndim") and value.ndim > 0)
+    )
+    numbers = [as_number(x, name) for x in (value if several else [value])]
     if several and len(numbers) != len(parameters):
         raise ValueError(
             f"mbkern: {name} must be a number or one for each buffer: {len(numbers)} and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ class LossSum:
         With ``denominator`` (a number or 0-dim tensor) the sum is rounded to fp64, divided, and
         rounded to ``dtype``.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"mbkern: dtype must be a torch.dtype, not {type(dtype).__name__}")
         return _launch.exact_result(self.state, denominator, dtype)
 
     def reset(self) -> LossSum:
@@ -80,9 +83,15 @@ class LossSum:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state that ``state_dict`` returned."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"mbkern: state must be a dict, not {type(state).__name__}")
         loaded = state.get("state")
         if loaded is None:
             raise ValueError(f"mbkern: no state of a LossSum: it has no 'state' but {[*state]}")
+        if not isinstance(loaded, Tensor):
+            raise TypeError(
+                f"mbkern: the state of a LossSum is a tensor, not {type(loaded).__name__}"
+            )
         if loaded.shape != self.state.shape or loaded.dtype != torch.int64:
             raise ValueError(
                 f"mbkern: the state of a LossSum is (12,) torch.int64, not {describe(loaded)}"
