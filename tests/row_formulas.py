@@ -14,6 +14,8 @@ from case import ramp
 from row_case import Terms
 from torch import Tensor
 
+EPSILON = 9.999999960041972e-13  # torch's of cosines: 1e-12 as a float
+
 
 def _plain(losses: Tensor) -> Terms:
     return losses, torch.ones_like(losses)
@@ -97,7 +99,7 @@ def multilabel_soft_margin_size(
 
 
 def cosine(input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0) -> Terms:
-    a, b = (x.square().sum(-1) + 1e-12 for x in (input1, input2))
+    a, b = (x.square().sum(-1) + EPSILON for x in (input1, input2))
     cosine = (input1 * input2).sum(-1) / (a * b).sqrt()
     far = torch.where(target == -1, ramp(cosine - margin), 0)
     return _plain(torch.where(target == 1, 1 - cosine, far))
@@ -106,7 +108,7 @@ def cosine(input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0) 
 def cosine_size(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0
 ) -> tuple[Tensor, ...]:
-    a, b = ((x.square().sum(-1) + 1e-12).sqrt().unsqueeze(-1) for x in (input1, input2))
+    a, b = ((x.square().sum(-1) + EPSILON).sqrt().unsqueeze(-1) for x in (input1, input2))
     x, y = input1.abs() / a, input2.abs() / b
     cosine = (x * y).sum(-1, keepdim=True)
     return 1 + abs(margin) + cosine.squeeze(-1), (y + x * cosine) / a, (x + y * cosine) / b
@@ -221,13 +223,13 @@ def kl_size(
     direction: str = "forward",
     **target: Any,
 ) -> tuple[Tensor, ...]:
-    """The logarithm of a ratio is a scaled difference of logits, and one more of whole rows."""
+    """The logarithm of a ratio is a difference of distances from the largest logits."""
     if direction == "reverse":
         losses, y, x = kl_size(teacher, student, temperature, **target)
         return losses, x, y
     p, t = _logs(temperature, student, teacher)
-    d = (student - teacher) / temperature
-    ratio = d.abs() + (d - (p - t)).abs() + 1
+    x, y = ((z - z.amax(-1, keepdim=True)).abs() / temperature for z in (student, teacher))
+    ratio = x + y + 1
     own = _kl_of(t, p).unsqueeze(-1)
     p, t = p.exp(), t.exp()
     return (t * ratio + p).sum(-1), (p + t) / temperature, t * (ratio + own) / temperature

@@ -124,7 +124,6 @@ def judged(case: RowCase, sample: RowSample) -> Tensor:
     given = list(sample.tensors.values())
     dtype, kept = given[0].dtype, torch.ones(len(given[0]), dtype=torch.bool)
     sizes = [t.abs().nan_to_num(0, 0, 0).double() for t in given[: len(case.inputs)]]
-    limit = torch.finfo(computed(dtype)).max
     if case.name == "cosine_embedding_loss":  # squares are numbers: beyond, torch has NaN as well
         for x in sizes:
             kept &= (x < 1e150).all(-1)
@@ -132,11 +131,6 @@ def judged(case: RowCase, sample: RowSample) -> Tensor:
         for x, y in itertools.combinations(given, 2):
             infinite = (x.to(computed(dtype)) - y.to(computed(dtype))).isinf()
             kept &= ~(infinite & x.isfinite() & y.isfinite()).any(-1)
-    if case.name == "multi_margin_loss" and sample.options.get("p") == 2:
-        kept &= (sizes[0] < limit / 8).all(-1)  # see test_margins_squared
-    if case.name == "kl_div_with_logits":  # see test_distributions_apart
-        x, y = (t.double().amax(-1) for t in given)
-        kept &= ~((x - y).abs() * 1.5 > 8) | ~x.isfinite() | ~y.isfinite()
     return kept
 
 
@@ -329,6 +323,7 @@ DIFFERENT: dict[str, set[str]] = {
     "multilabel_soft_margin_loss": {"overflow"},
     "cosine_embedding_loss": {"limit"},
     "triplet_margin_loss": {"limit", "NaN", "masked"},
+    "softmax_focal_loss": {"limit"},
     "tv_distance_with_logits": {"rounded"},
 }
 
@@ -350,7 +345,7 @@ def kinds(
             rounded = (g.double() - near).abs() <= torch.finfo(g.dtype).eps * near.abs()
         no = torch.zeros_like(odd)
         found = {
-            "overflow": no if k else g.isinf() & (g.sign() == w.sign()) & (w.abs() >= limit),
+            "overflow": g.isinf() & (g.sign() == w.sign()) & (w.abs() >= limit),
             "NaN": g.isnan() & ~w.isnan() & ~loss.isfinite() if k else no,
             "limit": w.isnan() & ~g.isnan() & ~loss.isnan() if k else no,
             "masked": w.isnan() & (g == 0) & loss.isnan() if k else no,
@@ -498,15 +493,10 @@ def test_reductions(case: RowCase) -> None:
                     assert same.all(), f"{where}: gradients"
 
 
-# ---- known defects -------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 
-ROUNDED = pytest.mark.xfail(strict=True, reason="the difference of the logits is rounded")
-
-
-@pytest.mark.parametrize(
-    "offset", [0.0, *(pytest.param(x, marks=ROUNDED) for x in (1e2, 1e4, 1e30))]
-)
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e2, 1e4, 1e30])
 def test_distributions_apart(offset: float) -> None:
     """Of logits that are all larger on one side the divergence is as exact as torch's."""
     random = torch.Generator().manual_seed(0)
@@ -523,7 +513,9 @@ def test_distributions_apart(offset: float) -> None:
         "kl_div_with_logits", student, teacher, argnums=(0, 1), reduction="none"
     )
     for got, want, stock in zip((loss, *grads), *results, strict=True):
-        check(got, want, stock, f"offset {offset}", magnitude=1.0)
+        # Where the teacher has one class only, its gradient is a logarithm of up to 7 less itself.
+        bound = stock if offset < 1e30 else None
+        check(got, want, bound, f"offset {offset}", magnitude=7.0 if bound is None else 1.0)
 
 
 @pytest.mark.xfail(strict=True, reason="differences are fp32 in the gradient: inf * 0 is NaN")
@@ -539,7 +531,6 @@ def test_triplets_farther_apart_than_numbers(dtype: torch.dtype) -> None:
     assert torch.equal(grads[0], torch.tensor([[-1.0, 0, 0]], dtype=dtype))
 
 
-@pytest.mark.xfail(strict=True, reason="2 z is formed before it is divided")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_margins_squared(dtype: torch.dtype) -> None:
     x = torch.zeros(1, 4, dtype=dtype)
@@ -551,7 +542,6 @@ def test_margins_squared(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad, leaf.grad)
 
 
-@pytest.mark.xfail(strict=True, reason="-log p_t times the sum of the exponentials overflows")
 def test_focal_loss_of_the_largest_numbers() -> None:
     x = torch.zeros(1, 3, dtype=torch.float64)
     x[0, 0] = -torch.finfo(x.dtype).max
@@ -560,7 +550,6 @@ def test_focal_loss_of_the_largest_numbers() -> None:
     torch.testing.assert_close(grad, torch.tensor([[-1.0, 0.5, 0.5]], dtype=torch.float64))
 
 
-@pytest.mark.xfail(strict=True, reason="torch adds 1e-12 as it is in fp32, not in fp64")
 def test_cosine_of_nothing() -> None:
     x, y = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     leaf, one = x.clone().requires_grad_(), torch.ones(1, dtype=torch.float64)

@@ -12,7 +12,7 @@ struct CosineEmbeddingLoss : MultirowLoss {
   static constexpr ItemTarget kTarget = ItemTarget::number;
   static constexpr int kInputs = 2, kGradients = 2, kSums = 3, kConstants = 3;
   static constexpr bool kWide = true, kWideGradient = true;
-  static constexpr double kEpsilon = 1e-12;
+  static constexpr double kEpsilon = 1e-12f;  // a float in torch
   enum { kOther, kOwnX, kOwnY };
   enum { kA, kB, kNorm, kDifference, kCosine };
   MBK_FN static void finish(const MultirowArgs&, MultirowItem& item) {

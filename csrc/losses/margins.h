@@ -24,7 +24,7 @@ struct MultiMarginLoss : MultirowLoss {
     return share(a, item) * item.first[0];
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
-    c.value[kFactor] = share(a, item) * item.scale;
+    c.value[kFactor] = share(a, item) * item.scale * a.parameters[0];
     return -(c.value[kFactor] * item.first[1]);
   }
   template <class V, class C>
@@ -32,13 +32,13 @@ struct MultiMarginLoss : MultirowLoss {
     const V z = max(x[0] + constant<V>(c, kOffset), V{});
     const auto square = constant<V>(c, kPower) == splat<V>(2);
     term[0] = select(square, z * z, z);
-    term[1] = select(z > V{}, select(square, z + z, splat<V>(1)), V{});
+    term[1] = select(z > V{}, select(square, z, splat<V>(1)), V{});
   }
   template <class V, class C>
   MBK_FN static void gradient(const C& c, const V* x, V, const V*, V* g) {
     const V z = max(x[0] + constant<V>(c, kOffset), V{}), f = constant<V>(c, kFactor);
     const auto square = constant<V>(c, kPower) == splat<V>(2);
-    g[0] = select(z > V{}, select(square, (z + z) * f, f), V{});
+    g[0] = select(z > V{}, select(square, z * f, f), V{});
   }
 };
 

@@ -13,17 +13,15 @@ namespace mbk::MBK_ISA {
 struct SoftmaxDistance : MultirowLoss {
   static constexpr ItemTarget kTarget = ItemTarget::index;
   static constexpr int kInputs = 2, kGradients = 2, kMaxima = 2, kKept = 2, kLevels = 2, kSums = 2,
-                       kScaleParameter = 0, kConstants = 10;
-  enum { kMaxX, kMaxY, kScale, kOverS, kOverF, kLogRatio, kFactorX, kFactorY, kOwn };
+                       kScaleParameter = 0;
+  enum { kMaxX, kMaxY, kScale, kOverS, kOverF, kFactorX, kFactorY, kOwn, kOwnConstants };
   MBK_FN static double inverse_temperature(const MultirowArgs& a) { return a.parameters[0]; }
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     c.value[kMaxX] = item.max[0], c.value[kMaxY] = item.max[1];
     c.value[kScale] = inverse_temperature(a);
   }
-  MBK_FN static void between(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
+  MBK_FN static void between(const MultirowArgs&, const MultirowItem& item, Constants& c) {
     c.value[kOverS] = 1 / item.first[0], c.value[kOverF] = 1 / item.first[1];
-    c.value[kLogRatio] =
-        log(item.first[0] / item.first[1]) - (item.max[1] - item.max[0]) * inverse_temperature(a);
   }
   template <class V, class C>
   MBK_FN static V distance_x(const C& c, const V* x) {
@@ -50,7 +48,8 @@ struct SoftmaxDistance : MultirowLoss {
 //   dloss/dx = c s (p - t),  dloss/dy = c s t (u - loss / c)
 struct KlDivWithLogits : SoftmaxDistance {
   static constexpr const char* name = "kl_div_with_logits";
-  static constexpr int kFusedLevel = 2;
+  static constexpr int kFusedLevel = 2, kConstants = kOwnConstants + 3;
+  enum { kFromX = kOwnConstants, kFromY, kLogRatio };
   MBK_FN static void prepare(MultirowArgs& a) {
     if (a.parameters[1] == 0) return;
     const RowTensor input = a.inputs[0], grad = a.grads[0];
@@ -67,10 +66,20 @@ struct KlDivWithLogits : SoftmaxDistance {
     c.value[kOwn] = item.second[0];
     return 0;
   }
-  // u = s (y - x) + what all columns share: y - x is exact where they are near each other.
+  // u = s (y - x) + what all columns share: y - x is exact where they are near each other. Where
+  // the maxima are not, most of y - x may be an offset of one side, which takes no part: it would
+  // take the last places of u with it, so each side is counted from its own maximum.
+  MBK_FN static void between(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
+    SoftmaxDistance::between(a, item, c);
+    const double apart = (item.max[1] - item.max[0]) * inverse_temperature(a);
+    const bool near = apart >= -1 && apart <= 1;
+    c.value[kFromX] = near ? 0 : item.max[0], c.value[kFromY] = near ? 0 : item.max[1];
+    c.value[kLogRatio] = log(item.first[0] / item.first[1]) - (near ? apart : 0);
+  }
   template <class V, class C>
   MBK_FN static V log_ratio(const C& c, const V* x) {
-    return multiply_add(x[1] - x[0], constant<V>(c, kScale), constant<V>(c, kLogRatio));
+    const V difference = (x[1] - constant<V>(c, kFromY)) - (x[0] - constant<V>(c, kFromX));
+    return multiply_add(difference, constant<V>(c, kScale), constant<V>(c, kLogRatio));
   }
   // (u - 1 + exp(-u)) / u^2 = sum (-u)^k / (k + 2)! for |u| < 1/2, to the last place.
   template <class V, F32<V> = 0>
@@ -107,9 +116,10 @@ struct KlDivWithLogits : SoftmaxDistance {
 //   dloss/dy = c s beta t (log(t / m) - KL(t | m)),  dloss/dx = c s (1 - beta) p (log(p / m) - ...)
 struct JsDivWithLogits : SoftmaxDistance {
   static constexpr const char* name = "js_div_with_logits";
-  enum { kBeta = kOwn + 1, kOwnX = kLogRatio, kOwnY = kOwn };
+  static constexpr int kConstants = kOwnConstants + 2;
+  enum { kOwnX = kOwn, kOwnY = kOwnConstants, kBeta };
   MBK_FN static void between(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
-    c.value[kOverS] = 1 / item.first[0], c.value[kOverF] = 1 / item.first[1];
+    SoftmaxDistance::between(a, item, c);
     c.value[kBeta] = a.parameters[1];
   }
   MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
@@ -183,11 +193,8 @@ struct JsDivWithLogits : SoftmaxDistance {
 // of p.
 struct TvDistanceWithLogits : SoftmaxDistance {
   static constexpr const char* name = "tv_distance_with_logits";
-  static constexpr int kSums = 5, kConstants = 12;
+  static constexpr int kSums = 5, kConstants = kOwnConstants + 3;
   enum { kAboveX = kOwn, kBelowX, kAboveY, kBelowY };  // A and B, of p and of t
-  MBK_FN static void between(const MultirowArgs&, const MultirowItem& item, Constants& c) {
-    c.value[kOverS] = 1 / item.first[0], c.value[kOverF] = 1 / item.first[1];
-  }
   MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
     return a.parameters[2] * 0.5 * item.second[0];
   }

@@ -34,7 +34,7 @@ struct SoftmaxFocalLoss : MultirowLoss {
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     const double rest = item.own[kRest], sum = item.own[kSum], gamma = a.parameters[0];
     double pull = item.own[kPower];
-    if (gamma != 0) {
+    if (gamma != 0 && item.target_term != 0) {  // p_t log p_t is 0 where p_t is
       const double ratio = rest > 0 ? item.own[kMinusLog] * sum / rest : 1;
       pull = pull * (1 + gamma * (item.target_term / sum) * ratio);
     }

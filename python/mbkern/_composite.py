@@ -253,7 +253,7 @@ def _multilabel_soft_margin(x: Tensor, y: Tensor, weight: Tensor | None = None) 
 
 
 def _cosine(x: Tensor, y: Tensor, target: Tensor, margin: float) -> Tensor:
-    eps = 1e-12
+    eps = 9.999999960041972e-13  # torch's: 1e-12 as a float
     norms = (x.square().sum(-1) + eps) * (y.square().sum(-1) + eps)
     cosine = (x * y).sum(-1) / norms.sqrt()
     far = torch.where(target == -1, _ramp(cosine - margin), 0.0)

@@ -18,6 +18,7 @@ and has plain tensors, outside torch.compile and torch.func::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -220,7 +221,8 @@ def gradient_of_probabilities(
     grad = (lse.unsqueeze(dim) - x) * (scale * (1.0 - options.label_smoothing)).unsqueeze(dim)
     if call.weight is not None:
         grad = grad * call.weight.view([-1 if d == dim else 1 for d in range(x.dim())])
-    return grad.to(dtype or call.target.dtype)
+    grad = grad.to(dtype or call.target.dtype)
+    return grad.masked_fill_(grad.isnan(), math.nan)  # whose bits differ with torch's loops
 
 
 class TensorLoss(torch.autograd.Function):
