@@ -18,14 +18,14 @@ using namespace mbk::MBK_ISA;
 
 namespace {
 
-// Rows of classes, each up to its first -1.
+// Rows of classes, each up to its first -1; as in torch what comes after must be classes, too.
 void check_lists(const MultirowArgs& a) {
   for (int64_t i = 0; i < a.items; ++i) {
     const ItemPosition at(a, i);
     for (int64_t j = 0; j < a.columns; ++j) {
       const int64_t value = read_index(a.target, a.target_type,
                                        at.offset(a.target_strides) + j * a.target_strides.column);
-      if (value == -1) break;
+      if (value == -1) continue;
       if (value < 0 || value >= a.columns)
         throw std::out_of_range(
             "mbkern: target " + std::to_string(value) + " at flat index " +

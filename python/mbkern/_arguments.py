@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from mbkern._losses import Loss
+from mbkern._losses import Loss, as_number
 from mbkern._tensors import (
     INDEX_TYPES,
     byte_range,
@@ -32,7 +33,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def check_reduction(reduction: str, denominator: Number | None) -> None:
     """Refuse an unknown reduction, and a denominator that would not be used."""
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"mbkern: {reduction!r} is not a valid reduction: none, mean or sum")
     if denominator is not None and reduction != "mean":
         raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
@@ -52,7 +53,12 @@ def result_dtype(
 ) -> torch.dtype:
     """Return the dtype asked for, or torch's: the promoted one, under autocast float32."""
     if loss_dtype is not None:
-        if loss_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if not isinstance(loss_dtype, torch.dtype) or loss_dtype not in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+            torch.float64,
+        ):
             raise TypeError(
                 f"mbkern: loss_dtype must be a floating dtype of 16 to 64 bits, not {loss_dtype}"
             )
@@ -70,7 +76,7 @@ def hint_value(hint: Number) -> float:
         raise ValueError(
             f"mbkern: grad_scale must be a number or a tensor of one element, not {describe(hint)}"
         )
-    value = float(hint)
+    value = as_number(hint, "grad_scale", " or a tensor of one element")
     if not math.isfinite(value) or value == 0.0:
         raise ValueError(f"mbkern: grad_scale must be finite and not 0, it is {value}")
     return value
@@ -197,10 +203,22 @@ def check_row_options(label_smoothing: float, z_loss: float, softcap: float | No
             raise TypeError(
                 f"mbkern: {name} must be a number, not a tensor, of which no gradient is computed"
             )
+        if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)) and (
+            number is not None or name != "softcap"
+        ):
+            as_number(number, name)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"mbkern: label_smoothing must be in [0, 1], not {label_smoothing}")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"mbkern: softcap must be positive and finite, not {softcap}")
+
+
+def check_index(index: object, name: str) -> None:
+    """Refuse what is no integer."""
+    try:
+        operator.index(index)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"mbkern: {name} must be an integer, not {type(index).__name__}") from None
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:

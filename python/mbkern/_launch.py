@@ -20,12 +20,14 @@ from mbkern import _C, _cuda
 from mbkern._arguments import (
     REDUCTIONS,
     Number,
+    check_index,
     check_row_options,
     check_row_shapes,
     class_weight,
     hint_value,
     weights_as,
 )
+from mbkern._losses import as_number
 from mbkern._tensors import (
     CUDA_BUILT,
     DTYPES,
@@ -56,7 +58,9 @@ def scalar_argument(value: Number | None, name: str) -> float | Tensor:
     if value is None:
         return 1.0
     if not isinstance(value, Tensor):
-        return float(value)
+        if isinstance(value, (int, float)):
+            return float(value)
+        return as_number(value, name, " or a 0-dim tensor")
     tensor = require_plain(value.detach(), name)
     if tensor.dim() != 0:
         raise ValueError(
@@ -244,6 +248,7 @@ class RowCall:
         self.input = require_plain(self.input, "input")
         self.target = require_plain(self.target, "target")
         require_dtype(self.input, "input")
+        check_index(self.options.ignore_index, "ignore_index")
         check_row_shapes(self.input, self.target, self.options.ignore_index)
         check_row_options(self.options.label_smoothing, self.options.z_loss, self.options.softcap)
 
@@ -294,7 +299,11 @@ class RowCall:
             o.z_loss, o.softcap, scale, divisor, REDUCTIONS[o.reduction], denominator, loss,
             loss_sum, torch.get_num_threads(), workspace, stream,
         )  # fmt: skip
-        done: float | Tensor | None = kernel(fields)
+        try:
+            done: float | Tensor | None = kernel(fields)
+        except TypeError:  # of a number that is none
+            self.explain()
+            raise
         if done is None:
             done = self._retry(kernel, fields)
         if workspace is not None:

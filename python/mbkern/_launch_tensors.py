@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _cuda
-from mbkern._arguments import REDUCTIONS, Number, weights_as
+from mbkern._arguments import REDUCTIONS, Number, check_index, weights_as
 from mbkern._launch import converted, new_scalar, scalar_argument
 from mbkern._losses import Loss
 from mbkern._tensors import (
@@ -176,7 +176,11 @@ class TensorCall:
             o.parameters, scale, REDUCTIONS[reduction], denominator, loss, loss_sum,
             torch.get_num_threads(), workspace, stream,
         )  # fmt: skip
-        done: float | Tensor | None = kernel((self.loss.number, *self.inputs, *fields, *rest))
+        try:
+            done: float | Tensor | None = kernel((self.loss.number, *self.inputs, *fields, *rest))
+        except TypeError:
+            check_index(o.ignore_index, "ignore_index")
+            raise
         if done is None:
             done = self._retry(kernel, fields, rest)
         if workspace is not None:

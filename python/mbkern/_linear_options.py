@@ -11,6 +11,7 @@ from torch import Tensor
 from mbkern._arguments import Number, check_reduction, check_row_options, result_dtype
 from mbkern._launch import RowOptions
 from mbkern._linear_rows import LinearOptions
+from mbkern._losses import as_number
 from mbkern._tensors import INDEX_TYPES, describe
 
 
@@ -139,6 +140,8 @@ def linear_options(
                          ("num_valid", num_valid), ("chunk_bytes", chunk_bytes)):  # fmt: skip
         if number is not None and not isinstance(number, (int, torch.SymInt)):
             raise TypeError(f"mbkern: {name} must be an integer, not {number!r}")
+    if shift is None:
+        raise TypeError("mbkern: shift must be an integer, not None")
     places = int(shift)
     if places < 0 or (places and (not batch or places > batch[-1])):
         raise ValueError(
@@ -157,7 +160,7 @@ def linear_options(
                 f"{describe(logit_scale)}"
             )
     elif logit_scale is not None:
-        factor = float(logit_scale)
+        factor = as_number(logit_scale, "logit_scale", " or a floating 0-dim tensor")
         if not math.isfinite(factor):  # some BLAS do not look at it
             raise ValueError(f"mbkern: logit_scale is {factor}; it must be finite")
     if num_valid is not None and num_valid < 0:
@@ -192,6 +195,8 @@ def _filter_eps(eps: float | str | None, input: Tensor, split_invariant: bool) -
         raise NotImplementedError("mbkern: filter_eps has no kernel on CUDA")
     if eps == "auto":
         return torch.finfo(input.dtype).eps / 32
+    if not isinstance(eps, str):
+        as_number(eps, "filter_eps")
     if isinstance(eps, str) or not 0.0 <= eps < 1.0:
         raise ValueError(f"mbkern: filter_eps must be in [0, 1), 'auto' or None, not {eps!r}")
     return float(eps)

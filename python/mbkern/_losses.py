@@ -7,11 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from mbkern import _C
 
 _TWO = ("input", "target")
+
+
+def as_number(value: Any, name: str, or_tensor: str = "") -> float:
+    """A number as a float; raise for what is none, and for words, which Python would read."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"mbkern: {name} must be a number{or_tensor}, not {type(value).__name__}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -30,17 +43,24 @@ class Parameter:
     def check(self, name: str, value: Any) -> float:
         """Return a value as the kernels take it, or raise."""
         if self.choices:
-            if value not in self.choices:
+            if not isinstance(value, str) or value not in self.choices:
                 words = " or ".join(map(repr, self.choices))
                 raise ValueError(f"mbkern: {name} must be {words}, not {value!r}")
             return float(self.choices.index(value))
         if isinstance(self.default, bool) and not isinstance(value, Tensor):
+            if value is not None and not isinstance(value, (int, np.bool_)):
+                raise TypeError(f"mbkern: {name} must be True or False, not {type(value).__name__}")
             return float(bool(value))
-        if isinstance(value, Tensor):
+        if type(value) is float:  # asked first: it is what nearly every call has
+            number = value
+        elif type(value) is int:
+            number = float(value)
+        elif isinstance(value, Tensor):
             raise TypeError(
                 f"mbkern: {name} must be a number, not a tensor, of which no gradient is computed"
             )
-        number = float(value)
+        else:
+            number = as_number(value, name)
         inside = self.least < number < self.most if self.open else self.least <= number <= self.most
         inside |= self.open and number == math.inf == self.most
         if not inside or self.gap[0] < number < self.gap[1]:

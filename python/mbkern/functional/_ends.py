@@ -45,7 +45,7 @@ _EXTRAS = frozenset(Extras.__annotations__)
 #: Where torch warns of tensors that broadcast: (N, 1) against (N) is hardly ever meant.
 _WARNED_OF = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 #: Losses whose target is only compared: if it requires grad, torch takes it and gives it none.
-_COMPARED = ("hinge_embedding_loss",)
+_COMPARED = ("hinge_embedding_loss", "cosine_embedding_loss")
 #: Losses whose formula in torch takes a number for all elements of the target.
 _OF_NUMBERS = ("gaussian_nll_loss", "multilabel_soft_margin_loss")
 
@@ -181,9 +181,11 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
         _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
     try:
         if o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target):
-            raise NotImplementedError(
-                f"mbkern: {loss.name} computes no gradient for target; detach it"
-            )
+            if loss.name not in _COMPARED:
+                raise NotImplementedError(
+                    f"mbkern: {loss.name} computes no gradient for target; detach it"
+                )
+            o.target = o.target.detach()
         first, second, third = inputs
         promoted = first.dtype
         if third is not None or (second is not None and second.dtype is not promoted):
