@@ -3,6 +3,7 @@ of several dimensions, weights that are broadcast."""
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from typing import Any
 
@@ -164,3 +165,34 @@ def test_distances_beyond_the_largest_number(isa: str) -> None:
     F.triplet_margin_loss(*tensors).backward()
     for tensor, want in zip(tensors, (-2.0, 1.0, 1.0), strict=True):
         torch.testing.assert_close(tensor.grad, torch.tensor([[want, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "shape"),
+    [
+        ("mse_loss", "weight", (3, 4)),
+        ("l1_loss", "weight", (3, 4)),
+        ("huber_loss", "weight", (3, 4)),
+        ("binary_cross_entropy", "weight", (3, 4)),
+        ("binary_cross_entropy_with_logits", "weight", (3, 4)),
+        ("binary_cross_entropy_with_logits", "pos_weight", (3, 4)),
+        ("multilabel_soft_margin_loss", "weight", (4,)),
+    ],
+)
+def test_the_dtype_of_a_weighted_loss_is_torchs(
+    name: str, option: str, shape: tuple[int, ...]
+) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for dtype, of_weight in itertools.product(dtypes, dtypes):
+        x, y = (torch.full((3, 4), value, dtype=dtype) for value in (0.25, 0.75))
+        options = {option: torch.full(shape, 0.5, dtype=of_weight)}
+        for reduction in ("none", "sum", "mean"):
+            want = getattr(TF, name)(x, y, reduction=reduction, **options)
+            leaf = x.clone().requires_grad_()
+            for value in (
+                getattr(F, name)(x, y, reduction=reduction, **options),
+                getattr(F, name)(leaf, y, reduction=reduction, **options),
+                mbkern.loss_and_grad(name, x, y, reduction=reduction, **options)[0],
+            ):
+                assert value.dtype is want.dtype, (dtype, of_weight, reduction)
+                torch.testing.assert_close(value, want, rtol=2e-2, atol=1e-3)

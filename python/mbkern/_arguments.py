@@ -39,10 +39,14 @@ def check_reduction(reduction: str, denominator: Number | None) -> None:
         raise ValueError(f"mbkern: denominator goes with reduction='mean', not {reduction!r}")
 
 
-def promoted_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
+def promoted_dtype(
+    loss: Loss, inputs: tuple[Tensor | None, ...], weight: Tensor | None = None
+) -> torch.dtype:
     """Return the dtype that torch computes all in: class indices do not count."""
-    dtype = input.dtype
-    for other in others:
+    first, *others = inputs[: loss.promoting]
+    assert first is not None
+    dtype = first.dtype
+    for other in (*others, weight if loss.weight_promotes else None):
         if other is not None and other.dtype is not dtype and other.is_floating_point():
             dtype = torch.promote_types(dtype, other.dtype)
     return dtype

@@ -346,7 +346,7 @@ def _row(
     assert input is not None
     assert target is not None
     known = {f: options.pop(f) for f in RowOptions.__slots__ if f in options}
-    promoted = promoted_dtype(input, target)
+    promoted = promoted_dtype(loss, (input, target))
     loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted, input)
     _unknown(loss.name, options)
     row = RowOptions(**known, reduction=reduction)
@@ -426,9 +426,9 @@ def _tensors(
     parameters = loss.numbers(**own)
     sample_weight = options.pop("sample_weight", None)
     weight = options.pop("weight", None) if loss.weight is not None else None
+    promoted = promoted_dtype(loss, tensors[: loss.inputs], weight)
     if loss.weight == "mean":
         weight, sample_weight = None, product(weight, sample_weight)
-    promoted = promoted_dtype(input, *tensors[1 : loss.inputs])
     loss_dtype = result_dtype(options.pop("loss_dtype", None), promoted, input)
     denominator = options.pop("denominator", None)
     ignore_index = options.pop("ignore_index", -100) if loss.ignores else NO_CLASS

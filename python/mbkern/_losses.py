@@ -95,6 +95,8 @@ class Loss:
         weight: what torch's ``weight`` is here: "classes"; "mean" (of an element, and ``mean``
             divides by the sum of the weights); "rescale" (of an element, not counted in the mean);
             or None, without one.
+        promoting: how many of the inputs, from the first, count in the dtype of the result.
+        weight_promotes: whether ``weight`` counts in it.
         differentiates_all: whether gradients are computed for all its tensors.
         is_flat: whether it takes no more than (N, C), as torch's does, or its rows would be others.
         flattens: whether the rows of more are all that there is of an item.
@@ -112,6 +114,8 @@ class Loss:
     differentiable: tuple[str, ...] = _TWO
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     weight: str | None = None
+    promoting: int = 3
+    weight_promotes: bool = False
     differentiates_all: bool = True
     is_flat: bool = False
     flattens: bool = False
@@ -184,10 +188,15 @@ _LOSSES = {
             weight="classes",
         ),
         _loss("half_squared_error"),
-        _loss("mse_loss", weight="mean"),
-        _loss("l1_loss", weight="mean"),
+        _loss("mse_loss", weight="mean", weight_promotes=True),
+        _loss("l1_loss", weight="mean", weight_promotes=True),
         _loss("smooth_l1_loss", parameters={"beta": Parameter(1.0, 0.0, open=True)}),
-        _loss("huber_loss", parameters={"delta": Parameter(1.0, 0.0, open=True)}, weight="rescale"),
+        _loss(
+            "huber_loss",
+            parameters={"delta": Parameter(1.0, 0.0, open=True)},
+            weight="rescale",
+            weight_promotes=True,
+        ),
         _loss("log_cosh_loss"),
         _loss("quantile_loss", parameters={"quantile": Parameter(0.5, 0.0, 1.0, open=True)}),
         _loss("binary_cross_entropy", weight="rescale"),
@@ -195,6 +204,7 @@ _LOSSES = {
             "binary_cross_entropy_with_logits",
             arguments=("input", "target", "pos_weight"),
             optional=("pos_weight",),
+            promoting=2,
             weight="rescale",
         ),
         _loss(
@@ -246,7 +256,7 @@ _LOSSES = {
             },
         ),
         _rows("multilabel_margin_loss", _ONE, target="list"),
-        _rows("multilabel_soft_margin_loss", _TWO, weight="classes"),
+        _rows("multilabel_soft_margin_loss", _TWO, weight="classes", weight_promotes=True),
         _rows(
             "cosine_embedding_loss",
             ("input1", "input2"),

@@ -113,7 +113,7 @@ def tensor_loss(
         if filled is None:
             raise
         return tensor_loss(loss, filled, reduction, parameters, weight, **extras)
-    sample_weight = extras.get("sample_weight")
+    sample_weight, promoting = extras.get("sample_weight"), weight
     if loss.weight == "mean" and weight is not None:
         alone = sample_weight is None and extras.get("denominator") is None
         if alone and reduction == "mean" and weight.shape != inputs[0].shape:
@@ -127,7 +127,7 @@ def tensor_loss(
     options = TensorOptions(
         None, weight, sample_weight, reduction, extras.get("denominator"), -100, parameters
     )
-    return _end(loss, inputs, options, extras)
+    return _end(loss, inputs, options, extras, promoting)
 
 
 def rows_loss(
@@ -168,10 +168,12 @@ def rows_loss(
         NO_CLASS if ignore_index is None else ignore_index, parameters,
     )  # fmt: skip
     inputs: Inputs = (*tensors, None, None)[:3]  # type: ignore[assignment]
-    return _end(loss, inputs, options, extras)
+    return _end(loss, inputs, options, extras, weight)
 
 
-def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> Tensor:
+def _end(
+    loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras, weight: Tensor | None
+) -> Tensor:
     if extras and not _EXTRAS.issuperset(extras):
         unknown = ", ".join(repr(name) for name in extras if name not in _EXTRAS)
         raise TypeError(f"mbkern: {loss.name} has no argument {unknown}")
@@ -188,8 +190,12 @@ def _end(loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras) -> 
             o.target = o.target.detach()
         first, second, third = inputs
         promoted = first.dtype
-        if third is not None or (second is not None and second.dtype is not promoted):
-            promoted = promoted_dtype(*inputs)
+        if (
+            third is not None
+            or weight is not None
+            or (second is not None and second.dtype is not promoted)
+        ):
+            promoted = promoted_dtype(loss, inputs, weight)
     except (AttributeError, TypeError):
         refuse_what_is_no_tensor(loss, *inputs[: loss.inputs], o.target)
         raise
