@@ -93,7 +93,7 @@ Problem make_problem(Random& r, int loss, DType type, int64_t columns) {
     for (int64_t i = 0; i < p.items(); ++i) {
       const int64_t listed = std::min<int64_t>(r.below(6), columns);
       for (int64_t j = 0; j < columns; ++j)
-        p.target.push_back(j == listed ? -1 : j < listed ? r.below(columns) : 7777);
+        p.target.push_back(j == listed ? -1 : j < listed ? r.below(columns) : j);
     }
   if (t.target == ItemTarget::number)
     for (int64_t i = 0; i < p.items(); ++i)
