@@ -228,6 +228,7 @@ class GradAccumulator:
     def __deepcopy__(self, memo: dict[int, Any]) -> GradAccumulator:
         """A copy with buffers of its own, of the parameters' copies; of the same process group."""
         self._require_closed("a deepcopy")
+        self._take_strays()
         other = object.__new__(type(self))
         memo[id(self)] = other
         for name, value in self.__dict__.items():
@@ -366,6 +367,9 @@ class GradAccumulator:
                 )
                 window.failed = (denominator, counted)
             discard(self._members.all)
+            self._collector = None
+            if self.mode == "streaming" and not window.broken and window.micro_batches:
+                self._write(keep=True)
             raise
         finally:
             self._collector = None
@@ -417,11 +421,14 @@ class GradAccumulator:
                     )
                 if not slot.received[which]:
                     release([slot], self._into)
-                    slot.buffers[which].zero_()
+                    # Not a kernel's doing: views of one allocation share their version.
+                    slot.buffers[which].data.zero_()
                     slot.received[which] = True
                 slot.lent = True
                 if self._options.measures and self.mode != "known":
                     return self._apart.lend(slot, which)
+                if self.mode == "known":
+                    self._window.measured_whole = False
                 self._lend(slot)
                 return slot.buffers[which]
         raise KeyError("mbkern: this accumulator does not have that parameter")
@@ -480,7 +487,10 @@ class GradAccumulator:
         """Go on with a window whose last micro-batch failed: what of it had been added stays, and
         its items count."""
         self._require_closed("keep_partial()")
+        failed = self._window.failed is not None
         self._window.keep_partial()
+        if failed and self.mode == "streaming":
+            self._write(keep=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, between two micro-batches: copies of all sums, and the counts.
@@ -497,6 +507,8 @@ class GradAccumulator:
         """Take over what ``state_dict`` returned: the window goes on with the same bits."""
         self._require_closed("load_state_dict()")
         _accumulator_state.load(self, state)
+        if self.mode == "streaming" and self._window.micro_batches:
+            self._write(keep=True)
 
     # ---- inside ------------------------------------------------------------------------------
 
@@ -555,9 +567,9 @@ class GradAccumulator:
         window, known = self._window, self.mode == "known"
         measurements = list(window.measurements)
         if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+            wide = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
             measurements = [
-                replace(m, squared_norms=m.squared_norms / (grad_scale * grad_scale))
-                for m in measurements
+                replace(m, squared_norms=m.squared_norms / (wide * wide)) for m in measurements
             ]
         counts = {name: window.counts.get(name, Count()).total() for name in self._names}
         totals: list[Number] = [1.0] if known else list(counts.values())

@@ -84,7 +84,7 @@ class WindowStats:
                 "parameter at once"
             )
         (total,) = self.counts.values()
-        sizes = [self.sizes[k] for k in sorted({m.micro_batch for m in self.measurements})]
+        sizes = [self.sizes[k] for k in range(self.micro_batches)]
         norms = [norm.square() for norm in self.micro_batch_norms()]
         noise_scale.update(norms, sizes, self.sum_squared_norm, total)
 
@@ -105,7 +105,8 @@ class WindowStats:
         for m in self.measurements:
             part = m.squared_norms.sum()
             sums[m.micro_batch] = sums[m.micro_batch] + part if m.micro_batch in sums else part
-        return [sums[k].sqrt() for k in sorted(sums)]
+        zero = self.norm.new_zeros(())
+        return [sums.get(k, zero).sqrt() for k in range(self.micro_batches)]
 
     def non_finite(self) -> list[tuple[int, str]]:
         """(micro-batch, parameter) of every gradient with a NaN or an infinity.
@@ -183,7 +184,8 @@ def write(
         sums = {slot: slot.buffers[0] for slot in slots if slot.received[0]}
         low = low_parts(sums, 0)
     else:
-        sums = fold(slots, totals, options.keep)
+        folded = fold(slots, totals, options.keep)
+        sums = {slot: folded[slot] for slot in slots if slot in folded}  # the order of the norm
     grads = [_target(slot, buffer, options) for slot, buffer in sums.items()]
     buffers = list(sums.values())
     shards = options.shards

@@ -16,6 +16,7 @@ from mbkern._accumulator_options import Options
 from mbkern._accumulator_parameters import (
     Slot,
     allocate,
+    check_into,
     check_parameters,
     read_parameters,
 )
@@ -39,7 +40,7 @@ class Members:
         self._owner = weakref.ref(owner)
         self._options, self._shards = options, shards
         # The modules that were given, and the numbers of their slots.
-        self._modules: list[tuple[weakref.ref[torch.nn.Module], set[int]]] = []
+        self._modules: list[tuple[weakref.ref[torch.nn.Module], dict[int, str]]] = []
 
     @property
     def all(self) -> list[Slot]:
@@ -68,7 +69,9 @@ class Members:
         self.frozen += new
         self.thaw(slot for slot in new if slot.parameter.requires_grad)
         if isinstance(parameters, torch.nn.Module):
-            self._modules.append((weakref.ref(parameters), {slot.number for slot in new}))
+            names = {id(p): name for name, p in parameters.named_parameters()}
+            own = {slot.number: names[id(slot.parameter)] for slot in new}
+            self._modules.append((weakref.ref(parameters), own))
 
     def thaw(self, frozen: Iterable[Slot]) -> None:
         """Give buffers and hooks to parameters that were frozen until now."""
@@ -77,6 +80,7 @@ class Members:
             return
         options = self._options
         check_parameters(slots, self.slots)
+        check_into(slots, options.dtype, options.into)
         flat, low = options.layout == "flat", options.compensation == "kahan"
         allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
         prepare(slots, options.into)
@@ -90,13 +94,16 @@ class Members:
 
     def _retire(self, module: torch.nn.Module) -> None:
         """Give up parameters that the module has replaced by others of their names."""
-        own: set[int] = set().union(*(n for known, n in self._modules if known() is module))
+        own: dict[int, str] = {}  # the names are the module's: here they may be told apart
+        for known, names in self._modules:
+            if known() is module:
+                own.update(names)
         now = dict(module.named_parameters())
         there = {id(parameter) for parameter in now.values()}
         gone = [
             slot
             for slot in self.all
-            if slot.number in own and slot.name in now and id(slot.parameter) not in there
+            if own.get(slot.number) in now and id(slot.parameter) not in there
         ]
         release(gone, self._options.into)
         unhook(gone)
@@ -118,11 +125,13 @@ class Members:
         other = Members(owner, self._options, self._shards)
         other.slots = copy.deepcopy(self.slots, memo)
         other.frozen = copy.deepcopy(self.frozen, memo)
-        copies = [(memo.get(id(module())), set(numbers)) for module, numbers in self._modules]
+        # The module may be copied later in the same deepcopy, which then finds this copy.
+        copies = [(copy.deepcopy(module(), memo), dict(names)) for module, names in self._modules]
         other._modules = [
-            (weakref.ref(module), numbers)
-            for module, numbers in copies
+            (weakref.ref(module), names)
+            for module, names in copies
             if isinstance(module, torch.nn.Module)
         ]
+        prepare(other.slots, self._options.into)
         other.hook()
         return other

@@ -97,7 +97,7 @@ class Slot:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hook yet: hooks stay with the parameter."""
-        return {**self.__dict__, "handle": None, "given": None}
+        return {**self.__dict__, "handle": None, "given": None, "lent": False}
 
 
 def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()) -> list[Slot]:
@@ -137,6 +137,16 @@ def check_parameters(slots: Iterable[Slot], known: Iterable[Slot] = ()) -> None:
             raise ValueError(
                 f"mbkern: {slot.name} is on {slot.parameter.device}, {first.name} on "
                 f"{first.parameter.device}; one accumulator serves one device"
+            )
+
+
+def check_into(slots: Iterable[Slot], dtype: torch.dtype, into: str) -> None:
+    """Raise for parameters whose dtype ``flush`` cannot write from such buffers."""
+    for slot in slots:
+        if into == "grad" and dtype == torch.float64 and slot.parameter.element_size() < 4:
+            raise TypeError(
+                f"mbkern: {slot.name} is {describe(slot.parameter)}: buffers of float64 give "
+                'float64 and float32 gradients; use dtype=torch.float32, or into="main_grad"'
             )
 
 
@@ -215,7 +225,7 @@ def allocate(slots: list[Slot], dtype: torch.dtype, *, flat: bool, sets: int, lo
     for slot in slots:
         wide = torch.float64 if slot.parameter.dtype == torch.float64 else dtype
         members_of.setdefault(wide, []).append(slot)
-        slot.received = [False] * sets
+        slot.buffers, slot.low, slot.received = [], [], [False] * sets
     for wide, members in members_of.items():
         for _ in range(sets):
             kept = low and wide == torch.bfloat16

@@ -77,7 +77,8 @@ def scale_of(scaler: Any, optimizer: Any, slots: list[Slot], micro_batches: int)
     if scaler._scale is None and micro_batches:
         raise RuntimeError("mbkern: the scaler has scaled no loss: use scaler.scale(loss)")
     if scaler._scale is None:  # a rank without a micro-batch
-        scaler._lazy_init_scale_growth_tracker(slots[0].parameter.device)
+        device = slots[0].parameter.device if slots else torch.device("cpu")
+        scaler._lazy_init_scale_growth_tracker(device)
     scale: Tensor = scaler._scale
     return scale.detach().clone()
 
