@@ -24,8 +24,7 @@ struct ProductArgs {
   void* c;       // (rows, columns), columns contiguous: fp32, or fp64 where an operand is fp64
   DType c_dtype;
   int64_t c_stride;
-  bool from_zero;     // c starts at 0, or at `start`, not at what it holds
-  const void* start;  // (columns), of c's type; null: 0
+  bool from_zero;  // c starts at 0, not at what it holds
   ProductOrder order;
   // Runs of the depth are left out for rows of a tile in which all of A is smaller; 0: none are.
   double skip_below;

@@ -163,10 +163,7 @@ struct Part {
   MBK_FN void tile(const char* b, int64_t depth, int64_t i, int64_t j, bool first) const {
     T* const c = (T*)p.c + i * p.c_stride + j;
     TilePlace<T> place{c, p.c_stride, blocks() ? nullptr : c, p.c_stride, blocks()};
-    if (first && p.from_zero && !blocks()) {
-      place.start = p.start ? (const T*)p.start + j : nullptr;
-      place.start_stride = 0;
-    }
+    if (first && p.from_zero) place.start = nullptr;
     const int64_t rows = smaller(kTileRows, rows_end - i);
     const int64_t columns = smaller(kTileColumns<T>, p.columns - j);
     if (rows == kTileRows && columns == kTileColumns<T>) return way.tile(strip, b, depth, place);
@@ -186,10 +183,9 @@ struct Part {
       for (int64_t s = 0; s < columns; ++s) place.c[r * place.stride + s] = whole[r * kColumns + s];
   }
 
-  MBK_RARE void set_start(int64_t j, int64_t columns) const {
+  MBK_RARE void clear(int64_t j, int64_t columns) const {
     for (int64_t i = rows_begin; i < rows_end; ++i)
-      for (int64_t s = j; s < j + columns; ++s)
-        ((T*)p.c)[i * p.c_stride + s] = p.start ? ((const T*)p.start)[s] : (T)0;
+      for (int64_t s = j; s < j + columns; ++s) ((T*)p.c)[i * p.c_stride + s] = 0;
   }
 
   // Whether the strip can be left out: C has been started, and takes nothing that is not small.
@@ -200,7 +196,7 @@ struct Part {
 
   // Columns [j, j + columns), at most a panel.
   MBK_FN void run(int64_t j, int64_t columns) const {
-    if (p.from_zero && (blocks() || !p.depth)) set_start(j, columns);
+    if (p.from_zero && (blocks() || !p.depth)) clear(j, columns);
     const int64_t step = blocks() ? kProductBlock : kChainDepth;
     for (int64_t k = 0; k < p.depth; k += step) {
       const int64_t depth = smaller(step, p.depth - k);

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kProductThreads)
     const bool inside = i < p.rows && j < p.columns;
     T* const c = (T*)p.c + i * p.c_stride + j;
     T start = 0;
-    if (inside) start = !p.from_zero ? *c : p.start ? ((const T*)p.start)[j] : (T)0;
+    if (inside && !p.from_zero) start = *c;
     T sum = blocks ? (T)0 : start;
     for (int64_t k = 0; k < p.depth; k += kTile) {
       const int64_t depth = k + row;  // here rows of threads go down the depth

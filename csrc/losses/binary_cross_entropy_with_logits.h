@@ -21,8 +21,11 @@ struct BinaryCrossEntropyWithLogits {
     const V yes = x[2] * x[1], no = splat<V>(1) - x[1];
     loss = multiply_add(yes, l.softplus_of_minus, no * l.softplus);
     d[0] = multiply_add(no, l.sigmoid, -(yes * l.sigmoid_of_minus));
+    // x2 log(1 + e^-x0) - log(1 + e^x0); both are log(1 + e^-|x0|), one with |x0| more.
     const V more = x[2] - splat<V>(1), zero = V{};  // most often 0, and then so is the product
-    d[1] = select(more == zero, zero, more * l.softplus_of_minus) - x[0];
+    const auto below = x[0] < zero;
+    const V tail = select(below, l.softplus, l.softplus_of_minus);
+    d[1] = select(more == zero, zero, more * tail) - select(below, x[2] * x[0], x[0]);
     d[2] = V{};
   }
 };

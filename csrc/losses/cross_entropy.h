@@ -37,7 +37,7 @@ struct SoftmaxCrossEntropy {
   template <class T>
   struct Call {
     T cap, inverse_cap, keep, spread;  // keep = 1 - eps, spread = eps / C
-    double keep64, coefficients, z_loss, inverse_cap64;
+    double keep64, coefficients, z_loss;
 
     MBK_FN explicit Call(const RowArgs& a)
         : cap((T)a.softcap),
@@ -48,8 +48,7 @@ struct SoftmaxCrossEntropy {
           coefficients(kHasCoefficients
                            ? a.label_smoothing / (double)a.columns * read(a.class_weight_sum)
                            : 0),
-          z_loss(a.z_loss),
-          inverse_cap64(1.0 / a.softcap) {}
+          z_loss(a.z_loss) {}
   };
 
   template <class V>
@@ -135,8 +134,9 @@ struct SoftmaxCrossEntropy {
       if constexpr (kHasCoefficients)
         f.target = f.target - item.scale * (item.target_weight * (double)call.spread);
       if constexpr (kSoftcap) {
-        const D t = item.target_logit * call.inverse_cap64;
-        f.target = f.target * (1.0 - t * t);
+        const double cap = (double)call.cap;
+        const D t = item.target_logit;
+        f.target = f.target * ((cap - t) * (cap + t) * (1.0 / (cap * cap)));
       }
     }
     return f;
@@ -152,8 +152,9 @@ struct SoftmaxCrossEntropy {
       g = term * factor;
     }
     if constexpr (kSoftcap) {
-      const V t = capped * call.inverse_cap;
-      g = g * (splat<V>(1) - t * t);
+      // 1 - t^2, t = tanh(x / cap); of factors, so that it is 0 where t is 1, and never less.
+      const V cap = splat<V>(call.cap), inverse = splat<V>(call.inverse_cap);
+      g = g * (((cap - capped) * inverse) * ((cap + capped) * inverse));
     }
     return g;
   }

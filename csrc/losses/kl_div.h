@@ -3,7 +3,7 @@
 
 namespace mbk::MBK_ISA {
 
-// Log-probabilities x0 against probabilities x1: x1 log x1 - x1 x0, where 0 log 0 = 0; or against
+// Log-probabilities x0 against probabilities x1: x1 (log x1 - x0), where 0 log 0 = 0; or against
 // log-probabilities x1: e^x1 (x1 - x0). Parameter: whether x1 is logarithmic.
 struct KLDivergence {
   static constexpr const char* name = "kl_div";
@@ -29,7 +29,7 @@ struct KLDivergence {
       d[1] = multiply_add(p, r, p);
     } else {
       const V logarithm = early, zero = V{};
-      loss = multiply_add(-x[1], x[0], select(x[1] == zero, zero, x[1] * logarithm));
+      loss = x[1] * (select(x[1] == zero, zero, logarithm) - x[0]);
       d[0] = -x[1];
       d[1] = (logarithm - x[0]) + splat<V>(1);
     }

@@ -31,23 +31,22 @@ struct SigmoidFocal {
     const V ce = multiply_add(y, l.softplus_of_minus, no * l.softplus);
     const V dce = multiply_add(no, l.sigmoid, -(y * l.sigmoid_of_minus));
     const V q = multiply_add(l.sigmoid, no, l.sigmoid_of_minus * y);
-    // q^gamma and its derivative by q.
-    V power, slope;
+    // q^gamma, and its derivative by q times ce; ce / q is a number where q^(gamma - 1) need not
+    // be.
+    V power, steeper;
     if (call.gamma == 2) {
-      power = q * q, slope = q + q;
+      power = q * q, steeper = (q + q) * ce;
     } else if (call.gamma == 1) {
-      power = q, slope = one;
-    } else if (call.gamma == 0) {
-      power = one, slope = zero;
+      power = q, steeper = ce;
+    } else if (call.gamma == 0) {  // also where the cross-entropy is infinite
+      power = one, steeper = zero;
     } else {
-      const V lower = select(q == zero, zero, exp(log(q) * (call.gamma - 1)));
-      power = lower * q, slope = lower * call.gamma;
+      power = select(q == zero, zero, exp(log(q) * call.gamma));
+      steeper = (power * call.gamma) * select(q == zero, ce, ce / q);
     }
     const V a = call.weighted ? multiply_add(y, splat<V>(call.alpha), no * call.rest) : one;
     const V da = splat<V>(call.weighted ? call.alpha - call.rest : 0);
     const V dq = l.sigmoid * l.sigmoid_of_minus * (no - y), dq_dy = l.sigmoid_of_minus - l.sigmoid;
-    // Without a power also where the cross-entropy is infinite.
-    const V steeper = call.gamma == 0 ? zero : slope * ce;
     loss = a * (power * ce);
     d[0] = a * multiply_add(power, dce, steeper * dq);
     d[1] = multiply_add(da, power * ce, a * multiply_add(steeper, dq_dy, -(power * x[0])));

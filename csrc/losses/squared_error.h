@@ -13,7 +13,7 @@ struct HalfSquaredError {
   MBK_FN static void eval(const Call<Element<V>>&, const V (&x)[kInputs], V& loss,
                           V (&d)[kInputs]) {
     const V r = x[0] - x[1];
-    loss = r * r * (Element<V>)0.5;
+    loss = r * (Element<V>)0.5 * r;  // r^2 alone may be too large
     d[0] = r;
     d[1] = -r;
   }

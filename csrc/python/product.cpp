@@ -23,11 +23,11 @@ bool takes(const ProductArgs& p, const Tensor& scratch) {
          (p.order != ProductOrder::pairs || has_bf16_pairs());
 }
 
-// fields: a (depth, rows), b (depth, columns), c (rows, columns), start (columns) or None, whether
-// c starts from that or from 0 and not from what it holds, order, threads, scratch of bytes.
+// fields: a (depth, rows), b (depth, columns), c (rows, columns), whether c starts from 0 and not
+// from what it holds, order, threads, scratch of bytes.
 py::object product(const py::tuple& fields) {
   Fields f(fields);
-  const Tensor a = f.tensor(), b = f.tensor(), c = f.output(), start = f.tensor();
+  const Tensor a = f.tensor(), b = f.tensor(), c = f.output();
   ProductArgs p{};
   p.from_zero = f.boolean();
   p.order = static_cast<ProductOrder>(f.integer());
@@ -44,14 +44,11 @@ py::object product(const py::tuple& fields) {
   if (!is_matrix(b, p.depth, p.columns) || !is_matrix(c, p.rows, p.columns) || c.dtype != wanted ||
       (p.columns > 1 && c.strides[1] != 1))
     return py::none();
-  if (start && (!start.is(wanted) || start.dims != 1 || start.shape[0] != p.columns ||
-                (p.columns > 1 && start.strides[0] != 1)))
-    return py::none();
   if (scratch.kind == Tensor::Kind::unsuited || (f.on_host() && !takes(p, scratch)))
     return py::none();
   p.a = operand(a), p.b = operand(b);
   p.c = c.data, p.c_dtype = c.dtype, p.c_stride = c.strides[0];
-  p.start = start.data, p.scratch = static_cast<char*>(scratch.data);
+  p.scratch = static_cast<char*>(scratch.data);
   bool done;
   {
     const Unlocked unlocked(p.depth * p.rows * p.columns);

@@ -121,8 +121,11 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _log_cosh(x: Tensor, y: Tensor) -> Tensor:
-    a = (x - y).abs()
-    return a + _softplus(-2 * a) - math.log(2)
+    r = x - y
+    near = r.abs() < 0.5
+    far = torch.where(near, 1.0, r).abs()
+    of_near = torch.log1p(2 * torch.sinh(torch.where(near, r, 0.0) / 2).square())
+    return torch.where(near, of_near, far + _softplus(-2 * far) - math.log(2))
 
 
 def _quantile(x: Tensor, y: Tensor, quantile: float) -> Tensor:
@@ -142,7 +145,9 @@ def _tweedie(x: Tensor, y: Tensor, power: float, log_input: float, eps: float) -
 def _sigmoid_focal(x: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
     s, rest = torch.sigmoid(x), torch.sigmoid(-x)
     ce = y * _softplus(-x) + (1 - y) * _softplus(x)
-    loss = (s * (1 - y) + rest * y) ** gamma * ce
+    q = s * (1 - y) + rest * y
+    power = torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** gamma) if gamma else 1.0
+    loss = power * ce
     return loss if alpha < 0 else (alpha * y + (1 - alpha) * (1 - y)) * loss
 
 

@@ -45,10 +45,10 @@ def _may_round_to_bfloat16() -> bool:
 
 
 def product(
-    c: Tensor, a: Tensor, b: Tensor, order: int = CHAIN, *, start: Tensor | None = None,
-    fresh: bool = False, skip_below: float = 0.0,
+    c: Tensor, a: Tensor, b: Tensor, order: int = CHAIN, *, fresh: bool = False,
+    skip_below: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """``c += a^T b``, or with ``fresh`` ``c = start + a^T b``; returns c.
+    """``c += a^T b``, or with ``fresh`` ``c = a^T b``; returns c.
 
     Args:
         c: (rows, columns), columns contiguous; float32, or float64 for float64 operands.
@@ -56,7 +56,6 @@ def product(
         order: CHAIN: ``c = fma(a_k, b_k, c)`` with k ascending, so that the depth may be cut
             anywhere; BLOCKS: chains from 0 over blocks of 256, added to c in order; PAIRS: of
             bfloat16, two terms at a time, fast, on the CPU where ``has_pairs()``.
-        start: (columns), of c's dtype.
         skip_below: leave out runs of the depth of a few rows of c where all of ``a`` is smaller;
             on the CPU.
     """
@@ -65,7 +64,7 @@ def product(
         kernel, stream = _cuda.on_device_of(c, kernel), _cuda.current_stream(c)
     else:
         scratch = torch.empty(threads * _C.PRODUCT_SCRATCH, dtype=torch.uint8, device="cpu")
-    if kernel((a, b, c, start, fresh, order, skip_below, threads, scratch, stream)) is None:
+    if kernel((a, b, c, fresh, order, skip_below, threads, scratch, stream)) is None:
         raise NotImplementedError(
             f"mbkern: no product of {describe(a)} and {describe(b)} into {describe(c)}"
         )

@@ -143,9 +143,9 @@ class LinearCall(LinearRows):
         z = memory[: x.shape[0]]
         number = self.options.logit_scale
         if self.own_logits:
-            start = None if self.bias is None else self.bias.to(self.compute)
-            order = self.order_of_logits
-            products.product(z, x.t(), self.w.t(), order, start=start, fresh=True)
+            products.product(z, x.t(), self.w.t(), self.order_of_logits, fresh=True)
+            if self.bias is not None:  # at the end: a chain from it would round each term there
+                z.add_(self.bias.to(self.compute))
         else:
             # By the product where that is exact: a factor of 0 would hide what is not finite.
             alpha = number if number else 1.0
