@@ -1,4 +1,4 @@
-"""Gradients that are small differences, or have factors that are no numbers: each was wrong once."""
+"""Gradients that are small differences, or have factors that are no numbers."""
 
 from __future__ import annotations
 
