@@ -198,6 +198,7 @@ def _end(
             promoted = promoted_dtype(loss, inputs, weight)
     except (AttributeError, TypeError):
         refuse_what_is_no_tensor(loss, *inputs[: loss.inputs], o.target)
+        refuse_weights(weight=weight)
         raise
     loss_dtype = result_dtype(extras.get("loss_dtype"), promoted, first)
     grad_scale = extras.get("grad_scale")
