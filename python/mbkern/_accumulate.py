@@ -164,16 +164,6 @@ def accumulate_(
     return None if squares is None else Measured(squares, squares.isfinite())
 
 
-def as_number(value: Any, name: str) -> float:
-    """A number as a float, also of an array or tensor of one element; raise for what is none."""
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError("Python would read it")
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"mbkern: {name} must be a number, not {type(value).__name__}") from None
-
-
 def as_long(name: str, given: Any, of: list[Any], *, written: bool = False) -> list[Any] | None:
     """As many tensors, or None in their place, as there are buffers; None for None."""
     if given is None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mbkern import _accumulator_scaler, _accumulator_state
-from mbkern._accumulate import as_number
 from mbkern._accumulator_apart import Apart
 from mbkern._accumulator_collect import Collector
 from mbkern._accumulator_counts import Count, check_count, reciprocal
@@ -35,6 +34,7 @@ from mbkern._accumulator_rounding import Rounding
 from mbkern._accumulator_sharded import find_shards
 from mbkern._accumulator_window import Window
 from mbkern._arguments import Number
+from mbkern._losses import as_number
 from mbkern._noise_scale import NoiseScale
 
 

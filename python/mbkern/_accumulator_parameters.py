@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mbkern._accumulate import as_number
+from mbkern._losses import as_number
 from mbkern._tensors import describe, is_dtensor
 
 _ALIGNMENT = 64  # bytes

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mbkern import _launch_lists
-from mbkern._accumulate import Tensors, as_long, as_number, as_tensors, refuse_differentiated
+from mbkern._accumulate import Tensors, as_long, as_tensors, refuse_differentiated
 from mbkern._arguments import Number
+from mbkern._losses import as_number
 from mbkern._tensors import refuse_tracing
 
 

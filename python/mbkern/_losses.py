@@ -16,12 +16,13 @@ _TWO = ("input", "target")
 
 
 def as_number(value: Any, name: str, or_tensor: str = "") -> float:
-    """A number as a float; raise for what is none, and for words, which Python would read."""
+    """A number as a float, also of an array or tensor of one element; raise for what is none, and
+    for words, which Python would read."""
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"mbkern: {name} must be a number{or_tensor}, not {type(value).__name__}"
         ) from None
