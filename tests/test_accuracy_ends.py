@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
+import mbkern
 from mbkern import functional as F
 
 
@@ -107,3 +108,17 @@ def test_a_large_bias_of_the_head_is_added_once(split_invariant: bool) -> None:
     )
     mine, theirs = ((loss - exact).norm() for loss in losses)
     assert mine <= 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_of_class_probabilities_has_the_bits_of_every_nan(dtype: torch.dtype) -> None:
+    """torch's loops write another one, with a sign or other digits, where they are vectors."""
+    x = torch.zeros(4, 20, dtype=dtype)
+    x[0, 3] = torch.nan
+    _, (_, grad) = mbkern.loss_and_grad(
+        "cross_entropy", x, torch.full_like(x, 0.05), argnums=(0, 1)
+    )
+    integers = torch.int32 if dtype is torch.float32 else torch.int16
+    found = grad.view(integers)[grad.isnan()]
+    assert found.numel() > 0
+    assert (found == torch.full((), torch.nan, dtype=dtype).view(integers)).all()
