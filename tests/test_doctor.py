@@ -76,3 +76,18 @@ def test_no_extension(tmp_path: Path) -> None:
         assert last.startswith("ImportError: mbkern: the compiled module mbkern._C cannot be load")
         assert "Cause: the package is imported from its source tree" in last
         assert "Cure: leave the source directory and run `pip install .`" in last
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    """As in ``python -m mbkern doctor | head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mbkern", "doctor"],
+            stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""

@@ -1,16 +1,17 @@
 """The command line, ``python -m mbkern <command>``: what is installed here, and does it work?
 
-Exit status: 0 all is well, 1 a check failed, 2 the command line was not understood, 130
-Ctrl-C.
+Exit status: 0 all is well, 1 a check failed, 2 the command line was not understood, 130 Ctrl-C,
+141 the reader has gone (``| head``).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-INTERRUPTED = 130  # the exit status, as shells have it
+INTERRUPTED, UNREAD = 130, 141  # the exit status, as shells have it
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -50,16 +51,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
-    words = sys.argv[1:] if argv is None else list(argv)
+def _run(words: list[str]) -> int:
     if words[:1] == ["bench"]:  # which has commands and options of its own
         from mbkern.bench import cli
 
-        status: int = cli.main(words[1:])
-    else:
-        args = _parser().parse_args(words)
-        status = args.run(args)
+        return cli.main(words[1:])
+    args = _parser().parse_args(words)
+    status: int = args.run(args)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still held back would be written at exit, and raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     if status == INTERRUPTED:
         # A Ctrl-C that falls into exec() or eval() of a string (dataclasses, namedtuples) is on
         # record in CPython as not handled until the next exec(); the exit would be by the signal.
