@@ -182,7 +182,7 @@ class TensorCall:
             check_index(o.ignore_index, "ignore_index")
             raise
         if done is None:
-            done = self._retry(kernel, fields, rest)
+            done = self._retry(kernel, fields, rest, (losses, *grads))
         if workspace is not None:
             done = workspace[0]
         if want_loss and workspace is None:
@@ -190,10 +190,15 @@ class TensorCall:
         return (loss if losses is None else converted(losses, loss_dtype)), done
 
     def _retry(
-        self, kernel: Callable[..., float | None], fields: tuple[Any, ...], rest: tuple[Any, ...]
+        self,
+        kernel: Callable[..., float | None],
+        fields: tuple[Any, ...],
+        rest: tuple[Any, ...],
+        results: tuple[Tensor | None, ...],
     ) -> float:
         """Say why the kernel returned None; or run it on copies, where dimensions that do not merge
-        are the reason, or numbers in memory that CUDA would write over while it reads them."""
+        are the reason, or numbers in memory that CUDA would write over while it reads them. Of the
+        fields ``results`` alone are written to: others may be expanded, or not writeable."""
         self.explain()
         names = self.loss.arguments
         first = self.inputs[0]
@@ -225,7 +230,7 @@ class TensorCall:
                 if t is not None
             )
             raise NotImplementedError(f"mbkern: no kernel takes {described} with these options")
-        for result, copy in zip(views[len(self.inputs) :], copies[len(self.inputs) :], strict=True):
-            if isinstance(result, Tensor) and copy is not result:
-                result.copy_(copy)
+        for field, copy in zip(fields, copies[len(self.inputs) :], strict=True):
+            if copy is not field and any(field is result for result in results):
+                field.copy_(copy)
         return done
