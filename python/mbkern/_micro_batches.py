@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from mbkern._micro_batches_rebuilt import copied, mapping_with, sequence_with
 
 Batch = TypeVar("Batch")
 
@@ -24,8 +25,9 @@ class MicroBatches(Sequence[Batch], Generic[Batch]):
         size: items of each micro-batch but a shorter last one.
     """
 
-    def __init__(self, batch: Batch, items: int, size: int) -> None:
+    def __init__(self, batch: Batch, items: int, size: int, kinds: _Kinds) -> None:
         self._batch, self.items, self.size = batch, items, size
+        self._kinds = kinds
 
     @property
     def sizes(self) -> list[int]:
@@ -43,11 +45,13 @@ class MicroBatches(Sequence[Batch], Generic[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
+        index = operator.index(index)
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"mbkern: micro-batch {index} of {len(self)}")
         start = number * self.size
-        cut: Batch = _cut(self._batch, slice(start, min(start + self.size, self.items)))
+        rows = slice(start, min(start + self.size, self.items))
+        cut: Batch = _cut(self._batch, rows, self._kinds)
         return cut
 
     def __repr__(self) -> str:
@@ -68,7 +72,8 @@ def micro_batches(batch: Batch, plan_or_size: Any) -> MicroBatches[Batch]:
       strings, None and objects of other types are passed on to every micro-batch.
     - Dicts and other mappings (transformers' ``BatchEncoding`` too), named tuples, dataclasses,
       tuples, and lists with a tensor somewhere in them are cut entry by entry; the results are of
-      the same types. Attributes of a mapping beside its entries are kept.
+      the same types, made without their constructors. Attributes beside the entries are kept, but
+      for what a ``cached_property`` has computed from all items.
     - A list without tensors, and a tuple of strings, have an entry for each item (file names,
       texts), and are cut; so is a list of 0-dim tensors. Empty ones are passed on.
 
@@ -83,13 +88,19 @@ def micro_batches(batch: Batch, plan_or_size: Any) -> MicroBatches[Batch]:
 
     Raises:
         ValueError: a size below 1; tensors or lists with different numbers of items (both are
-            named); nothing to cut.
-        TypeError: a size that is no integer; packed sequences, nested and sparse tensors.
+            named); nothing to cut; a batch that contains itself.
+        TypeError: a size that is no integer; packed sequences, nested and sparse tensors. At an
+            access: an object of a class whose copies share their entries with it.
     """
     size = _size(plan_or_size)
     found: list[tuple[str, int]] = []
-    _lengths(batch, "batch", found)
-    if not found or not _has_tensor(batch):
+    kinds = _Kinds()
+    try:
+        _lengths(batch, "batch", found, kinds)
+        cut = bool(found) and _has_tensor(batch)
+    except RecursionError:
+        raise ValueError("mbkern: the batch contains itself, or is nested too deeply") from None
+    if not cut:
         raise ValueError(
             "mbkern: nothing to cut: the batch has no tensor or array of one or more dimensions in "
             f"it; it is {_name(batch)}"
@@ -102,7 +113,7 @@ def micro_batches(batch: Batch, plan_or_size: Any) -> MicroBatches[Batch]:
                 "belongs to no item stays whole as a 0-dim tensor, a number, a tuple of numbers, "
                 "or outside the batch"
             )
-    return MicroBatches(batch, items, size)
+    return MicroBatches(batch, items, size, kinds)
 
 
 def _size(given: Any) -> int:
@@ -136,6 +147,8 @@ def _is_dataclass(value: Any) -> bool:
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
     """What a container holds, with how each entry is reached; nothing for what is none."""
+    if isinstance(value, str | int | float | Tensor) or value is None:  # most of them, and fast
+        return []
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", entry) for key, entry in value.items()]
     if _is_dataclass(value):
@@ -160,60 +173,68 @@ def _has_tensor(value: Any) -> bool:
     return _is_array(value) or any(_has_tensor(entry) for _, entry in _entries(value))
 
 
-def _is_per_item(value: Any) -> bool:
-    """Whether a list or tuple has an entry for each item, and no tensors to cut within."""
+class _Kinds:
+    """Which lists and tuples have an entry for each item; looked at once, as that takes long."""
+
+    def __init__(self) -> None:
+        # By identity; they are held, so that no other object gets the same.
+        self._known: dict[int, tuple[Any, bool]] = {}
+
+    def per_item(self, value: Any) -> bool:
+        """Whether a list or tuple has an entry for each item, and no tensors to cut within."""
+        if not isinstance(value, tuple | list):
+            return False
+        known = self._known.get(id(value))
+        if known is None:
+            known = self._known[id(value)] = value, _is_per_item(value)
+        return known[1]
+
+
+def _is_per_item(value: tuple[Any, ...] | list[Any]) -> bool:
     if type(value) is tuple:
         return bool(value) and all(isinstance(entry, str | bytes) for entry in value)
     return isinstance(value, list) and bool(value) and not _has_tensor(value)
 
 
-def _lengths(value: Any, path: str, found: list[tuple[str, int]]) -> None:
+def _lengths(value: Any, path: str, found: list[tuple[str, int]], kinds: _Kinds) -> None:
     """The number of items of everything that will be cut."""
     if isinstance(value, PackedSequence):
         raise TypeError(f"mbkern: {path} is a PackedSequence, which has no rows to cut; pad it")
     if isinstance(value, Tensor) and (value.is_nested or value.layout is not torch.strided):
         kind = "a nested tensor" if value.is_nested else f"of layout {value.layout}"
         raise TypeError(f"mbkern: {path} is {kind}; only dense tensors have views of rows")
-    if _is_array(value) or _is_per_item(value):
+    if _is_array(value) or kinds.per_item(value):
         found.append((path, len(value)))
         return
     for place, entry in _entries(value):
-        _lengths(entry, path + place, found)
+        _lengths(entry, path + place, found, kinds)
 
 
-def _cut(value: Any, rows: slice) -> Any:
+def _cut(value: Any, rows: slice, kinds: _Kinds) -> Any:
     """The same structure with these items only."""
-    if _is_array(value) or _is_per_item(value):
+    if _is_array(value):
         return value[rows]
+    if kinds.per_item(value):
+        return sequence_with(value, [*value[rows]])
     if isinstance(value, Mapping):
-        return _cut_mapping(value, rows)
+        return _cut_mapping(value, rows, kinds)
     if _is_dataclass(value):
-        cut = copy.copy(value)
+        cut = copied(value)
         for place, entry in _entries(value):
-            object.__setattr__(cut, place[1:], _cut(entry, rows))  # frozen ones, too
+            object.__setattr__(cut, place[1:], _cut(entry, rows, kinds))  # frozen ones, too
         return cut
     if isinstance(value, tuple | list):
-        entries = [_cut(entry, rows) for entry in value]
+        entries = [_cut(entry, rows, kinds) for entry in value]
         if all(new is old for new, old in zip(entries, value, strict=True)):
             return value
-        if hasattr(value, "_fields"):
-            return type(value)(*entries)
-        return type(value)(entries)
+        return sequence_with(value, entries)
     return value
 
 
-def _cut_mapping(value: Mapping[Any, Any], rows: slice) -> Mapping[Any, Any]:
-    entries = {key: _cut(entry, rows) for key, entry in value.items()}
-    if type(value) is dict:
-        return entries
-    if not isinstance(value, MutableMapping):
-        kind: Any = type(value)
-        made: Mapping[Any, Any] = kind(entries)
-        return made
-    cut = copy.copy(value)
-    for key, entry in entries.items():
-        cut[key] = entry
-    encodings = getattr(value, "_encodings", None)
-    if isinstance(encodings, list):  # a BatchEncoding's tokens, one for each item
+def _cut_mapping(value: Mapping[Any, Any], rows: slice, kinds: _Kinds) -> Mapping[Any, Any]:
+    cut = mapping_with(value, {key: _cut(entry, rows, kinds) for key, entry in value.items()})
+    encodings = getattr(value, "__dict__", {}).get("_encodings")
+    if isinstance(encodings, list) and "_encodings" not in value:
+        # A BatchEncoding's tokens, one for each item.
         cut._encodings = encodings[rows]  # type: ignore[attr-defined]
     return cut
