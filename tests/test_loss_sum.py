@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -289,6 +290,111 @@ def test_state_dict_pickle_and_copy() -> None:
     with pytest.raises(ValueError, match=r"no 'state' but \['sum'\]"):
         loaded.load_state_dict({"sum": total.state})
     assert not loaded.state.equal(mbkern.LossSum().state), "what it had is lost"
+
+
+@pytest.mark.parametrize("state", [torch.zeros(12, dtype=torch.int64, device="meta"),
+                                   torch.ones(12, dtype=torch.int64).to_sparse()])  # fmt: skip
+def test_a_state_without_numbers_is_refused(state: Tensor) -> None:
+    total = mbkern.LossSum().add(torch.ones(3))
+    with pytest.raises(TypeError, match=r"^mbkern: the state of a LossSum is"):
+        total.load_state_dict({"state": state})
+    assert total.value() == 3
+
+
+def test_a_sum_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        total = mbkern.LossSum().add(torch.ones(3))
+    total.add(torch.ones(1)).load_state_dict(total.state_dict())
+    assert total.value() == 4
+    assert total.reset().value() == 0
+
+
+def test_negated_views() -> None:
+    """What lies in memory has the other sign; contiguous ones were added as that."""
+    for values in (torch._neg_view(torch.ones(3)), torch.imag(torch.tensor([3j]).conj())):
+        assert values.is_neg()
+        assert values.is_contiguous()
+        assert mbkern.LossSum().add(values).value() == -3
+
+
+class Model:
+    """A LossSum beside its exact value: a fraction, and whether there was NaN, inf or -inf."""
+
+    def __init__(self) -> None:
+        self.sum, self.exact, self.special = mbkern.LossSum(), Fraction(0), {*()}
+
+    def add(self, values: Tensor) -> None:
+        self.sum.add(values)
+        for value in values.double().flatten().tolist():
+            if math.isfinite(value):
+                self.exact += Fraction(value)
+            else:
+                self.special.add(str(value))
+
+    def take(self, other: Model, how: int) -> None:
+        exact, special = other.exact, {*other.special}
+        if how == 0:
+            self.sum.merge(other.sum)
+        else:  # as after an all-reduce by hand: without carries
+            self.sum.load_state_dict({"state": self.sum.state + other.sum.state})
+        self.exact, self.special = self.exact + exact, self.special | special
+
+    def value(self, denominator: float | None, dtype: torch.dtype) -> float:
+        """By the definition: rounded to fp64, divided, rounded."""
+        if self.special:
+            sign = float(next(iter(self.special))) if len(self.special) == 1 else math.nan
+            return sign if denominator is None else sign / denominator
+        if denominator is None:
+            return rounded(self.exact, *FORMATS[dtype])
+        with np.errstate(all="ignore"):
+            quotient = np.float64(rounded(self.exact, *FORMATS[torch.float64])) / denominator
+        return (
+            rounded(Fraction(float(quotient)), *FORMATS[dtype])
+            if np.isfinite(quotient) else float(quotient)
+        )  # fmt: skip
+
+
+def some_values(rng: random.Random) -> Tensor:
+    """Of every exponent, at the ends, and in every layout."""
+    n = rng.choice([0, 1, 2, 3, 16, 40])
+    ends = [0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF]
+    bits = [rng.choice([*ends, rng.randrange(0x7F800000)]) for _ in range(n)]
+    values = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    values *= torch.tensor([rng.choice([1.0, -1.0]) for _ in range(n)])
+    values = values.to(rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    if rng.random() > 0.1:
+        values = values.nan_to_num(0.0, 0.0, 0.0)  # fp16 has overflowed
+    elif n:
+        values[rng.randrange(n)] = rng.choice([math.nan, math.inf, -math.inf])
+    layouts = [
+        values, values.repeat_interleave(2)[::2], values.flip(0), values.view(-1, 1).expand(-1, 3),
+        values.view(2, -1).t() if n % 2 == 0 else values, torch._neg_view(values),
+        values.detach().requires_grad_(),
+    ]  # fmt: skip
+    return rng.choice(layouts)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs_against_fractions(seed: int) -> None:
+    rng = random.Random(seed)
+    models = [Model() for _ in range(3)]
+    for _ in range(rng.randint(2, 15)):
+        model, other = rng.choice(models), rng.choice(models)
+        step = rng.randrange(8)
+        if step < 4:
+            model.add(some_values(rng))
+        elif step < 6:
+            model.take(other, step - 4)
+        elif step == 6:
+            model.sum = pickle.loads(pickle.dumps(copy.deepcopy(model.sum)))
+        elif rng.random() < 0.3:
+            model.sum.reset()
+            model.exact, model.special = Fraction(0), {*()}
+        for dtype in FORMATS:
+            denominator = rng.choice([None, 3.0, 0.1, -2.5, 1e300, 1e-300])
+            got = model.sum.value(denominator, dtype=dtype).item()
+            want = model.value(denominator, dtype)
+            assert got == want or (math.isnan(got) and math.isnan(want)), (dtype, denominator)
 
 
 RANK = """

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+from fractions import Fraction
+from typing import Any
+
 import pytest
 import torch
 
@@ -130,3 +135,87 @@ def test_counts_left_out_stay_so_through_a_state() -> None:
     known.backward(p.sum(), count=4)
     known.flush()
     assert (p.grad == 0.25).all()
+
+
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_windows_against_fractions(seed: int) -> None:
+    """The two equations of the module's docstring, solved and averaged exactly."""
+    rng = random.Random(seed)
+    scale = mbkern.NoiseScale(decay := rng.choice([0.0, 0.5, 0.99]))
+    sums = [Fraction(0)] * 3
+    for _ in range(rng.randint(1, 8)):
+        counts = [rng.choice([0, 1, 2, 3, 7, 100, 0.5, 1e6]) for _ in range(rng.randint(0, 6))]
+        norms = [rng.random() * 10 ** rng.uniform(-6, 6) * (n > 0) for n in counts]
+        if norms and rng.random() < 0.1:
+            norms[0] = rng.choice([math.inf, math.nan])
+        whole = rng.random() * 10 ** rng.uniform(-6, 6)
+        scale.update(
+            [number(value) for value in norms],
+            [rng.choice([n, torch.tensor(n)]) for n in counts], number(whole), sum(counts),
+        )  # fmt: skip
+        n = [Fraction(n) for n in counts if n]
+        if len(n) < 2 or not all(map(math.isfinite, norms)):
+            continue
+        squares = [Fraction(v) for v, count in zip(norms, counts, strict=True) if count]
+        mean = sum(v / k**2 for v, k in zip(squares, n, strict=True)) / len(n)
+        variance = (mean - Fraction(whole)) / (sum(1 / k for k in n) / len(n) - 1 / sum(n))
+        new = (Fraction(whole) - variance / sum(n), variance, Fraction(1))
+        mixed = zip(sums, new, strict=True)
+        sums = [Fraction(decay) * a + (1 - Fraction(decay)) * b for a, b in mixed]
+    if not sums[2]:
+        assert scale.noise_scale.isnan()
+        return
+    square, variance = (float(value / sums[2]) for value in sums[:2])
+    assert scale.squared_gradient.item() == pytest.approx(square, rel=1e-6)
+    assert scale.variance.item() == pytest.approx(variance, rel=1e-6)
+    suggested = scale.suggested_batch.item()
+    if square > 0 and variance > 0:
+        assert suggested == pytest.approx(math.ceil(variance / square), rel=1e-6, abs=1)
+    else:
+        assert math.isnan(suggested)
+
+
+def test_two_negative_estimates_are_no_noise_scale() -> None:
+    """Windows of uneven sizes may give both: their quotient, 26 items, was suggested as a batch."""
+    scale = mbkern.NoiseScale(decay=0.0)
+    scale.load_state_dict({"sums": torch.tensor([-3.85, -100.0, 1.0]).double()})
+    assert scale.noise_scale.isnan()
+    assert scale.suggested_batch.isnan()
+    scale.load_state_dict({"sums": torch.tensor([-3.85, 100.0, 1.0]).double()})
+    assert scale.noise_scale < 0
+    assert scale.suggested_batch.isnan()
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (None, TypeError, "is a dict, not NoneType"),
+        ({}, ValueError, "has no 'sums'"),
+        ({"sums": [1.0, 2.0, 3.0]}, TypeError, "not list"),
+        ({"sums": torch.ones(2)}, ValueError, r"\(2,\)"),
+        ({"sums": torch.ones(3, dtype=torch.int64)}, ValueError, "int64"),
+        ({"sums": torch.ones(3, device="meta")}, ValueError, "meta"),
+    ],
+)
+def test_no_state_of_a_noise_scale(state: Any, error: type[Exception], message: str) -> None:
+    scale = mbkern.NoiseScale()
+    scale.load_state_dict({"sums": torch.tensor([1.0, 4.0, 1.0])})
+    with pytest.raises(error, match=f"^mbkern: .*{message}"):
+        scale.load_state_dict(state)
+    assert scale.noise_scale == 4
+
+
+def test_updates_that_are_refused_and_keep_no_graph() -> None:
+    scale, one = mbkern.NoiseScale(), torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match=r"^mbkern: squared norms of 1 micro-.* counts of 2"):
+        scale.update([one], [1, 2], one, 3)
+    with pytest.raises(TypeError, match=r"^mbkern: a squared norm is a tensor, not float"):
+        scale.update([one, 1.0], [1, 2], one, 3)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"^mbkern: decay must be a number, not str"):
+        mbkern.NoiseScale("0.9")  # type: ignore[arg-type]
+    scale.update([one * 2, one * 3], [1, 2], one, 3)
+    assert not scale.variance.requires_grad  # or all windows' graphs would stay

@@ -30,12 +30,13 @@ class LossSum:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.state = torch.zeros(_LIMBS + 3, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # it may be needed after that mode
+            self.state = torch.zeros(_LIMBS + 3, dtype=torch.int64, device=device)
         require_plain(self.state, "the state of a LossSum")
 
     def add(self, values: Tensor) -> LossSum:
         """Add every element of a float32, bfloat16 or float16 tensor; returns self."""
-        require_plain(values, "values")
+        values = require_plain(values, "values")  # a negated view's memory has the other signs
         refuse_tracing("LossSum")
         if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
@@ -96,6 +97,9 @@ class LossSum:
             raise ValueError(
                 f"mbkern: the state of a LossSum is (12,) torch.int64, not {describe(loaded)}"
             )
+        if loaded.layout is not torch.strided or loaded.is_meta:
+            kind = "a meta tensor" if loaded.is_meta else f"of layout {loaded.layout}"
+            raise TypeError(f"mbkern: the state of a LossSum is {kind}; it has no numbers to take")
         self.state.copy_(loaded)
 
     def __repr__(self) -> str:

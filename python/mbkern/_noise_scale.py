@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from mbkern._arguments import Number
+from mbkern._losses import as_number
+from mbkern._tensors import describe
 
 
 def _beside(like: Tensor, number: Number) -> Tensor:
     """A number as a 0-dim tensor; one of the host's is filled in, as a copy would be waited for."""
     if isinstance(number, Tensor) and not number.is_cpu:
-        return number.to(like).reshape(())
+        return number.detach().to(like).reshape(())
     return torch.full_like(like, float(number))
 
 
@@ -41,9 +43,9 @@ class NoiseScale:
     """
 
     def __init__(self, decay: float = 0.99) -> None:
-        if not 0.0 <= decay < 1.0:
+        self.decay = as_number(decay, "decay")
+        if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"mbkern: decay must be in [0, 1), not {decay}")
-        self.decay = decay
         self._sums: Tensor | None = None  # of |G|^2, S and the weights of the average
 
     def update(self, squared_norms: Sequence[Tensor], counts: Sequence[Number],
@@ -55,9 +57,23 @@ class NoiseScale:
             counts: items of each micro-batch; micro-batches without items are left out.
             total_squared_norm: 0-dim, of the window's mean gradient, without penalties.
             total: items of the window.
+
+        Raises:
+            ValueError: norms and counts of different numbers of micro-batches.
+            TypeError: a squared norm that is no tensor.
         """
-        like = total_squared_norm.double()
-        small = torch.stack([s.to(like).reshape(()) for s in squared_norms])
+        if len(squared_norms) != len(counts):
+            raise ValueError(
+                f"mbkern: squared norms of {len(squared_norms)} micro-batches, and counts of "
+                f"{len(counts)}"
+            )
+        for norm in (*squared_norms, total_squared_norm):
+            if not isinstance(norm, Tensor):
+                raise TypeError(f"mbkern: a squared norm is a tensor, not {type(norm).__name__}")
+        if not squared_norms:
+            return
+        like = total_squared_norm.detach().double()
+        small = torch.stack([s.detach().to(like).reshape(()) for s in squared_norms])
         n = torch.stack([_beside(like, count) for count in counts])
         big = _beside(like, total)
         there = n > 0
@@ -87,8 +103,11 @@ class NoiseScale:
     @property
     def noise_scale(self) -> Tensor:
         """0-dim float64: S / |G|^2, in items: a mini-batch much smaller wastes steps, one much
-        larger wastes items. At this size a step makes half the progress of the largest."""
-        return self._average(1) / self._average(0)
+        larger wastes items. At this size a step makes half the progress of the largest. Negative
+        or NaN while it is not known: estimates of S and |G|^2 may both fall below 0, and then
+        their quotient says nothing."""
+        square, variance = self._average(0), self._average(1)
+        return torch.where((square < 0) & (variance < 0), float("nan"), variance / square)
 
     @property
     def suggested_batch(self) -> Tensor:
@@ -105,9 +124,30 @@ class NoiseScale:
         return {"sums": None if self._sums is None else self._sums.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Take over what ``state_dict`` returned.
+
+        Raises:
+            TypeError: no dict, or averages that are no tensor.
+            ValueError: no state of a NoiseScale.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"mbkern: the state of a NoiseScale is a dict, not {type(state).__name__}"
+            )
+        if "sums" not in state:
+            raise ValueError(f"mbkern: no state of a NoiseScale: it has no 'sums' but {[*state]}")
         sums = state["sums"]
-        self._sums = None if sums is None else sums.clone()
+        if sums is not None:
+            if not isinstance(sums, Tensor):
+                raise TypeError(
+                    f"mbkern: the sums of a NoiseScale are a tensor, not {type(sums).__name__}"
+                )
+            if sums.shape != (3,) or not sums.is_floating_point() or sums.is_meta:
+                raise ValueError(
+                    f"mbkern: the sums of a NoiseScale are (3,) float64, not {describe(sums)}"
+                )
+            sums = sums.detach().to(torch.float64, copy=True)
+        self._sums = sums
 
     def __repr__(self) -> str:
         return f"NoiseScale({self.noise_scale.item():.4g} items, decay={self.decay})"
