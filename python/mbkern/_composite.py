@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mbkern._launch import RowOptions
 from mbkern._launch_tensors import Inputs, TensorOptions
@@ -20,6 +21,8 @@ from mbkern._losses import Loss
 
 
 def _compute(tensor: Tensor) -> Tensor:
+    if forward_ad._current_level >= 0:
+        tensor = tensor.resolve_neg()  # torch's movedim of a negated view has no tangent
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
@@ -116,8 +119,9 @@ def _reduce_weighted(
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """Not torch's, which is x itself above a threshold."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+    """Not torch's, which is x itself above a threshold, nor logaddexp, whose second derivative is
+    NaN where an exponential overflows."""
+    return -F.logsigmoid(-x)
 
 
 def _log_cosh(x: Tensor, y: Tensor) -> Tensor:
@@ -142,12 +146,15 @@ def _tweedie(x: Tensor, y: Tensor, power: float, log_input: float, eps: float) -
     return y * a + b
 
 
+def _focus(q: Tensor, gamma: float) -> Tensor | float:
+    """q^gamma, whose slope at 0 counts nothing, since the factor beside it is 0 there."""
+    return torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** gamma) if gamma else 1.0
+
+
 def _sigmoid_focal(x: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
     s, rest = torch.sigmoid(x), torch.sigmoid(-x)
     ce = y * _softplus(-x) + (1 - y) * _softplus(x)
-    q = s * (1 - y) + rest * y
-    power = torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** gamma) if gamma else 1.0
-    loss = power * ce
+    loss = _focus(s * (1 - y) + rest * y, gamma) * ce
     return loss if alpha < 0 else (alpha * y + (1 - alpha) * (1 - y)) * loss
 
 
@@ -158,7 +165,26 @@ def _gaussian(x: Tensor, y: Tensor, var: Tensor, full: float, eps: float) -> Ten
 
 
 def _poisson(x: Tensor, y: Tensor, log_input: float, full: float, eps: float) -> Tensor:
-    return F.poisson_nll_loss(x, y, bool(log_input), bool(full), eps=eps, reduction="none")
+    loss = F.poisson_nll_loss(x, y, bool(log_input), False, eps=eps, reduction="none")
+    if not full:
+        return loss
+    some = torch.where(y > 1, y, 1.0)  # torch's own has NaN in the derivative by a target of 0
+    stirling = some * some.log() - some + 0.5 * torch.log(2 * math.pi * some)
+    return loss + torch.where(y > 1, stirling, 0.0)
+
+
+_LEAST_LOG = -100.0  # torch's
+
+
+def _log_probability(p: Tensor) -> Tensor:
+    usual = p > math.exp(_LEAST_LOG)
+    return torch.where(usual, torch.where(usual, p, 1.0).log(), _LEAST_LOG)
+
+
+def _binary(x: Tensor, y: Tensor) -> Tensor:
+    """Torch's, whose derivative by the target is infinite at 0 and 1, where the loss's is not."""
+    loss = F.binary_cross_entropy(x, y.detach(), reduction="none")
+    return loss + (y - y.detach()) * (_log_probability(1 - x) - _log_probability(x))
 
 
 _TENSORS: dict[str, Callable[..., Tensor]] = {
@@ -169,7 +195,7 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     "huber_loss": lambda x, y, delta: F.huber_loss(x, y, "none", delta),
     "log_cosh_loss": _log_cosh,
     "quantile_loss": _quantile,
-    "binary_cross_entropy": lambda x, y: F.binary_cross_entropy(x, y, reduction="none"),
+    "binary_cross_entropy": _binary,
     "binary_cross_entropy_with_logits": lambda x, y, pos_weight=None: (
         F.binary_cross_entropy_with_logits(x, y, reduction="none", pos_weight=pos_weight)
     ),
@@ -284,12 +310,13 @@ def _softmax_focal(
     x: Tensor, target: Tensor, gamma: float, temperature: float, weight: Tensor | None = None
 ) -> Tensor:
     log_p = _picked(torch.log_softmax(x / temperature, -1), target)
-    return _weighed(-(torch.pow(-torch.expm1(log_p), gamma) * log_p), weight)
+    return _weighed(-(_focus(-torch.expm1(log_p), gamma) * log_p), weight)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """What has no probability counts nothing, and its logarithm may be -inf."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
 
 def _kl(x: Tensor, y: Tensor, temperature: float, direction: str) -> Tensor:
@@ -301,7 +328,12 @@ def _kl(x: Tensor, y: Tensor, temperature: float, direction: str) -> Tensor:
 
 def _js(x: Tensor, y: Tensor, temperature: float, beta: float) -> Tensor:
     student, teacher = (torch.log_softmax(t / temperature, -1) for t in (x, y))
-    middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
+    if beta in (0, 1):  # of one of them from itself
+        return 0.0 * (student.exp() + teacher.exp()).sum(-1)
+    # In logarithms: the probabilities of both may underflow, or be 0.
+    a, b = teacher + math.log(beta), student + math.log1p(-beta)
+    more, less = torch.maximum(a, b), torch.minimum(a, b)
+    middle = more + _softplus(torch.where(more > -math.inf, less - more, 0.0))
     return beta * _divergence(teacher, middle) + (1 - beta) * _divergence(student, middle)
 
 
@@ -312,7 +344,7 @@ def _tv(x: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 def _entropy(x: Tensor, temperature: float) -> Tensor:
     log_p = torch.log_softmax(x / temperature, -1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return -_divergence(log_p, torch.zeros_like(log_p))
 
 
 _TENSORS.update(
