@@ -29,7 +29,14 @@ from mbkern._accumulator_hooks import (
 from mbkern._accumulator_members import Members
 from mbkern._accumulator_options import Options
 from mbkern._accumulator_parameters import Slot
-from mbkern._accumulator_ranks import check_group, find_ddp, reduce_window, require_no_sync
+from mbkern._accumulator_ranks import (
+    check_group,
+    find_ddp,
+    group_of,
+    reduce_window,
+    require_no_sync,
+    share_buffers,
+)
 from mbkern._accumulator_rounding import Rounding
 from mbkern._accumulator_sharded import find_shards
 from mbkern._accumulator_window import Window
@@ -114,13 +121,15 @@ class GradAccumulator:
             ``noise_scale`` is the :class:`NoiseScale`. Includes ``measure``. Not with penalties,
             several denominators or "known" mode.
         process_group: ranks (a group, or ``torch.distributed.group.WORLD``) whose sums and counts
-            ``flush`` adds up, by one all-reduce of each buffer memory; every rank must flush. The
-            gradient is that of all ranks' items together, in shares of any size. A
-            ``DistributedDataParallel`` module given as ``parameters`` brings its own group, and its
-            micro-batches must run under its ``no_sync()``. In "known" mode the totals are those of
-            all ranks. Parameters without a gradient on any rank get zeros then, and their penalty's
-            gradient. An FSDP2 module has its own mesh: see above. Without a group, where there are
-            several ranks, a warning says that sums stay this rank's; False says that it is meant.
+            ``flush`` adds up, by one all-reduce of each buffer memory (parameters that are unfrozen
+            later have memories of their own); every rank must flush, and on the CPU what one rank
+            refuses is an error on all, before anything is added up. The gradient is that of all
+            ranks' items together, in shares of any size. A ``DistributedDataParallel`` module given
+            as ``parameters`` brings its own group, and its micro-batches must run under its
+            ``no_sync()``. In "known" mode the totals are those of all ranks. Parameters without a
+            gradient on any rank get zeros then, and their penalty's gradient. An FSDP2 module has
+            its own mesh: see above. Without a group, where there are several ranks, a warning says
+            that sums stay this rank's; False says that it is meant.
 
     Raises:
         TypeError: complex or integer parameters, or not parameters at all.
@@ -172,7 +181,7 @@ class GradAccumulator:
     def _find_group(self, process_group: Any) -> Any:
         """The ranks to add up over in flush, or None; raise for what does not go with several."""
         if self._module is not None:
-            process_group = self._module.process_group
+            process_group = group_of(self._module, process_group)
         several = process_group not in (None, False)
         if self._shards is not None:
             if self.mode == "streaming" or self._options.measures:
@@ -445,23 +454,24 @@ class GradAccumulator:
         Returns:
             A :class:`WindowStats`. Parameters without a gradient in this window have None.
         """
-        self._require_closed("flush()")
-        self._window.require_whole()
-        self._members.require_known()
-        self._take_strays()
-        self._reduce_kept()
-        if self.mode == "known" and self._group is None and self._shards is None:
-            self._window.check_totals()  # over ranks it has counted its own share only
+        share_buffers(self._module)
+        refused: Exception | None = None
         grad_scale: Number = 1.0
-        if scaler is not None:
-            grad_scale = _accumulator_scaler.scale_of(
-                scaler, optimizer, self._members.all, self._window.micro_batches
-            )
-        if self._shards is not None and self.mode != "known":
-            self._shards.reduce_counts(self._window.counts, self._names)
-        if self._group is not None:
-            known = self.mode == "known"
-            reduce_window(self._members.slots, self._window.counts, self._names, known, self._group)
+        try:
+            grad_scale = self._check_flush(scaler, optimizer)
+        except Exception as error:
+            refused = error  # which the other ranks are told: they would wait for this one
+        known, window = self.mode == "known", self._window
+        if self._shards is not None:
+            self._shards.agree(refused)
+            self._reduce_kept()
+            self._scale_of(scaler, optimizer)  # of what FSDP had kept, too
+            if not known:
+                self._shards.reduce_counts(window.counts, self._names)
+        elif self._group is not None:
+            reduce_window(self._members, window.counts, self._names, known, self._group, refused)
+        elif refused is not None:
+            raise refused
         stats = self._write(keep=False, grad_scale=grad_scale)
         if scaler is not None:
             _accumulator_scaler.record(scaler, optimizer, stats.found_inf)
@@ -512,6 +522,25 @@ class GradAccumulator:
 
     # ---- inside ------------------------------------------------------------------------------
 
+    def _check_flush(self, scaler: Any, optimizer: Any) -> Number:
+        """Raise for what cannot be flushed, before anything is sent to other ranks; return the
+        loss scale that is in the sums."""
+        self._require_closed("flush()")
+        self._window.require_whole()
+        self._members.require_known()
+        self._take_strays()
+        self._check_kept()
+        if self.mode == "known" and self._group is None and self._shards is None:
+            self._window.check_totals()  # over ranks it has counted its own share only
+        return self._scale_of(scaler, optimizer)
+
+    def _scale_of(self, scaler: Any, optimizer: Any) -> Number:
+        if scaler is None:
+            return 1.0
+        return _accumulator_scaler.scale_of(
+            scaler, optimizer, self._members.all, self._window.micro_batches
+        )
+
     def _which(self, denominator: str) -> int:
         if denominator not in self._names:
             raise ValueError(
@@ -527,16 +556,19 @@ class GradAccumulator:
             raise RuntimeError("mbkern: mode='known' needs begin(total=...) before each window")
         return reciprocal(self._window.totals[denominator]) / self._pre_scale
 
-    def _reduce_kept(self) -> None:
-        """Take over the gradients that FSDP has kept whole."""
+    def _check_kept(self) -> None:
+        """Raise where FSDP keeps what is not this window's."""
         # Also on a rank without a micro-batch: buffers are all-reduced.
         self._members.thaw_unfrozen()
-        if self._shards is None:
-            return
-        self._window.require_divisor(self._shards.divisor())
-        self._shards.require_own(self._window.kept)
-        self._shards.require_all_reduced()
-        if self._shards.keep_any():
+        if self._shards is not None:
+            self._window.require_divisor(self._shards.divisor())
+            self._shards.require_own(self._window.kept)
+            self._shards.require_all_reduced()
+
+    def _reduce_kept(self) -> None:
+        """Take over the gradients that FSDP has kept whole."""
+        self._check_kept()
+        if self._shards is not None and self._shards.keep_any():
             self._shards.reduce_kept(self._alpha(self._names[0]))
             self._window.kept = self._shards.kept()
 

@@ -204,9 +204,9 @@ def write(
     )
     if shards is not None:
         stats = shards.whole(stats)
-    if later is not None:  # the norm is known only now
+    if shards is not None and later is not None:  # the norm is known only now
         clip = torch.clamp(later / (stats.norm + 1e-6), max=1.0)
-        over = flush_(grads, buffers, factor=clip).found_inf
+        over = shards.largest(flush_(grads, buffers, factor=clip).found_inf)
         stats = stats._replace(clip_factor=clip, found_inf=torch.maximum(stats.found_inf, over))
     for slot in slots:
         set_gradient(slot, None, options.into)

@@ -47,6 +47,10 @@ class Members:
         """The slots of all parameters, in the order in which they were given."""
         return sorted(self.slots + self.frozen, key=lambda slot: slot.number)
 
+    def new_marks(self) -> list[bool]:
+        """Of a slot without buffers: for each set, that nothing was received."""
+        return [False] * self._options.sets
+
     def add(self, parameters: Any, *, between_windows: bool) -> None:
         """Take more, in any of the constructor's forms; known ones are passed over.
 
@@ -67,21 +71,27 @@ class Members:
                 "fully_shard has wrapped, not its parameters"
             )
         self.frozen += new
-        self.thaw(slot for slot in new if slot.parameter.requires_grad)
+        self.thaw((slot for slot in new if slot.parameter.requires_grad), together=True)
         if isinstance(parameters, torch.nn.Module):
             names = {id(p): name for name, p in parameters.named_parameters()}
             own = {slot.number: names[id(slot.parameter)] for slot in new}
             self._modules.append((weakref.ref(parameters), own))
 
-    def thaw(self, frozen: Iterable[Slot]) -> None:
-        """Give buffers and hooks to parameters that were frozen until now."""
+    def thaw(self, frozen: Iterable[Slot], *, together: bool = False) -> None:
+        """Give buffers and hooks to parameters that were frozen until now.
+
+        Over ranks they share an allocation if they come ``together`` on every rank, as in ``add``:
+        those that thaw in the course of a window do so one by one, or all at once in ``flush``.
+        """
         slots = list(frozen)
         if not slots:
             return
-        options = self._options
+        options, owner = self._options, self._owner()
+        together |= owner is None or owner._group is None
         check_parameters(slots, self.slots)
         check_into(slots, options.dtype, options.into)
-        flat, low = options.layout == "flat", options.compensation == "kahan"
+        flat = options.layout == "flat" and together
+        low = options.compensation == "kahan"
         allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
         prepare(slots, options.into)
         self.frozen = [slot for slot in self.frozen if slot not in slots]

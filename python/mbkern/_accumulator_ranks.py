@@ -7,13 +7,16 @@ torch.distributed's, over whole buffers in their own fp32 (fp64).
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mbkern._accumulator_counts import Count
 from mbkern._accumulator_parameters import Slot
+
+if TYPE_CHECKING:
+    from mbkern._accumulator_members import Members
 
 
 def require_no_sync(module: Any) -> None:
@@ -60,25 +63,78 @@ def check_group(group: Any) -> Any:
     return None
 
 
+def group_of(module: Any, given: Any) -> Any:
+    """The group of a DistributedDataParallel module; raise if another one is asked for."""
+    own = module.process_group
+    if given is not None and given is not own:
+        raise ValueError(
+            "mbkern: the DistributedDataParallel module brings its own process group; "
+            f"process_group={given!r} is another: leave it out, or give the module that is wrapped"
+        )
+    return own
+
+
+def share_buffers(module: Any) -> None:
+    """Take part in the broadcast of module buffers that DistributedDataParallel's first forward
+    starts, on a rank that has run none: the others wait for it."""
+    if module is not None and getattr(module, "_check_sync_bufs_pre_fwd", bool)():
+        module._sync_buffers()
+        module.require_forward_param_sync = False  # as a forward under no_sync() leaves it
+
+
+def agree(
+    refused: Exception | None, marks: list[bool], groups: list[Any], device: torch.device
+) -> list[bool]:
+    """Raise on every rank what one has refused; else say which marks are set on any rank.
+
+    Waits for the device: for the CPU, or where there is no other way.
+    """
+    found = torch.tensor([refused is not None, *marks], dtype=torch.int32, device=device)
+    for group in groups:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+    anywhere = [bool(value) for value in found.tolist()]
+    if refused is not None:
+        raise refused
+    if anywhere[0]:
+        raise RuntimeError(
+            "mbkern: flush() was refused on another rank, which says why; nothing was added up, "
+            "and the window of this rank is as it was"
+        )
+    return anywhere[1:]
+
+
 def reduce_window(
-    slots: list[Slot], counts: dict[str, Count], names: tuple[str, ...], known: bool, group: Any
-) -> None:
-    """Make buffers and counts those of all ranks. Parameters that have a gradient on no rank get 0:
-    finding out which would wait for the device."""
-    for slot in slots:
+    members: Members, counts: dict[str, Count], names: tuple[str, ...], known: bool, group: Any,
+    refused: Exception | None,
+) -> None:  # fmt: skip
+    """Make buffers and counts those of all ranks; or raise what a rank has refused, on all of them
+    where that can be known without waiting for a device.
+
+    Parameters that have a gradient on no rank get 0: finding out which would wait, too.
+    """
+    everyone = members.all
+    device = everyone[0].parameter.device if everyone else torch.device("cpu")
+    totals = torch.zeros(len(names), dtype=torch.float64, device=device)
+    # What a rank had of parameters that are frozen now is in the window, and only then.
+    frozen = any(not slot.parameter.requires_grad for slot in members.slots)
+    wanted: dict[Slot, list[bool]] = {}
+    if device.type == "cpu" or frozen:
+        sets = len(members.new_marks())
+        marks = [mark for slot in everyone for mark in slot.received or members.new_marks()]
+        found = agree(refused, marks, [group], device)
+        wanted = {slot: found[k * sets : (k + 1) * sets] for k, slot in enumerate(everyone)}
+        members.thaw([slot for slot in members.frozen if any(wanted[slot])])
+    elif refused is not None:
+        raise refused
+    memories: dict[int, Tensor] = {}
+    for slot in members.slots:
         for which, buffer in enumerate(slot.buffers):
             if not slot.received[which]:
                 buffer.zero_()
-                slot.received[which] = slot.parameter.requires_grad
-    memories: dict[int, Tensor] = {}
-    for slot in slots:
-        for buffer in slot.buffers:
-            memory = buffer if buffer._base is None else buffer._base
-            memories.setdefault(memory.data_ptr(), memory)
-    if not slots:
-        return
-    device = slots[0].parameter.device
-    totals = torch.zeros(len(names), dtype=torch.float64, device=device)
+            slot.received[which] = slot.parameter.requires_grad or wanted[slot][which]
+            if slot.received[which]:
+                memory = buffer if buffer._base is None else buffer._base
+                memories.setdefault(memory.data_ptr(), memory)
     for k, name in enumerate(names):
         totals[k] = counts.get(name, Count()).total()
     for memory in memories.values():

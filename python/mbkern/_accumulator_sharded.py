@@ -17,6 +17,7 @@ from torch import Tensor
 from mbkern._accumulate import accumulate_
 from mbkern._accumulator_counts import Count
 from mbkern._accumulator_parameters import Slot
+from mbkern._accumulator_ranks import agree
 from mbkern._arguments import Number
 from mbkern._flush import FlushStats
 
@@ -151,6 +152,14 @@ class Shards:
             if _partly_reduced(group) is not None:
                 group._partial_reduce_output = None
 
+    def agree(self, refused: Exception | None) -> None:
+        """Raise what a rank has refused; on every rank, where no device has to be waited for."""
+        mesh, device = self._slots[0].mesh, self._slots[0].local().device
+        if device.type == "cpu":
+            agree(refused, [], [mesh.get_group(dim) for dim in range(mesh.ndim)], device)
+        elif refused is not None:
+            raise refused
+
     def divisor(self) -> float:
         """What FSDP divides the sums over ranks by."""
         ranks = float(self._slots[0].mesh.size())
@@ -176,14 +185,19 @@ class Shards:
             counts[name] = Count()
             counts[name].add(totals[k])
 
+    def largest(self, found_inf: Tensor) -> Tensor:
+        """Whether a gradient is not finite in any shard: all ranks must take or skip a step."""
+        slot, over = self._slots[0], found_inf.clone()
+        group = slot.mesh.get_group(_shard_dim(slot))
+        torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=group)
+        return over
+
     def whole(self, stats: FlushStats) -> FlushStats:
         """Statistics of whole parameters, from those of their shards; not clipped yet."""
         slot = self._slots[0]
         sums = torch.cat((stats.squared_norms, stats.penalty.reshape(1)))
-        over = stats.found_inf.clone()
-        group = slot.mesh.get_group(_shard_dim(slot))
-        torch.distributed.all_reduce(sums, group=group)
-        torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=group)
+        torch.distributed.all_reduce(sums, group=slot.mesh.get_group(_shard_dim(slot)))
+        over = self.largest(stats.found_inf)
         norm = sums[:-1].sum().sqrt()
         return stats._replace(norm=norm, squared_norms=sums[:-1], penalty=sums[-1], found_inf=over)
 
