@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mbkern import _traced
 from mbkern._arguments import (
@@ -76,10 +77,11 @@ def row_loss(
         both = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(both), target.to(both)
     loss_dtype = result_dtype(loss_dtype, input.dtype, input)
-    o = options
+    o, subclass = options, False
     if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
         _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
-    if _traced.is_needed(input, target):
+        subclass = _has_subclass(o)
+    if subclass or _traced.is_needed(input, target):
         refuse_what_is_no_tensor(loss, input, target)
         return _traced.row_loss(loss, input, target, options, grad_scale, loss_dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
@@ -145,6 +147,8 @@ def rows_loss(
     """Compute any loss of rows of tensors of one shape; ``ignore_index`` None: no class is."""
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
+    if _is_compiling():  # where what a number does not have may be no AttributeError
+        tensors = _of_numbers(loss, tensors) or tensors
     first = tensors[0]
     try:
         for t, name in zip(tensors, loss.arguments, strict=False):
@@ -177,10 +181,11 @@ def _end(
     if extras and not _EXTRAS.issuperset(extras):
         unknown = ", ".join(repr(name) for name in extras if name not in _EXTRAS)
         raise TypeError(f"mbkern: {loss.name} has no argument {unknown}")
-    o = options
+    o, subclass = options, False
     check_reduction(o.reduction, o.denominator)
     if o.weight is not None or o.sample_weight is not None or o.denominator is not None:
         _refuse_other_gradients(o.weight, o.sample_weight, o.denominator)
+        subclass = _has_subclass(o)
     try:
         if o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target):
             if loss.name not in _COMPARED:
@@ -202,7 +207,7 @@ def _end(
         raise
     loss_dtype = result_dtype(extras.get("loss_dtype"), promoted, first)
     grad_scale = extras.get("grad_scale")
-    traced = _traced.is_needed(first, second, third)
+    traced = subclass or _traced.is_needed(first, second, third)
     if traced or (o.target is not None and _traced.is_needed(o.target, None)):
         refuse_what_is_no_tensor(loss, *inputs[: loss.inputs], o.target)
         return _traced.tensor_loss(loss, inputs, o, grad_scale, loss_dtype)
@@ -322,3 +327,11 @@ def _refuse_other_gradients(
                 "mbkern: no gradient is computed for weights and denominators; detach them, or use "
                 "torch.nn.functional"
             )
+
+
+def _has_subclass(o: RowOptions | TensorOptions) -> bool:
+    """Whether there is one among the options, which the kernels do not take."""
+    return any(
+        isinstance(value, Tensor) and type(value) is not Tensor and type(value) is not Parameter
+        for value in (o.weight, o.sample_weight, o.denominator)
+    )

@@ -1,0 +1,45 @@
+"""Options that are tensors of a subclass, and a compiled number where a tensor is usual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+import mbkern.functional as F
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("option", ["weight", "sample_weight", "denominator"])
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.nll_loss, F.mse_loss])
+def test_a_subclass_among_the_options(loss: type, option: str) -> None:
+    """Torch's functions take it, and their result is of it."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 4).log_softmax(1).requires_grad_()
+    t = torch.randn(6, 4) if loss is F.mse_loss else torch.arange(6) % 4
+    shape = {"weight": t.shape if loss is F.mse_loss else (4,), "sample_weight": t.shape}
+    value = torch.rand(shape.get(option, ())) + 0.5
+    want = loss(x, t, **{option: value})
+    got = loss(x, t, **{option: value.as_subclass(Subclass)})
+    assert type(got) is Subclass
+    assert torch.equal(got.as_subclass(Tensor), want)
+    (plain,) = torch.autograd.grad(want, x)
+    (grad,) = torch.autograd.grad(got.as_subclass(Tensor), x)
+    assert torch.equal(grad, plain)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_number_as_target(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    call = torch.compile(
+        F.multilabel_soft_margin_loss, fullgraph=True, dynamic=dynamic, backend=counter
+    )
+    x = torch.randn(4, 5)
+    for number in (0.25, 0.5, 0.75, 1.0):
+        assert torch.equal(call(x, number), F.multilabel_soft_margin_loss(x, number))
+    assert counter.frame_count <= 2
