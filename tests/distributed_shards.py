@@ -13,6 +13,7 @@ import process_group
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_disagreements import check_disagreements, check_soft_cap
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -471,6 +472,8 @@ def main() -> None:
     check_bits(rank, world)
     check_buffers(rank, world)
     check_refusals(rank, world)
+    check_disagreements(rank)
+    check_soft_cap(rank)
     process_group.leave()
 
 

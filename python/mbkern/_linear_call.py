@@ -28,7 +28,7 @@ from mbkern._launch import (
     new_gradient,
 )
 from mbkern._linear_rows import LIMBS, LinearOptions, LinearRows
-from mbkern._linear_stats import Collector, capped
+from mbkern._linear_stats import Collector, cap_slope, capped
 from mbkern._losses import find
 from mbkern._tensors import on_cuda, require_plain
 
@@ -368,10 +368,10 @@ class LinearCall(LinearRows):
             for part, factor in zip(
                 torch.split(logits, rows), torch.split(factors[first:end], rows), strict=True
             ):
-                top = capped(part.to(self.compute), softcap)
-                p = torch.softmax(top, 1).mul_(factor)
+                wide = part.to(self.compute)
+                p = torch.softmax(capped(wide, softcap), 1).mul_(factor)
                 if softcap is not None:
-                    p = p * (1 - (top / softcap) ** 2)
+                    p = p * cap_slope(wide, softcap)
                 part.copy_(p)
             self._spread(x, z, first, end, into)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from mbkern import _linear_buffers as buffers
 from mbkern._arguments import Number
 from mbkern._autograd_engine import is_legacy_batched
 from mbkern._launch import scalar_argument
+from mbkern._linear_agreement import LOST, PLAIN, Given, ask
 from mbkern._linear_loss import (
     LinearRequest,
     _destinations,
@@ -25,7 +25,7 @@ from mbkern._linear_options import head_dtypes, linear_options
 from mbkern._linear_shards import Shard, ShardCall, all_gather
 from mbkern._linear_shards_exact import ExactShardCall
 from mbkern._linear_stats import LinearStats
-from mbkern._tensors import describe, is_dtensor
+from mbkern._tensors import is_dtensor
 
 
 class Enter(torch.autograd.Function):
@@ -185,14 +185,19 @@ def linear_cross_entropy(
         options = {name: local.whole(value) for name, value in options.items()}
     input, target = _waited_for(input), _waited_for(target)
     if shard is None or plain:
-        found = _ask(input, linear_weight, target, linear_bias, group, return_stats)
-        sizes, differentiated = found.rows, found.differentiated
-        shard = shard or found.shard
-        if differentiated and not input.requires_grad:  # the others' backward waits for this rank
-            input = input.detach().requires_grad_()
+        given = Given(
+            input, linear_weight, target, linear_bias, logit_scale, accumulate_into, return_stats,
+            {"split_invariant": split_invariant, "loss_dtype": loss_dtype, **options},
+        )  # fmt: skip
+        found = ask(given, group)
+        sizes, shard = found.rows, shard or found.shard
+        # Or the others' backward waits for this rank.
+        input = _recorded(input, found.input_is_differentiated)
+        logit_scale = _recorded(logit_scale, found.scale_is_differentiated)
     scale = logit_scale if isinstance(logit_scale, Tensor) else None
-    if any(type(t) not in _PLAIN for t in (input, linear_weight, linear_bias, scale, target)):
-        kinds = [type(t).__name__ for t in (input, linear_weight, linear_bias, scale, target)]
+    inputs = (input, linear_weight, linear_bias, scale, target)
+    if any(type(t) not in (*PLAIN, type(None)) for t in inputs):
+        kinds = [type(t).__name__ for t in inputs]
         raise TypeError(
             f"mbkern: over several processes tensors must be plain or DTensors, not {kinds}"
         )
@@ -216,10 +221,7 @@ def linear_cross_entropy(
         others = (joined, linear_bias, target, scale, head.row.weight, head.row.sample_weight)
         buffers.check(accumulate_into, linear_weight, others)
         if has_graph and not linear_weight.requires_grad:
-            raise ValueError(
-                "mbkern: accumulate_into is given, and linear_weight does not require grad: "
-                "nothing would be added"
-            )
+            raise ValueError(LOST)
     request = LinearRequest(head, dtype, loss_dtype, None, accumulate_into)
     found = ShardLoss.apply(  # type: ignore[no-untyped-call]
         joined, linear_weight, linear_bias, scale, target, request, shard, return_stats
@@ -230,19 +232,16 @@ def linear_cross_entropy(
     return loss, LinearStats(count, accuracy, predictions, log_prob, entropy, lse)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
 def _require_no_tracer(*tensors: Any) -> None:
     """Raise under what sees no kernels and no collectives. Function modes see them as they are."""
-    first = next(t for t in tensors if isinstance(t, Tensor))
+    first = next((t for t in tensors if isinstance(t, Tensor)), None)
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or first.is_meta
+        or (first is not None and first.is_meta)
     ):
         raise RuntimeError(
             "mbkern: linear_cross_entropy over several processes cannot be traced: not under "
@@ -250,68 +249,18 @@ def _require_no_tracer(*tensors: Any) -> None:
         )
 
 
+def _recorded(value: Any, differentiated: bool) -> Any:
+    """A tensor that requires grad if it does on another rank."""
+    if differentiated and isinstance(value, Tensor) and not value.requires_grad:
+        return value.detach().requires_grad_()
+    return value
+
+
 def _waited_for(tensor: Tensor) -> Tensor:
     """A tensor that a collective may still be writing, as a plain one."""
     if type(tensor).__name__ == "AsyncCollectiveTensor":
         return tensor.clone()
     return tensor
-
-
-class _Found(NamedTuple):
-    """What the ranks have: classes; rows of their parts of the input (None: all of it each);
-    whether the input of any rank requires grad."""
-
-    shard: Shard
-    rows: tuple[int, ...] | None
-    differentiated: bool
-
-
-def _ask(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, group: Any, stats: bool
-) -> _Found:
-    """Tell the ranks what this one has. What must be the same is: else all of them raise."""
-    if torch.distributed.get_rank(group) < 0:
-        raise ValueError("mbkern: this rank is not of the process_group given")
-    rows = input.shape[0] if input.dim() > 1 else 1
-    grad = torch.is_grad_enabled() and input.requires_grad
-    flat = target.detach().reshape(-1).long()
-    places = torch.arange(1, flat.numel() + 1, device=flat.device)
-    fits = bias is None or bias.shape == weight.shape[:-1]
-    same = {
-        "shapes of the input, but for its first dimension": _number(tuple(input.shape[1:])),
-        "shapes of the target": _number(tuple(target.shape)),
-        "dtypes of the input": _number(str(input.dtype)),
-        "linear_bias, of the shape of the weight or None": _number((bias is None, fits)),
-        "return_stats": int(stats),
-    }
-    mine = torch.tensor([weight.shape[0], rows, int(grad), *same.values(), 0], device=flat.device)
-    if flat.numel():
-        mine[-1] = (flat * places).sum()
-    ranks = all_gather(mine, group).tolist()
-    for name, values in zip((*same, "targets"), list(zip(*ranks, strict=True))[3:], strict=True):
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"mbkern: the {name} differ between ranks; here the input is {describe(input)}, "
-                f"the target {describe(target)}, the weight {describe(weight)}, return_stats "
-                f"{stats}; the target is of all rows on every rank"
-            )
-    shard = Shard(group, tuple(rank[0] for rank in ranks))
-    sizes = tuple(rank[1] for rank in ranks)
-    differentiated = any(rank[2] for rank in ranks)
-    wanted = target.shape[0] if input.dim() > 1 and target.dim() else 1
-    if all(size == wanted for size in sizes):
-        return _Found(shard, None, differentiated)
-    if sum(sizes) != wanted:
-        raise ValueError(
-            f"mbkern: the ranks' inputs have {', '.join(map(str, sizes))} rows; the target, which "
-            f"has {wanted}, goes with as many on every rank, or with as many on all of them"
-        )
-    return _Found(shard, sizes, differentiated)
-
-
-def _number(value: object) -> int:
-    """The same number on every rank for the same value."""
-    return zlib.crc32(repr(value).encode())
 
 
 class _Local:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mbkern._launch import exact_add, in_huge_pages
 from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_rows import LIMBS
-from mbkern._linear_stats import LinearStats, capped, class_or_0, log_prob
+from mbkern._linear_stats import LinearStats, cap_slope, capped, class_or_0, log_prob
 from mbkern._tensors import on_cuda
 
 _BLOCK_BYTES = 2 << 20  # of float32 logits at once: they stay in the cache
@@ -88,7 +88,7 @@ class ShardCall(LinearCall):
             float(shard.total) if all_weights is None else all_weights.sum(dtype=torch.float64)
         )
         self._keep_share = 1.0 - rows.label_smoothing
-        self._spread_share = rows.label_smoothing / shard.total
+        self._spread_share = rows.label_smoothing / max(1, shard.total)
         target = self.target.reshape(-1)
         self._counts = target != rows.ignore_index
         if self._all_weights is None:
@@ -287,7 +287,7 @@ class ShardCall(LinearCall):
                 g -= even * self._weights.view(1, -1, 1)
             g.scatter_(1, index, torch.where(here.unsqueeze(1), target, g.gather(1, index)))
             if rows.softcap is not None:
-                g *= 1 - (c / rows.softcap) ** 2
+                g *= cap_slope(part.to(self.compute), rows.softcap)
             counts = self._counts[at].view(-1, 1, self.items)
             part.copy_(g.masked_fill_(~counts, 0))
 

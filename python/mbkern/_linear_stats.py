@@ -41,6 +41,12 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def cap_slope(z: Tensor, softcap: float) -> Tensor:
+    """d capped / d z = 1 - tanh^2 (z / softcap), without the cancellation where tanh is near 1."""
+    e = torch.exp(z.abs() * (-2.0 / softcap))
+    return 4.0 * e / (1.0 + e) ** 2
+
+
 def class_or_0(target: Tensor, classes: int) -> Tensor:
     """Class indices to index with: on CUDA nobody has asked whether a target is a class."""
     return torch.where((target >= 0) & (target < classes), target, 0).long()
