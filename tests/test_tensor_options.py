@@ -43,3 +43,21 @@ def test_a_compiled_number_as_target(dynamic: bool | None) -> None:
     for number in (0.25, 0.5, 0.75, 1.0):
         assert torch.equal(call(x, number), F.multilabel_soft_margin_loss(x, number))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's, of what it does itself
+@pytest.mark.parametrize(
+    "name", ["softmax_focal_loss", "kl_div_with_logits", "js_div_with_logits", "huber_loss"]
+)
+def test_two_losses_in_a_function_of_dynamic_shapes(name: str) -> None:
+    """Each number of a loss is read before its Function is traced: else Dynamo fails."""
+    torch._dynamo.reset()
+    loss = getattr(F, name)
+
+    def both(x: Tensor, target: Tensor) -> Tensor:
+        return loss(x, target) + loss(x.flip(0), target)
+
+    x = torch.randn(6, 5, requires_grad=True)
+    target = torch.arange(6) % 5 if name == "softmax_focal_loss" else torch.rand(6, 5)
+    call = torch.compile(both, fullgraph=True, dynamic=True, backend="eager")
+    assert torch.equal(call(x, target), both(x, target))

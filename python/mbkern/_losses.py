@@ -101,7 +101,9 @@ class Loss:
         differentiates_all: whether gradients are computed for all its tensors.
         is_flat: whether it takes no more than (N, C), as torch's does, or its rows would be others.
         flattens: whether the rows of more are all that there is of an item.
-        constants: what the kernels take after the parameters.
+        constants: what the kernels take after the parameters. Not floats: compiled with dynamic
+            shapes these are inputs of the graph, and Dynamo fails if the first to read one is a
+            Function.
         number: its position in the compiled list of its kind.
     """
 
@@ -120,7 +122,7 @@ class Loss:
     differentiates_all: bool = True
     is_flat: bool = False
     flattens: bool = False
-    constants: tuple[float, ...] = ()
+    constants: tuple[bool, ...] = ()
     number: int = -1
 
     def numbers(self, **values: Any) -> tuple[float, ...]:
@@ -129,7 +131,7 @@ class Loss:
             parameter.check(name, values.get(name, parameter.default))
             for name, parameter in self.parameters.items()
         ]
-        return (*numbers, *self.constants)
+        return (*numbers, *[float(constant) for constant in self.constants])
 
     def named(self, numbers: tuple[float, ...]) -> dict[str, Any]:
         """What :meth:`numbers` was given."""
@@ -282,13 +284,13 @@ _LOSSES = {
             weight="classes",
             parameters=_FOCAL,
         ),
-        _rows("kl_div_with_logits", _PAIR, parameters=_DIRECTION, constants=(1.0,), **_DISTANCE),
-        _rows("js_div_with_logits", _PAIR, parameters=_BETA, constants=(1.0,), **_DISTANCE),
+        _rows("kl_div_with_logits", _PAIR, parameters=_DIRECTION, constants=(True,), **_DISTANCE),
+        _rows("js_div_with_logits", _PAIR, parameters=_BETA, constants=(True,), **_DISTANCE),
         _rows(
             "tv_distance_with_logits",
             _PAIR,
             parameters=_TEMPERATURE,
-            constants=(0.0, 1.0),
+            constants=(False, True),
             **_DISTANCE,
         ),
         _rows("entropy_with_logits", _ONE, parameters=_TEMPERATURE, **_DISTANCE),
