@@ -1,4 +1,5 @@
-"""A part of distributed_shards.py: ranks that disagree, or of which one refuses, all raise."""
+"""A part of distributed_shards.py: ranks that disagree, or of which one refuses, all raise; numbers
+near the ends of their range."""
 
 from __future__ import annotations
 
@@ -97,3 +98,14 @@ def check_soft_cap(rank: int) -> None:
         x, leaf, target, softcap=cap, reduction="sum", process_group=dist.group.WORLD
     ).backward()
     torch.testing.assert_close(leaf.grad.double(), want[mine], rtol=1e-5, atol=0)  # type: ignore[union-attr]
+
+
+def check_infinite_weight() -> None:
+    """The weight of a class counts in rows of that class only."""
+    for value in (float("inf"), float("nan")):
+        given = arguments()
+        weight = torch.ones(CLASSES * dist.get_world_size())
+        weight[2] = value
+        given["input"].requires_grad_()
+        F.linear_cross_entropy(**given, weight=weight, reduction="sum").backward()
+        assert torch.equal(given["input"].grad.isfinite().all(1), given["target"] != 2)

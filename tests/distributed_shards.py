@@ -13,7 +13,11 @@ import process_group
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_disagreements import check_disagreements, check_soft_cap
+from distributed_disagreements import (
+    check_disagreements,
+    check_infinite_weight,
+    check_soft_cap,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -474,6 +478,7 @@ def main() -> None:
     check_refusals(rank, world)
     check_disagreements(rank)
     check_soft_cap(rank)
+    check_infinite_weight()
     process_group.leave()
 
 

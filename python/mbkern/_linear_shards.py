@@ -257,7 +257,9 @@ class ShardCall(LinearCall):
         if self.sample_weight is not None:
             factor = factor * self.sample_weight.reshape(-1)
         certain = self._target_weight * self._keep_share
-        pull = torch.full_like(items.max, 0.0) + self._spread_share * self._weight_sum
+        pull = torch.zeros_like(items.max)
+        if self._spread_share:  # or an infinite weight of another class would make it NaN
+            pull = pull + self._spread_share * self._weight_sum
         if rows.z_loss:
             pull = pull + (2 * rows.z_loss) * (items.max + self._log_sum(items))
         term = self._term(items)
@@ -265,7 +267,8 @@ class ShardCall(LinearCall):
         extra = torch.zeros_like(factor) if of_lse is None else of_lse.double()
         every = (factor * (certain + pull) + extra) / mass
         at_target = (factor * (pull * term - certain * items.rest) + extra * term) / mass
-        at_target = at_target - factor * self._target_weight * self._spread_share
+        if self._spread_share:
+            at_target = at_target - factor * self._target_weight * self._spread_share
         even = factor * self._spread_share
         vectors = torch.stack((every, at_target, even)) * (1.0 if number is None else number)
         vectors = vectors.masked_fill(~self._counts, 0).to(self.compute)
