@@ -33,6 +33,11 @@ def check(destination: Destination, weight: Tensor, others: tuple[Tensor | None,
     """Refuse a destination that the gradient of ``weight`` cannot be added into."""
     if isinstance(destination, Tensor):
         _check_tensor(destination, weight, others)
+    elif not isinstance(destination, str):
+        raise TypeError(
+            "mbkern: accumulate_into is a tensor, 'grad' or 'main_grad', not "
+            f"{type(destination).__name__}"
+        )
     elif destination == "main_grad":
         buffer = getattr(owner_of(weight), "main_grad", None)
         if not isinstance(buffer, Tensor):

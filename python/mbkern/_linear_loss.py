@@ -59,9 +59,14 @@ def unfused(
     scale: Tensor | None,
     target: Tensor,
     options: LinearOptions,
+    dtype: torch.dtype,
     loss_of_logits: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The same by torch's operations, all logits at once: for what takes derivatives of it."""
+    """The same by torch's operations, all logits at once: for what takes derivatives of it.
+
+    ``dtype``: what the product is computed in; said here, since autocast is over in backward.
+    """
+    input, weight = input.to(dtype), weight.to(dtype)
     batch, inner = input.shape[:-1], weight.shape[1:-1]
     if options.shift:
         along = len(batch) - 1
@@ -70,7 +75,7 @@ def unfused(
             target = target.narrow(along, options.shift, length)
         input = input.narrow(along, 0, length)
         batch = input.shape[:-1]
-    flat_bias = None if bias is None else bias.reshape(-1).to(weight.dtype)
+    flat_bias = None if bias is None else bias.reshape(-1).to(dtype)
     z = torch.nn.functional.linear(input, weight.reshape(-1, weight.shape[-1]), flat_bias)
     z = z.reshape(-1, weight.shape[0], *inner)
     if options.logit_scale is not None:
@@ -102,7 +107,7 @@ def _formula(
             flat = replace(rows, sample_weight=weights)
         return _composite.row_loss(loss, z, target, flat, request.loss_dtype)
 
-    return unfused(*tensors, request.options, of_logits)
+    return unfused(*tensors, request.options, request.dtype, of_logits)
 
 
 def _by_formula(

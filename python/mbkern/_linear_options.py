@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,9 @@ from mbkern._arguments import Number, check_reduction, check_row_options, result
 from mbkern._launch import RowOptions
 from mbkern._linear_rows import LinearOptions
 from mbkern._losses import as_number
-from mbkern._tensors import INDEX_TYPES, describe
+from mbkern._tensors import INDEX_TYPES, describe, require_one_device
+
+_NUMBERS = (Tensor, float, int, torch.SymFloat, torch.SymInt)
 
 
 def head_dtypes(
@@ -67,16 +70,17 @@ def linear_options(
 ) -> LinearOptions:
     """Check everything that needs no address, and gather it. ``classes``: if not as many as
     ``linear_weight`` has, being one of several parts."""
-    for name, value in (
-        ("input", input), ("linear_weight", linear_weight), ("target", target),
-        ("linear_bias", linear_bias), ("weight", weight), ("sample_weight", sample_weight),
+    for name, value, optional in (
+        ("input", input, False), ("linear_weight", linear_weight, False),
+        ("target", target, False), ("linear_bias", linear_bias, True), ("weight", weight, True),
+        ("sample_weight", sample_weight, True),
     ):  # fmt: skip
-        if value is not None and not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and not (optional and value is None):
             raise TypeError(f"mbkern: {name} must be a tensor, not {type(value).__name__}")
-        if value is not None and value.layout is not torch.strided:
-            raise TypeError(
-                f"mbkern: {name} has layout {value.layout}; only strided tensors are supported"
-            )
+        _refuse_layout(name, value)
+    _refuse_layout("logit_scale", logit_scale)
+    _refuse_layout("denominator", denominator)
+    check_flag(split_invariant, "split_invariant")
     check_reduction(reduction, denominator)
     check_row_options(label_smoothing, z_loss, softcap)
     if input.dim() < 1 or linear_weight.dim() < 2:
@@ -142,6 +146,8 @@ def linear_options(
             raise TypeError(f"mbkern: {name} must be an integer, not {number!r}")
     if shift is None:
         raise TypeError("mbkern: shift must be an integer, not None")
+    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"mbkern: ignore_index must have 64 bits, it is {ignore_index}")
     places = int(shift)
     if places < 0 or (places and (not batch or places > batch[-1])):
         raise ValueError(
@@ -152,6 +158,13 @@ def linear_options(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"mbkern: {name} is on {tensor.device}, and input on {input.device}")
+    # Asked here, too: an operator of which any tensor is on the meta device computes nothing.
+    require_one_device(
+        input, {"logit_scale": logit_scale, "denominator": denominator},
+        {"weight": weight, "sample_weight": sample_weight},
+    )  # fmt: skip
+    if denominator is not None and not isinstance(denominator, _NUMBERS):
+        as_number(denominator, "denominator", " or a 0-dim tensor")
     factor = None
     if isinstance(logit_scale, Tensor):
         if logit_scale.dim() != 0 or not logit_scale.is_floating_point():
@@ -183,6 +196,20 @@ def linear_options(
     )  # fmt: skip
 
 
+def check_flag(value: object, name: str) -> None:
+    """Refuse what is neither yes nor no, as the word "False"."""
+    if not isinstance(value, (int, np.bool_)):
+        raise TypeError(f"mbkern: {name} must be True or False, not {type(value).__name__}")
+
+
+def _refuse_layout(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        return
+    layout = "nested" if value.is_nested else value.layout
+    if layout is not torch.strided:
+        raise TypeError(f"mbkern: {name} has layout {layout}; only strided tensors are supported")
+
+
 def _filter_eps(eps: float | str | None, input: Tensor, split_invariant: bool) -> float:
     if eps is None:
         return 0.0
@@ -193,7 +220,7 @@ def _filter_eps(eps: float | str | None, input: Tensor, split_invariant: bool) -
         )
     if input.is_cuda:
         raise NotImplementedError("mbkern: filter_eps has no kernel on CUDA")
-    if eps == "auto":
+    if isinstance(eps, str) and eps == "auto":
         return torch.finfo(input.dtype).eps / 32
     if not isinstance(eps, str):
         as_number(eps, "filter_eps")

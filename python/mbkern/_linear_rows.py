@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,17 @@ class LinearOptions:
     split_invariant: bool = False
     num_valid: int | None = None
     filter_eps: float = 0.0  # 0: nothing is left out
+
+
+def per_item(weights: Tensor, shape: Sequence[int]) -> Tensor:
+    """Broadcast ``sample_weight`` to the shape of the unreduced loss, or raise."""
+    try:
+        return weights.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mbkern: sample_weight has shape {tuple(weights.shape)}, which does not "
+            f"broadcast to the shape of the unreduced loss, {tuple(shape)}"
+        ) from None
 
 
 class LinearRows:
@@ -96,14 +108,7 @@ class LinearRows:
         self.target, self.sample_weight = flat, weights
 
     def _per_item(self, weights: Tensor) -> Tensor:
-        weights = weights_as(weights, "sample_weight", self.compute)
-        try:
-            return weights.expand(self.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"mbkern: sample_weight has shape {tuple(weights.shape)}, which does not "
-                f"broadcast to the shape of the unreduced loss, {tuple(self.shape)}"
-            ) from None
+        return per_item(weights_as(weights, "sample_weight", self.compute), self.shape)
 
     def _kept(self, counts: Tensor) -> Tensor | None:
         known = self.options.num_valid

@@ -15,10 +15,10 @@ from mbkern._arguments import Number, compute_dtype, hint_value
 from mbkern._linear_call import Gradients, LinearCall
 from mbkern._linear_loss import LinearLoss, LinearRequest, LogSumExp, unfused
 from mbkern._linear_ops import linear_loss
-from mbkern._linear_options import head_dtypes, linear_options
-from mbkern._linear_rows import LinearOptions
+from mbkern._linear_options import check_flag, head_dtypes, linear_options
+from mbkern._linear_rows import LinearOptions, per_item
 from mbkern._linear_stats import Collector, LinearStats, capped, gather, of_logits
-from mbkern._tensors import is_differentiated, is_dtensor
+from mbkern._tensors import is_differentiated, is_dtensor, require_one_device
 from mbkern.functional._cross_entropy import cross_entropy
 from mbkern.functional._ends import _refuse_other_gradients
 
@@ -87,8 +87,9 @@ def linear_cross_entropy(
             tensor or ``main_grad`` is the caller's to reduce.
         split_invariant: the gradients of weight and bias are the same bits for every cut of the
             mini-batch, thread count, instruction set and on CUDA, given ``accumulate_into`` or
-            ``loss_and_grad(..., accumulate=True)``; without either, that holds for one call only,
-            since torch adds up the micro-batches. Logits, too, are float32 then.
+            ``loss_and_grad(..., accumulate=True)`` and buffers of float32 (float64 where all is
+            computed in it); otherwise that holds for one call only, since micro-batches are added
+            up rounded. Logits, too, are float32 then.
         chunk_bytes: memory of a chunk of logits; None: 64 MiB on the CPU.
         num_valid: how many rows have a target that is not ignored, if that is known: on CUDA, rows
             are left out only then, since nobody may wait for the device to count them; else they
@@ -144,35 +145,32 @@ def linear_cross_entropy(
             chunk_bytes=chunk_bytes, sample_weight=sample_weight, num_valid=num_valid,
             filter_eps=filter_eps,
         )  # fmt: skip
-    try:
-        head = linear_options(
-            input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
-            z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, denominator=denominator,
-            shift=shift, split_invariant=split_invariant, chunk_bytes=chunk_bytes,
-            sample_weight=sample_weight, num_valid=num_valid, filter_eps=filter_eps,
-        )  # fmt: skip
-    except AttributeError:  # what else is no tensor is refused there
-        for name, value in (
-            ("input", input), ("linear_weight", linear_weight), ("target", target),
-        ):  # fmt: skip
-            if value is None:
-                raise TypeError(f"mbkern: {name} must be a tensor, not NoneType") from None
-        raise
+    head = linear_options(
+        input, linear_weight, target, linear_bias, weight=weight, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
+        z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, denominator=denominator,
+        shift=shift, split_invariant=split_invariant, chunk_bytes=chunk_bytes,
+        sample_weight=sample_weight, num_valid=num_valid, filter_eps=filter_eps,
+    )  # fmt: skip
+    check_flag(return_stats, "return_stats")
     scale = logit_scale if isinstance(logit_scale, Tensor) else None
     tensors = (input, linear_weight, linear_bias, scale)
-    _refuse_other_gradients(weight, sample_weight, denominator)
-    if isinstance(grad_scale, (int, float)):
+    divisor = denominator if isinstance(denominator, Tensor) else None
+    others = (weight, sample_weight, divisor)
+    _refuse_other_gradients(*others)
+    if isinstance(grad_scale, Tensor):
+        require_one_device(input, {"grad_scale": grad_scale}, {})
+    elif grad_scale is not None and not isinstance(grad_scale, (torch.SymFloat, torch.SymInt)):
         hint_value(grad_scale)
     differentiates_target = torch.is_grad_enabled() and is_differentiated(target)
-    if differentiates_target or _is_traced(*tensors, target):
+    if differentiates_target or _is_traced(*tensors, target, *others):
         if accumulate_into is not None:
             raise RuntimeError(
                 "mbkern: accumulate_into writes to a buffer in backward, for which there is no "
                 "room under torch.compile and torch.func, in dispatch and function modes, with "
                 "tensor subclasses, and where class probabilities require grad"
             )
-        if differentiates_target or return_stats or _needs_formula(*tensors, target):
+        if differentiates_target or return_stats or _needs_formula(*tensors, target, *others):
             return _unfused(
                 input, linear_weight, linear_bias, scale, target, head, grad_scale, loss_dtype,
                 return_stats,
@@ -181,9 +179,8 @@ def linear_cross_entropy(
         return linear_loss(input, linear_weight, linear_bias, scale, target, request)
     has_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if accumulate_into is not None:
-        divisor = denominator if isinstance(denominator, Tensor) else None
-        others = (input, linear_bias, target, scale, weight, sample_weight, divisor)
-        buffers.check(accumulate_into, linear_weight, others)
+        read = (input, linear_bias, target, scale, *others)
+        buffers.check(accumulate_into, linear_weight, read)
         if has_graph and not linear_weight.requires_grad:
             raise ValueError(
                 "mbkern: accumulate_into is given, and linear_weight does not require grad: "
@@ -254,6 +251,7 @@ def _unfused(
     return_stats: bool,
 ) -> Any:
     """All logits at once, for tracers and transforms."""
+    dtype, loss_dtype = head_dtypes(input, weight, target, loss_dtype)
     rows = options.row
     seen: list[LinearStats] = []
     sample_weight = rows.sample_weight
@@ -261,7 +259,7 @@ def _unfused(
         shape = [*input.shape[:-1], *weight.shape[1:-1]]
         if options.shift:
             shape[input.dim() - 2] -= options.shift
-        sample_weight = sample_weight.expand(shape).reshape(-1, *weight.shape[1:-1])
+        sample_weight = per_item(sample_weight, shape).reshape(-1, *weight.shape[1:-1])
 
     def of_logits_and_target(z: Tensor, t: Tensor) -> Tensor:
         if return_stats:
@@ -279,5 +277,5 @@ def _unfused(
             denominator=rows.denominator, loss_dtype=loss_dtype,
         )  # fmt: skip
 
-    loss = unfused(input, weight, bias, scale, target, options, of_logits_and_target)
+    loss = unfused(input, weight, bias, scale, target, options, dtype, of_logits_and_target)
     return (loss, seen[0]) if return_stats else loss
