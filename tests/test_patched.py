@@ -84,6 +84,21 @@ def test_mode_catches_names_imported_beforehand(name: str) -> None:
 
 
 @every_way
+def test_the_weight_of_l1_loss(mode: bool) -> None:
+    """Inside a function mode torch's function loses it."""
+    weight = torch.rand(X.shape)
+    want = F.l1_loss(X, X * 0.5, weight=weight)
+    with patched(mode=mode, report=True) as report:
+        got = F.l1_loss(X, X * 0.5, weight=weight)
+    assert report.taken == {"l1_loss": 1}
+    torch.testing.assert_close(got, want)
+    with patched(mode=mode, report=True) as report, patched(mode=True):  # one that torch computes
+        got = F.l1_loss(X.double(), X * 0.5, weight=weight)
+    assert not report.taken
+    torch.testing.assert_close(got, F.l1_loss(X.double(), X * 0.5, weight=weight))
+
+
+@every_way
 def test_only_this_thread(mode: bool) -> None:
     def probe() -> str:
         return run_by(lambda *a: F.cross_entropy(*a), X, T)

@@ -29,7 +29,7 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as torch_functional
@@ -91,11 +91,12 @@ class _Thread(threading.local):
 
 
 class _Process:
-    """The switch of ``patch``, and how many want the wrappers installed."""
+    """The switch of ``patch``, and how many want wrappers installed, and which."""
 
     on = False
     patches = 0
     users = 0
+    wanted: ClassVar[Counter[str]] = Counter()
 
 
 _thread = _Thread()
@@ -188,34 +189,42 @@ def _table() -> tuple[tuple[Entry, Callable[..., Tensor]], ...]:
 def _entries_by_function() -> dict[Any, Entry]:
     """The entries by torch's functions, and by the wrappers that another thread may install."""
     with _lock:
-        table = [(entry, wrapper) for entry, wrapper in _table() if entry.name not in _INCOMPLETE]
-        functions = {entry.original: entry for entry, _ in table}
-        return functions | {wrapper: entry for entry, wrapper in table}
+        functions = {entry.original: entry for entry, _ in _table()}
+        # A wrapper is what torch's own function takes for itself when it asks a mode.
+        whole = [(entry, wrapper) for entry, wrapper in _table() if entry.name not in _INCOMPLETE]
+        return functions | {wrapper: entry for entry, wrapper in whole}
 
 
-#: torch's function does not hand all its arguments (here the weight) to a function mode.
+#: torch's function does not hand all its arguments (here the weight) to a function mode, and loses
+#: them there; the wrapper does.
 _INCOMPLETE = ("l1_loss",)
 
 
-def _replace(functions: Iterable[tuple[str, Callable[..., Tensor], Callable[..., Tensor]]]) -> None:
-    for name, old, new in functions:
-        # Somebody else's function, which may call the wrapper, is left where it is.
-        if getattr(torch_functional, name) is old:
-            setattr(torch_functional, name, new)
+def _replace(name: str, old: Callable[..., Tensor], new: Callable[..., Tensor]) -> None:
+    # Somebody else's function, which may call the wrapper, is left where it is.
+    if getattr(torch_functional, name) is old:
+        setattr(torch_functional, name, new)
 
 
-def _install() -> None:
+def _install(*, for_mode: bool = False) -> None:
+    """Install the wrappers; for a mode those that it cannot do without."""
     with _lock:
-        if _Process.users == 0:
-            _replace((entry.name, entry.original, wrapper) for entry, wrapper in _table())
+        for entry, wrapper in _table():
+            if not for_mode or entry.name in _INCOMPLETE:
+                if _Process.wanted[entry.name] == 0:
+                    _replace(entry.name, entry.original, wrapper)
+                _Process.wanted[entry.name] += 1
         _Process.users += 1
 
 
-def _uninstall() -> None:
+def _uninstall(*, for_mode: bool = False) -> None:
     with _lock:
         _Process.users -= 1
-        if _Process.users == 0:
-            _replace((entry.name, wrapper, entry.original) for entry, wrapper in _table())
+        for entry, wrapper in _table():
+            if not for_mode or entry.name in _INCOMPLETE:
+                _Process.wanted[entry.name] -= 1
+                if _Process.wanted[entry.name] == 0:
+                    _replace(entry.name, wrapper, entry.original)
 
 
 def patch() -> None:
@@ -244,6 +253,7 @@ class _Patched(contextlib.ContextDecorator):
     def __enter__(self) -> PatchReport | None:
         if self.mode:
             mode = _Mode()
+            _install(for_mode=True)
             mode.__enter__()  # type: ignore[no-untyped-call]
             _thread.modes = (*_thread.modes, mode)
         else:
@@ -266,6 +276,7 @@ class _Patched(contextlib.ContextDecorator):
             *rest, mode = _thread.modes
             mode.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
             _thread.modes = tuple(rest)
+            _uninstall(for_mode=True)
         else:
             _thread.depth -= 1
             _thread.on = _thread.depth > 0
@@ -291,7 +302,8 @@ def patched(*, mode: bool = False, report: bool = False) -> _Patched:
     Args:
         mode: catch the calls by a torch function mode, not in ``torch.nn.functional``. Catches also
             functions that were imported by name beforehand; every torch call then costs a little.
-            ``l1_loss`` stays torch's then: torch does not show a mode its weight.
+            Of ``l1_loss`` only calls as ``torch.nn.functional.l1_loss``: a call by an imported name
+            loses its ``weight`` inside any function mode, by an error of torch's.
         report: the block's value is a :class:`PatchReport` that counts its calls; otherwise None.
     """
     return _Patched(mode, report)
