@@ -22,7 +22,7 @@ from mbkern._cli import main
 from mbkern._plan_cli import _try_to_write, memory_size
 from mbkern._plan_fit import Curve, Probe, candidates, choose
 from mbkern._plan_measure import Ranks, leaves
-from mbkern._planner import _Search
+from mbkern._plan_search import Search
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 MIB = 1 << 20
@@ -92,6 +92,7 @@ class FakeMeter:
     def __init__(self, peak: Callable[[int], float], room: float) -> None:
         self.peak, self.room = peak, room
         self.device, self.held, self.spent = torch.device("cpu"), 100 * MIB, 0.0
+        self.several = False
         self.tried: list[int] = []
 
     def open(self, items: int) -> None:
@@ -116,7 +117,7 @@ class FakeMeter:
 @pytest.mark.parametrize("room", [130, 333, 5000])
 def test_never_out_of_memory(kind: str, room: int) -> None:
     meter = FakeMeter(PEAKS[kind], room * MIB)
-    search = _Search(meter, 300, 300, 20.0)  # type: ignore[arg-type]
+    search = Search(meter, 300, 300, 20.0)  # type: ignore[arg-type]
     search.start()
     search.room = room * MIB
     search.climb()
@@ -362,6 +363,19 @@ def test_ranks_agree(tmp_path: Path) -> None:
     plan = json.loads(first)
     assert plan["limit_bytes"] == 2 << 30
     assert plan["instead"]["noise_scale"] == 4
+    here, there = (json.loads((tmp_path / f"said.{k}").read_text()) for k in range(2))
+    assert here[:2] == there[:2]
+    assert "one item alone is refused" in here[1]
+    assert here[2:] == [
+        "ElsewhereError: mbkern: step or sample raised on another rank",
+        "ValueError: mbkern: the objective's share is 0.985 here, 0.8 to 0.985 elsewhere",
+        "ValueError: mbkern: another rank's arguments are refused",
+    ]
+    assert there[2:] == [
+        "KeyError: 'for a reason of its own'",
+        "ValueError: mbkern: the objective's share is 0.8 here, 0.8 to 0.985 elsewhere",
+        "TypeError: mbkern: noise_scale must be a number, not Tensor",
+    ]
 
 
 SCRIPT = """

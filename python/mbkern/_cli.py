@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is still held back would be written at exit, and raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
     if status == INTERRUPTED:
         # A Ctrl-C that falls into exec() or eval() of a string (dataclasses, namedtuples) is on
         # record in CPython as not handled until the next exec(); the exit would be by the signal.

@@ -54,7 +54,15 @@ def _versions(advice: list[str]) -> Facts:
 
 
 def _isa(advice: list[str]) -> Facts:
-    used, available, asked = _C.isa(), _C.isas(), os.environ.get("MBKERN_ISA")
+    available, asked = _C.isas(), os.environ.get("MBKERN_ISA")
+    try:
+        used = _C.isa()
+    except ValueError:
+        advice.append(
+            f"Every call on the CPU is refused, as there is no instruction set {asked!r} here:"
+            " unset MBKERN_ISA."
+        )
+        return {"used": "none", "because": f"MBKERN_ISA={asked}", "available": available}
     if used != available[0]:
         advice.append(f"{available[0]} gives the same results faster: unset MBKERN_ISA.")
     return {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import re
-import runpy
 import sys
 import traceback
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from mbkern._plan_fit import SHARES
@@ -27,7 +27,37 @@ def memory_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 800M or 2.5GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if not math.isfinite(size):
+        raise argparse.ArgumentTypeError("that is no size that a memory can have")
+    return int(size)
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or not 1 <= int(text) < 1 << 53:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of items")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    """Finite, at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number of at least 0")
+    return value
+
+
+def _noise_scale(text: str) -> float:
+    """Positive; NaN is an estimate that is not known yet."""
+    if text.strip().lower() == "nan":
+        return math.nan
+    value = _number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("a noise scale of 0 items is none")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "factory", metavar="SCRIPT.py:factory",
         help="a function without arguments that returns (step, sample), see help(mbkern.plan)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, required=True, help="items of the mini-batch")
+    parser.add_argument(
+        "--batch", type=_count, metavar="ITEMS", required=True, help="items of the mini-batch"
+    )
     parser.add_argument("--memory-limit", type=memory_size, metavar="SIZE", help="such as 2.5GiB")
     parser.add_argument("--objective", choices=list(SHARES), default="throughput")
-    parser.add_argument("--noise-scale", type=float, metavar="ITEMS", help="of the gradient")
-    parser.add_argument("--seconds", type=float, default=20.0, help="to measure, about")
+    parser.add_argument("--noise-scale", type=_noise_scale, metavar="ITEMS", help="of the gradient")
+    parser.add_argument("--seconds", type=_number, default=20.0, help="to measure, about")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curve there")
 
@@ -61,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             step, sample, args.batch, memory_limit=args.memory_limit, objective=args.objective,
             noise_scale=args.noise_scale, seconds=args.seconds,
         )  # fmt: skip
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if _theirs(error.__traceback__) is not None:
             return _failed(f"step or sample of {args.factory} raised:\n{_told(error)}", 1)
         if isinstance(error, MemoryError | ValueError | TypeError | NotImplementedError):
@@ -79,11 +111,17 @@ def _failed(message: object, status: int) -> int:
 def _from_factory(words: str) -> tuple[Any, Any]:
     """Step and sample of ``SCRIPT.py:factory``."""
     script, _, name = words.rpartition(":")
-    if not script or not Path(script).is_file():
+    if not script:
+        raise _Refused(f"{words!r} names no factory; give SCRIPT.py:factory")
+    if not _is_file(Path(script)):
         raise _Refused(f"no file {script!r}; give SCRIPT.py:factory")
     sys.path.insert(0, str(Path(script).resolve().parent))
+    module = ModuleType("mbkern_plan")
+    module.__file__ = script
+    sys.modules[module.__name__] = module  # where pickle and dataclasses look for it
     try:
-        factory = runpy.run_path(script, run_name="mbkern_plan").get(name)
+        exec(compile(Path(script).read_bytes(), script, "exec"), vars(module))
+        factory = getattr(module, name, None)
     except (Exception, SystemExit) as error:
         raise _Refused(f"{script} raised:\n{_told(error)}") from error
     if not callable(factory):
@@ -105,11 +143,18 @@ def _from_factory(words: str) -> tuple[Any, Any]:
     return step, sample
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be looked into
+        return False
+
+
 def _theirs(frames: TracebackType | None) -> TracebackType | None:
     """A traceback from the first frame that is the user's; None if all are ours."""
     while frames is not None:
         module = frames.tb_frame.f_globals.get("__name__") or ""
-        if module.split(".")[0] not in ("mbkern", "runpy"):
+        if module.split(".")[0] != "mbkern":
             return frames
         frames = frames.tb_next
     return None
@@ -123,6 +168,8 @@ def _told(error: BaseException) -> str:
 
 def _check_outputs(json: Path | None, png: Path | None) -> None:
     """Measuring takes long: what cannot be written is found before."""
+    if json is not None and png is not None and os.path.realpath(json) == os.path.realpath(png):
+        raise _Refused(f"--json and --png are one file, {json}")
     for path in (json, png):
         if path is not None:
             try:

@@ -13,6 +13,7 @@ on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,9 +84,13 @@ class Curve:
     def bound(self, items: int) -> float:
         """What a gradient pass surely stays below; ``items`` are at least the largest measured."""
         p = np.maximum([probe.gradient_bytes for probe in self.probes], SMALLEST)
-        most = p[-1] * items / self._n[-1]
+        n = self._n
+        most = p[-1] * items / n[-1]
+        if len(p) > 1 and (more := p[-1] / n[-1] - p[-2] / n[-2]) > 0:
+            # Above proportion, so there is a square: p = b n + c n^2 through both.
+            most += items * (items - n[-1]) * more / (n[-1] - n[-2])
         if len(p) > 2:
-            parabola = np.polyfit(self._n[-3:], p[-3:], 2)
+            parabola = np.polyfit(n[-3:], p[-3:], 2)
             if parabola[0] > 0:
                 most = max(most, float(np.polyval(parabola, items)))
         return float(most * NOISE)
@@ -127,10 +132,13 @@ def candidates(batch: int, most: int, least: int, measured: Sequence[int]) -> li
         least: the smallest pass that works: of a whole micro-batch, and of the tail.
         measured: sizes that have been.
     """
-    even = {-(-batch // passes) for passes in range(1, int(batch**0.5) + 2)}
-    even |= set(range(1, int(batch**0.5) + 2)) | {1 << k for k in range(batch.bit_length())}
+    largest, root = min(most, batch), math.isqrt(batch)
+    if largest < 1:
+        return []
+    even = {-(-batch // passes) for passes in range(-(-batch // largest), root + 2)}
+    even |= {*range(1, min(largest, root + 1) + 1), *(1 << k for k in range(largest.bit_length()))}
     sizes = even | set(measured)
-    good = [n for n in sizes if least <= n <= min(most, batch)]
+    good = [n for n in sizes if least <= n <= largest]
     return sorted(n for n in good if batch % n == 0 or batch % n >= least)
 
 

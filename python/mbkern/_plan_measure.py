@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import socket
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,10 @@ from mbkern.bench.timing import Way, once
 
 DRAWS = 3  # of sample(n): the largest is taken
 _FIRST_S = 0.3  # what the first look at a size may take, if passes are short
+
+
+class ElsewhereError(RuntimeError):
+    """Another rank cannot go on."""
 
 
 class Ranks:
@@ -42,6 +49,30 @@ class Ranks:
         """The smallest over all ranks."""
         return -self.most([-value])[0]
 
+    def together(self, measure: Callable[[], list[float]], count: int) -> list[float]:
+        """The largest of what each rank measured; where one fails all do, or they would wait.
+
+        Raises:
+            Whatever ``measure`` does.
+            RuntimeError: it did on another rank, and may be tried with more items there.
+            ElsewhereError: it did on another rank, which has given up.
+        """
+        if not self.several:
+            return measure()
+        values, failed, raised = [0.0] * count, 0.0, None
+        try:
+            values = measure()
+        except Exception as error:
+            failed, raised = 1.0 if isinstance(error, ValueError | RuntimeError) else 2.0, error
+        worst, *values = self.most([failed, *values])
+        if raised is not None and failed == worst:
+            raise raised
+        if worst == 2:
+            raise ElsewhereError("mbkern: step or sample raised on another rank") from raised
+        if worst == 1:
+            raise RuntimeError("mbkern: step or sample raised on another rank")
+        return values
+
     def sharing(self) -> int:
         """How many ranks share this machine's memory."""
         if not self.several:
@@ -58,6 +89,8 @@ class Source:
         self._draw = sample if callable(sample) else None
         self._batch = sample
         self.most = 1 << 62 if self._draw else micro_batches(sample, 1).items
+        if self.most < 1:
+            raise ValueError("mbkern: the sample has no items")
 
     def __call__(self, items: int) -> Any:
         if self._draw is None:
@@ -78,6 +111,7 @@ class Meter:
         device: the loss's.
         held: bytes before a pass: all that is there, and gradients.
         spent: seconds that measuring took so far; of the slowest rank.
+        several: whether there are other ranks, which may not see the same errors.
     """
 
     def __init__(self, step: Callable[[Any], Tensor], source: Source, ranks: Ranks) -> None:
@@ -85,50 +119,70 @@ class Meter:
         self._differentiate = True
         self._gradients: dict[Tensor, Tensor | None] = {}
         self._times: dict[int, tuple[list[float], list[float]]] = {}
+        self._aside = 0.0  # seconds of a pass that are ours
         self.device = torch.device("cpu")
         self.held, self.spent = 0, 0.0
+        self.several = ranks.several
 
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Afterwards gradients and random numbers are as they were."""
+        numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's
         there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         devices = [torch.cuda.current_device()] if there else []
         with torch.random.fork_rng(devices):
             try:
                 yield
             finally:
+                random.setstate(numbers[0])
+                np.random.set_state(numbers[1])  # noqa: NPY002
                 for parameter, gradient in self._gradients.items():
                     parameter.grad = gradient
 
     def open(self, items: int) -> None:
         """Run the step for the first time, and find out where, and which gradients it has."""
+        (held,) = self._ranks.together(lambda: [self._open(items)], 1)
+        self.held = int(held)
+
+    def _open(self, items: int) -> float:
         with torch.enable_grad():
             loss = self._loss(self._source(items))
             self.device = loss.device
             if self.device.type not in ("cpu", "cuda"):
                 raise NotImplementedError(f"mbkern: plan measures CPU and CUDA, not {self.device}")
             self._differentiate = loss.requires_grad
-            for parameter in leaves(loss):
-                self._gradients[parameter] = parameter.grad
-                parameter.grad = None
+            self._set_gradients_aside(loss)
             if self._differentiate:
                 loss.backward()  # type: ignore[no-untyped-call]
         del loss
         _plan_memory.settle_heap()
-        self.held = int(self._ranks.most([float(_plan_memory.held(self.device))])[0])
+        return float(_plan_memory.held(self.device))
+
+    def _set_gradients_aside(self, loss: Tensor) -> None:
+        """Of parameters that are seen for the first time, which may be in any pass."""
+        start = time.perf_counter()
+        for parameter in leaves(loss):
+            if parameter not in self._gradients:
+                self._gradients[parameter] = parameter.grad
+                parameter.grad = None
+        self._aside += time.perf_counter() - start
 
     def probe(self, items: int) -> Probe:
         """Measure a size: its peaks in two passes on end, its times in a few more."""
-        batch = self._source(items)
-        first = self._time(self._gradient, batch)
-        peak = _plan_memory.peak(_repeated(self._gradient, batch), self.device) - self.held
-        found = [0.0, peak, 0.0, 0.0]
-        if self._differentiate:
-            warm = self._time(self._function, batch)
-            found[0] = _plan_memory.peak(_repeated(self._function, batch), self.device) - self.held
-            found[2] = warm
-        found[3] = first
-        function_bytes, gradient_bytes, warm, first = self._ranks.most(found)
+        batch: Any = None
+
+        def look() -> list[float]:
+            nonlocal batch
+            batch = self._source(items)
+            found = [0.0, 0.0, 0.0, self._time(self._gradient, batch)]
+            found[1] = _plan_memory.peak(_repeated(self._gradient, batch), self.device) - self.held
+            if self._differentiate:
+                found[2] = self._time(self._function, batch)
+                run = _repeated(self._function, batch)
+                found[0] = _plan_memory.peak(run, self.device) - self.held
+            return found
+
+        function_bytes, gradient_bytes, warm, first = self._ranks.together(look, 4)
         self.spent += 3 * (first + warm)
         repeats = min(9, max(2, int(_FIRST_S / max(first, 1e-9))))
         none = math.nan
@@ -145,11 +199,15 @@ class Meter:
 
         The shortest of several times flatters small passes: each loses its own part to others.
         """
-        batch = self._source(probe.items) if batch is None else batch
-        times = [self._time(self._gradient, batch), 0.0]
-        if self._differentiate:
-            times[1] = self._time(self._function, batch)
-        gradient_s, function_s = self._ranks.most(times)
+
+        def look() -> list[float]:
+            drawn = self._source(probe.items) if batch is None else batch
+            times = [self._time(self._gradient, drawn), 0.0]
+            if self._differentiate:
+                times[1] = self._time(self._function, drawn)
+            return times
+
+        gradient_s, function_s = self._ranks.together(look, 2)
         self.spent += gradient_s + function_s
         gradients, functions = self._times.setdefault(probe.items, ([], []))
         gradients.append(gradient_s)
@@ -162,18 +220,25 @@ class Meter:
         """Measure the peak of a size again, over more passes: the heap loses more between them."""
         if passes < 1:
             return probe
-        batch = self._source(probe.items)
-        peak = _plan_memory.peak(_repeated(self._gradient, batch, passes), self.device) - self.held
-        (most,) = self._ranks.most([float(peak)])
+
+        def look() -> list[float]:
+            run = _repeated(self._gradient, self._source(probe.items), passes)
+            return [float(_plan_memory.peak(run, self.device) - self.held)]
+
+        (most,) = self._ranks.together(look, 1)
         self.spent += passes * probe.gradient_s
         return dataclasses.replace(probe, gradient_bytes=max(most, probe.gradient_bytes))
 
     def size_of(self, items: int) -> int:
         """Bytes of a micro-batch."""
-        return size(self._source(items))
+        (most,) = self._ranks.together(lambda: [float(size(self._source(items)))], 1)
+        return int(most)
 
     def _time(self, run: Callable[[Any], None], batch: Any) -> float:
-        return once(Way("", lambda: run(batch)), self.device.type)[0] * 1e-9
+        self._aside = 0.0
+        seconds = once(Way("", lambda: run(batch)), self.device.type)[0] * 1e-9
+        # On a GPU the host works ahead.
+        return seconds - self._aside if self.device.type == "cpu" else seconds
 
     def _function(self, batch: Any) -> None:
         with torch.no_grad():
@@ -183,6 +248,7 @@ class Meter:
         with torch.enable_grad():
             loss = self._loss(batch)
             if self._differentiate:
+                self._set_gradients_aside(loss)
                 loss.backward()  # type: ignore[no-untyped-call]
 
     def _loss(self, batch: Any) -> Tensor:
@@ -211,8 +277,8 @@ def leaves(loss: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
+        if node.name().endswith("AccumulateGrad"):  # a user's Function may have a variable, too
+            variable: Tensor = getattr(node, "variable")  # noqa: B009 - not in torch's stubs
             found[id(variable)] = variable
         todo += [following for following, _ in node.next_functions]
     return list(found.values())

@@ -14,17 +14,17 @@ NEEDS = "pictures need matplotlib: pip install matplotlib, or mbkern[plan]"
 def draw(plan: Plan, path: Path) -> None:
     """Write a PNG: throughput of function and gradient, and memory, over the micro-batch."""
     try:
-        import matplotlib as mpl
+        from matplotlib.figure import Figure  # not pyplot: the user's backend stays
     except ImportError as error:
         raise ImportError(f"mbkern: {NEEDS}") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     sizes = [probe.items for probe in plan.probes]
-    picture, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    picture = Figure(figsize=(11, 4.2), layout="constrained")
+    speed, memory = picture.subplots(1, 2)
     for name, what, colour in (("gradient", "gradient_s", "#3c83de"),
                                ("function", "function_s", "#858b94")):  # fmt: skip
         rates = [probe.items / getattr(probe, what) for probe in plan.probes]
+        if what == "function_s" and plan.function_seconds is None:
+            continue  # not measured
         speed.plot(sizes, rates, "o-", label=name, color=colour)
     speed.set(ylabel="items a second", ylim=(0, None), title=f"{plan.device}: throughput")
     speed.legend(frameon=False)
@@ -47,4 +47,3 @@ def draw(plan: Plan, path: Path) -> None:
         axes.grid(alpha=0.3)
     picture.suptitle(f"a batch of {plan.batch_size} in {plan.passes} passes of {plan.micro_batch}")
     picture.savefig(path, format="png", dpi=120)
-    pyplot.close(picture)

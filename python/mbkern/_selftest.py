@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -268,7 +269,12 @@ def compare(found: list[Finding], golden: dict[str, str] | None) -> list[str]:
 
 def run(write_golden: bool = False, device: str | None = None) -> int:
     """Check everything, print a table, and return the exit status."""
-    isa, threads, shim = _C.isa(), torch.get_num_threads(), _C.cuda_shim_is_on()
+    try:
+        isa = _C.isa()
+    except ValueError as error:  # MBKERN_ISA
+        print(error, file=sys.stderr)
+        return 1
+    threads, shim = torch.get_num_threads(), _C.cuda_shim_is_on()
     found = find_tiers(device, thread_counts)
     if not found:
         print("no GPU that torch sees, or no kernels for CUDA in this build: nothing checked")
