@@ -149,6 +149,23 @@ def test_autocast_is_over_when_its_gradients_are_differentiated(dtype: torch.dty
         check(grad, expected, "second", 5e-2)
 
 
+@pytest.mark.parametrize("more", [{}, {"reduction": "none"}, {"logit_scale": torch.tensor(1.5)}])
+def test_a_backward_under_autocast_rounds_nothing(more: dict[str, Any]) -> None:
+    """The head was called in float32; its rows that are ignored, or a scale, make no difference."""
+    t = tensors() | more
+    t["target"][1] = -100
+    x, w = t["input"], t["linear_weight"]
+    for name, create in (("input", False), ("input", True), ("linear_weight", True)):
+        if more.get("logit_scale") is not None:
+            t["logit_scale"] = more["logit_scale"].clone().requires_grad_()
+        (want,) = torch.autograd.grad(head(**t).sum(), t[name])
+        loss = head(**t, accumulate_into=None if create else torch.zeros(4, 5)).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            (got,) = torch.autograd.grad(loss, t[name], create_graph=create)
+        check(got, want, (name, create), 1e-6)
+    assert x.grad is w.grad is None
+
+
 def test_probabilities_of_float64_in_the_formula() -> None:
     """All is computed in float64 then, as in the kernels."""
     t = tensors()

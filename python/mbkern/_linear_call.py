@@ -211,6 +211,8 @@ class LinearCall(LinearRows):
             order = products.BLOCKS if order == products.CHAIN else order
             skip_below = self.skip_below
             return products.product(dx, g.t(), self.w, order, fresh=True, skip_below=skip_below)
+        if place is None:  # or autocast, if backward runs under it, would round what it multiplies
+            place = torch.empty((g.shape[0], self.w.shape[1]), dtype=g.dtype, device=g.device)
         return torch.mm(g, self.w, out=place)
 
     def _keep(self, dx: Tensor, first: int, end: int, out: Tensor) -> None:

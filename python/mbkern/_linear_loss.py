@@ -64,7 +64,7 @@ def unfused(
 ) -> Tensor:
     """The same by torch's operations, all logits at once: for what takes derivatives of it.
 
-    ``dtype``: what the product is computed in; said here, since autocast is over in backward.
+    ``dtype``: what the product is computed in, whatever autocast says when derivatives are taken.
     """
     input, weight = input.to(dtype), weight.to(dtype)
     batch, inner = input.shape[:-1], weight.shape[1:-1]
@@ -115,7 +115,8 @@ def _by_formula(
     tensors: tuple[Any, Any, Any, Any, Any], create_graph: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of the formula: for create_graph, or many incoming gradients at once."""
-    with torch.enable_grad():
+    # Under autocast the product would not have the dtype that it had in forward.
+    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         value = _formula(request, divisor, tensors)
         needed = [t for t in tensors if t is not None and t.requires_grad]
         found = iter(
