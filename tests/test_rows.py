@@ -401,6 +401,33 @@ def test_near_distributions(case: RowCase, isa: str) -> None:
 
 
 @pytest.mark.parametrize("case", DISTANCES, ids=lambda case: case.name)
+def test_one_class_is_nearly_certain_on_both_sides(case: RowCase, isa: str) -> None:
+    """p - t of that class is a small difference of large numbers, and as exact as the others.
+
+    Their exponents, of up to 25, are rounded to 1e-6, and their terms may cancel a little.
+    """
+    for margin, columns, variation in itertools.product(
+        (8.0, 16.0, 20.0), (7, 1500), case.variations
+    ):
+        made = case.sample((5, columns), torch.float32, variation, seed=int(margin))
+        scale = made.options.get("temperature", 1.0)
+        reduction = "mean" if "denominator" in made.options else "none"
+        both = {n: made.tensors[n].clone() for n in case.inputs}
+        for t in both.values():
+            t[:, 3] = t.amax() + margin * scale
+        results = []
+        for function, dtype in ((case.function, torch.float32), (case.reference, torch.float64)):
+            sample, leaves = case.leaves(made.of(**both).to(dtype))
+            loss = function(**sample.tensors, **sample.options, reduction=reduction)
+            results.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+        for got, want in zip(*results, strict=True):
+            error, size = (got - want).abs(), want.abs()
+            if want.dim() > 1:
+                error, size = error.amax(1), size.amax(1)
+            assert (error <= 2e-5 * size + 1e-14).all(), (margin, columns, variation)
+
+
+@pytest.mark.parametrize("case", DISTANCES, ids=lambda case: case.name)
 def test_one_hot_distributions(case: RowCase, isa: str) -> None:
     """Masked logits on both sides, and distributions with one class each."""
     inf = float("inf")

@@ -17,9 +17,10 @@
 //   kWide              elements are widened to fp64 for the sums, which cancel and are of few
 //                      operations; kWideGradient: for the gradient as well
 //   kLevels            passes that add up; the second may use the sums of the first
-//   kSums              sums of each level, at most kMaxSums
+//   kSums              sums of a level, at most kMaxSums; of the second if not as many: kSecondSums
 //   kConstants         numbers that its columns share
-//   kFusedLevel        in the pass of this level the gradient may be formed as well (0: never)
+//   kFusedLevel        in the pass of this level the gradients may be formed as well, in the second
+//                      that of the first row alone (0: never)
 //
 // and of functions, all static. In fp64, once a row, for the numbers that its columns share:
 //
@@ -46,7 +47,7 @@ inline constexpr int kMaxSums = 5, kMaxKept = 2;
 
 // What the columns of a row share: numbers, or one in each lane where lanes are items. Read by
 // constant<V>(c, k).
-inline constexpr int kMaxConstants = 12;
+inline constexpr int kMaxConstants = 13;
 struct Constants {
   double value[kMaxConstants];
 };
@@ -72,7 +73,8 @@ struct MultirowItem {
 // What a loss that has nothing special need not say.
 struct MultirowLoss {
   static constexpr int kInputs = 1, kGradients = 1, kMaxima = 0, kKept = 0, kLevels = 1, kSums = 1,
-                       kFusedLevel = 0, kScaleParameter = -1, kConstants = kMaxConstants;
+                       kSecondSums = 0, kFusedLevel = 0, kScaleParameter = -1,
+                       kConstants = kMaxConstants;
   static constexpr bool kWeighsDivisor = false, kApart = false, kColumnWeights = false,
                         kWide = false, kWideGradient = false;
   static constexpr ItemTarget kTarget = ItemTarget::none;
@@ -86,6 +88,11 @@ struct MultirowLoss {
   template <class V, class C>
   MBK_FN static void sums2(const C&, const V*, V, const V*, V*) {}
 };
+
+template <class Loss>
+MBK_FN constexpr int sums_of(int level) {
+  return level == 2 && Loss::kSecondSums ? Loss::kSecondSums : Loss::kSums;
+}
 
 // Calls f with a null pointer of a storage type.
 template <class F>

@@ -16,7 +16,10 @@ struct Rows {
   typedef Vector<T> V;
   typedef typename Pick<Loss::kWide, f64v, V>::type W;  // what is added up
   static constexpr int kWideParts = Loss::kWide ? kParts<V> : 1;
-  static constexpr int kTerms = Loss::kSums > 0 ? Loss::kSums : 1;
+  // Sums that a pass of the level has room for.
+  static constexpr int terms(int level) {
+    return sums_of<Loss>(level) > 0 ? sums_of<Loss>(level) : 1;
+  }
   static constexpr bool kList = Loss::kTarget == ItemTarget::list;
 
   const MultirowArgs& a;
@@ -120,7 +123,7 @@ struct Rows {
   // first row only, 2 all that are wanted.
   template <int kLevel, int kGrads, bool kStore, bool kMasked>
   MBK_FN void step(const Block& b, const Constants& c, int group, int k,
-                   W (&sum)[kTerms][kWideParts]) const {
+                   W (&sum)[terms(kLevel)][kWideParts]) const {
     const bool in_tail = kMasked && group == b.full;
     const int column = group * kGroup + k;
     V v[Loss::kInputs], w = splat<V>(1), stored[kMaxKept] = {};
@@ -181,11 +184,11 @@ struct Rows {
       }
     }
   }
-  template <bool kMasked>
+  template <bool kMasked, int kTerms>
   MBK_FN static void add(const Block& b, bool in_tail, int group, int k, const W* term, int part,
                          W (&sum)[kTerms][kWideParts]) {
     typedef Element<W> E;
-    for (int s = 0; s < Loss::kSums; ++s) {
+    for (int s = 0; s < kTerms; ++s) {
       W t = term[s];
       if constexpr (kMasked) {
         const W number = lane_numbers<W>(0) + splat<W>((E)k);
@@ -205,7 +208,7 @@ struct Rows {
                                  double (&totals)[kMaxSums]) {
     int joined = 1;
     while (joined < filled) joined *= 2;
-    for (int s = 0; s < Loss::kSums; ++s) {
+    for (int s = 0; s < kCount; ++s) {
       for (int k = filled; k < joined; ++k) lane[s][k] = W{};
       for (int half = joined / 2; half; half /= 2)
         for (int k = 0; k < half; ++k) lane[s][k] = lane[s][k] + lane[s][k + half];
@@ -220,13 +223,14 @@ struct Rows {
   static constexpr int vectors_at_once() {
     const int most = lanes<f32v> == 16 ? 16 : 8;
     int n = Loss::kMaxima > 1 || Loss::kWideGradient ? 1 : 4;
-    while (n > 1 && kLevel > 0 && n * Loss::kSums * kWideParts > most) n /= 2;
+    while (n > 1 && kLevel > 0 && n * sums_of<Loss>(kLevel) * kWideParts > most) n /= 2;
     return n;
   }
 
   // A pass over all rows of the item. kLevel 0: the gradient alone.
   template <int kLevel, int kGrads, bool kStore>
   MBK_PASS void pass(const Constants& constants, int64_t apart, double (&totals)[kMaxSums]) {
+    constexpr int kTerms = terms(kLevel);
     const Constants c = constants;
     for (double& total : totals) total = 0;
     for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
@@ -254,13 +258,13 @@ struct Rows {
           ++group;
         }
         for (int u = 0; u < kVectors; ++u)
-          for (int s = 0; s < Loss::kSums; ++s)
+          for (int s = 0; s < kTerms; ++s)
             for (int part = 0; part < kWideParts; ++part)
               lane[s][(k / lanes<V> + u) * kWideParts + part] = sum[u][s][part];
       }
       if constexpr (kLevel > 0) {
         if (b.full && kGroup / lanes<W> <= 8) {
-          for (int s = 0; s < Loss::kSums; ++s) totals[s] += (double)sum_lanes(lane[s]);
+          for (int s = 0; s < kTerms; ++s) totals[s] += (double)sum_lanes(lane[s]);
         } else {
           join_filled(lane, (end + lanes<V> - 1) / lanes<V> * kWideParts, totals);
         }
@@ -325,7 +329,8 @@ struct Rows {
   MBK_FN void sums(const Constants& c, int64_t apart, MultirowItem& item) {
     double totals[kMaxSums];
     pass<kLevel, kGrads, kStore>(c, apart, totals);
-    for (int s = 0; s < Loss::kSums; ++s) (kLevel == 2 ? item.second : item.first)[s] = totals[s];
+    for (int s = 0; s < sums_of<Loss>(kLevel); ++s)
+      (kLevel == 2 ? item.second : item.first)[s] = totals[s];
   }
   template <int kLevel>
   MBK_FN void sums_and_gradient(bool first_only, const Constants& c, int64_t apart,

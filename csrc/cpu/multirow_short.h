@@ -16,7 +16,6 @@ struct ShortItems {
   typedef Vector<T> V;
   typedef typename Pick<Loss::kWide, f64v, V>::type W;  // what is added up
   static constexpr int kLanes = lanes<V>, kWideParts = Loss::kWide ? kParts<V> : 1;
-  static constexpr int kCount = Loss::kSums;
   static constexpr bool kSuited = Loss::kLevels > 0 && Loss::kTarget != ItemTarget::list;
 
   const MultirowArgs& a;
@@ -71,6 +70,7 @@ struct ShortItems {
   // One level of sums, into the items.
   template <int kLevel>
   MBK_PASS void sums(Lanes& lane) const {
+    constexpr int kCount = sums_of<Loss>(kLevel);
     const Shared<W> c(lane);
     const V apart = load<V>(lane.apart);
     int used = a.columns < kGroup ? (int)a.columns : kGroup;

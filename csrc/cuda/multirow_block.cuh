@@ -34,6 +34,8 @@ struct MultirowBlock {
   typedef typename Pick<Loss::kWide, double, T>::type W;  // what is added up
   static constexpr bool kList = Loss::kTarget == ItemTarget::list;
   static constexpr bool kApart = Loss::kApart;
+  static constexpr int kMostSums =
+      Loss::kSums > Loss::kSecondSums ? Loss::kSums : Loss::kSecondSums;
   static constexpr bool kKeeps = Loss::kKept > 0 && !kList && sizeof(T) == 4;
   static_assert(!kApart || Loss::kGradients == 1);
   // Columns that a thread has at once, so that as many loads are in flight. Fewer where the maxima
@@ -52,7 +54,7 @@ struct MultirowBlock {
     Constants c;
     LaneConstants<T> rounded;  // the same, as columns take them
     double at_target;
-    double block_sum[Loss::kSums][kBlocksAtOnce];
+    double block_sum[kMostSums][kBlocksAtOnce];
     T max[2][kMostWarps<T>];
     int64_t rows[Loss::kInputs + Loss::kGradients];  // bytes before the item's
     int bad, is_last;
@@ -253,11 +255,11 @@ struct MultirowBlock {
       if (mask >> k & 1) {
         if constexpr (kList)
           if (term[1] != 0) state[b.columns.column(k)] += 2;
-        for (int s = 0; s < Loss::kSums; ++s) sum[s][k % 2] = sum[s][k % 2] + term[s];
+        for (int s = 0; s < sums_of<Loss>(kLevel); ++s) sum[s][k % 2] = sum[s][k % 2] + term[s];
       }
     }
   }
-  template <class Columns>
+  template <int kGradients, class Columns>
   MBK_DEVICE void write_gradients(const Batch<Columns>& b, uint32_t mask) const {
     const auto c = constants<Loss::kWideGradient>();
     T g[kMaxRows][Columns::count];
@@ -268,15 +270,15 @@ struct MultirowBlock {
         W x[kMaxRows], wide[kMaxRows];
         for (int i = 0; i < kMaxRows; ++i) x[i] = (double)b.x[i][k];
         Loss::gradient(c, x, (W)0, (const W*)nullptr, wide);
-        for (int i = 0; i < Loss::kGradients; ++i) one[i] = (T)wide[i];
+        for (int i = 0; i < kGradients; ++i) one[i] = (T)wide[i];
       } else {
         const Column v = column(b, k);
         Loss::gradient(c, v.x, v.w, v.kept, one);
       }
-      for (int i = 0; i < Loss::kGradients; ++i) g[i][k] = one[i];
+      for (int i = 0; i < kGradients; ++i) g[i][k] = one[i];
     }
 #pragma unroll
-    for (int i = 0; i < Loss::kGradients; ++i)
+    for (int i = 0; i < kGradients; ++i)
       if (a.grads[i].data) write_columns(grad(i), b.columns, mask, a.accumulate, g[i]);
   }
 
@@ -294,10 +296,10 @@ struct MultirowBlock {
         const uint32_t mask = columns.inside & ~(kApart ? columns.bit(apart_here) : 0);
         if constexpr (kLevel > 0) add_terms<kLevel>(b, mask, sum);
         if constexpr (kLevel == 0 || kLevel == Loss::kFusedLevel)
-          if (gradients) write_gradients(b, mask);
+          if (gradients) write_gradients<kLevel == 2 ? 1 : Loss::kGradients>(b, mask);
       });
       if constexpr (kLevel > 0) {
-        for (int s = 0; s < Loss::kSums; ++s) {
+        for (int s = 0; s < sums_of<Loss>(kLevel); ++s) {
           W joined = sum[s][0] + sum[s][1];
           for (int step = kWarp / 2; step; step /= 2)
             joined = joined + __shfl_xor_sync(kWholeWarp, joined, step);
@@ -317,11 +319,11 @@ struct MultirowBlock {
       if (begin > 0) __syncthreads();  // the sums before have been added
       pass<kLevel>(apart, begin, begin + count, gradients);
       __syncthreads();
-      if (threadIdx.x < Loss::kSums)
+      if (threadIdx.x < sums_of<Loss>(kLevel))
         for (int n = 0; n < count; ++n) total += shared.block_sum[threadIdx.x][n];
     }
     if (warp() != 0) return;
-    if (threadIdx.x < Loss::kSums) totals[threadIdx.x] = total;
+    if (threadIdx.x < sums_of<Loss>(kLevel)) totals[threadIdx.x] = total;
     __syncwarp(kWholeWarp);
   }
 

@@ -10,10 +10,16 @@ namespace mbk::MBK_ISA {
 //   p = e / S,  log p = a - log S,  and b, f, F for the teacher.
 // A class index, where there is one, only says which items are ignored. Near the smallest loss the
 // distances are sums of small terms of one sign, never differences of large ones.
+//
+// Where one class is nearly certain on both sides, all that is small is a function of the other
+// classes' terms. So columns at the maximum are counted instead of added to them: S = n + R, and
+//   p - t = (F - S) / (S F)
+// of a column at both maxima, with all digits that R and the teacher's have.
 struct SoftmaxDistance : MultirowLoss {
   static constexpr ItemTarget kTarget = ItemTarget::index;
-  static constexpr int kInputs = 2, kGradients = 2, kMaxima = 2, kKept = 2, kLevels = 2, kSums = 2,
-                       kScaleParameter = 0;
+  static constexpr int kInputs = 2, kGradients = 2, kMaxima = 2, kKept = 2, kLevels = 2, kSums = 4,
+                       kSecondSums = 2, kScaleParameter = 0;
+  enum { kRestX, kTopsX, kRestY, kTopsY };  // R and n
   enum { kMaxX, kMaxY, kScale, kOverS, kOverF, kFactorX, kFactorY, kOwn, kOwnConstants };
   MBK_FN static double inverse_temperature(const MultirowArgs& a) { return a.parameters[0]; }
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
@@ -21,7 +27,23 @@ struct SoftmaxDistance : MultirowLoss {
     c.value[kScale] = inverse_temperature(a);
   }
   MBK_FN static void between(const MultirowArgs&, const MultirowItem& item, Constants& c) {
-    c.value[kOverS] = 1 / item.first[0], c.value[kOverF] = 1 / item.first[1];
+    c.value[kOverS] = 1 / sum_x(item), c.value[kOverF] = 1 / sum_y(item);
+  }
+  MBK_FN static double sum_x(const MultirowItem& item) {
+    return item.first[kTopsX] + item.first[kRestX];
+  }
+  MBK_FN static double sum_y(const MultirowItem& item) {
+    return item.first[kTopsY] + item.first[kRestY];
+  }
+  MBK_FN static double sums_apart(const MultirowItem& item) {  // F - S
+    return (item.first[kTopsY] - item.first[kTopsX]) + (item.first[kRestY] - item.first[kRestX]);
+  }
+  MBK_FN static double top_difference(const MultirowItem& item) {  // p - t at both maxima
+    return sums_apart(item) / (sum_x(item) * sum_y(item));
+  }
+  template <class V>
+  MBK_FN static auto at_both_maxima(const V* kept) {
+    return (kept[0] == splat<V>(1)) & (kept[1] == splat<V>(1));
   }
   template <class V, class C>
   MBK_FN static V distance_x(const C& c, const V* x) {
@@ -38,7 +60,11 @@ struct SoftmaxDistance : MultirowLoss {
   }
   template <class V, class C>
   MBK_FN static void sums1(const C&, const V*, V, const V* kept, V* term) {
-    term[0] = kept[0], term[1] = kept[1];
+    const V one = splat<V>(1), zero = V{};
+    for (int i = 0; i < kInputs; ++i) {
+      const auto top = kept[i] == one;
+      term[2 * i] = select(top, zero, kept[i]), term[2 * i + 1] = select(top, one, zero);
+    }
   }
 };
 
@@ -48,8 +74,8 @@ struct SoftmaxDistance : MultirowLoss {
 //   dloss/dx = c s (p - t),  dloss/dy = c s t (u - loss / c)
 struct KlDivWithLogits : SoftmaxDistance {
   static constexpr const char* name = "kl_div_with_logits";
-  static constexpr int kFusedLevel = 2, kConstants = kOwnConstants + 3;
-  enum { kFromX = kOwnConstants, kFromY, kLogRatio };
+  static constexpr int kFusedLevel = 2, kConstants = kOwnConstants + 5;
+  enum { kFromX = kOwnConstants, kFromY, kLogRatio, kTopX, kTopY };
   MBK_FN static void prepare(MultirowArgs& a) {
     if (a.parameters[1] == 0) return;
     const RowTensor input = a.inputs[0], grad = a.grads[0];
@@ -62,8 +88,10 @@ struct KlDivWithLogits : SoftmaxDistance {
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     const double f = a.parameters[2] * inverse_temperature(a) * item.scale;
-    c.value[kFactorX] = f / item.first[0], c.value[kFactorY] = f / item.first[1];
+    c.value[kFactorX] = f / sum_x(item), c.value[kFactorY] = f / sum_y(item);
     c.value[kOwn] = item.second[0];
+    c.value[kTopX] = f * top_difference(item);
+    c.value[kTopY] = c.value[kFactorY] * (log_sums(item) - item.second[0]);
     return 0;
   }
   // u = s (y - x) + what all columns share: y - x is exact where they are near each other. Where
@@ -74,7 +102,10 @@ struct KlDivWithLogits : SoftmaxDistance {
     const double apart = (item.max[1] - item.max[0]) * inverse_temperature(a);
     const bool near = apart >= -1 && apart <= 1;
     c.value[kFromX] = near ? 0 : item.max[0], c.value[kFromY] = near ? 0 : item.max[1];
-    c.value[kLogRatio] = log(item.first[0] / item.first[1]) - (near ? apart : 0);
+    c.value[kLogRatio] = log_sums(item) - (near ? apart : 0);
+  }
+  MBK_FN static double log_sums(const MultirowItem& item) {  // log (S / F)
+    return log1p(-sums_apart(item) / sum_y(item));
   }
   template <class V, class C>
   MBK_FN static V log_ratio(const C& c, const V* x) {
@@ -105,8 +136,11 @@ struct KlDivWithLogits : SoftmaxDistance {
   template <class V, class C>
   MBK_FN static void gradient(const C& c, const V* x, V, const V* kept, V* g) {
     const V t = kept[1] * constant<V>(c, kFactorY);
-    g[0] = kept[0] * constant<V>(c, kFactorX) - t;
-    g[1] = select(kept[1] == V{}, V{}, t * (log_ratio(c, x) - constant<V>(c, kOwn)));
+    const V by_student = kept[0] * constant<V>(c, kFactorX) - t;
+    const V by_teacher = select(kept[1] == V{}, V{}, t * (log_ratio(c, x) - constant<V>(c, kOwn)));
+    const auto top = at_both_maxima(kept);
+    g[0] = select(top, constant<V>(c, kTopX), by_student);
+    g[1] = select(top, constant<V>(c, kTopY), by_teacher);
   }
 };
 
@@ -116,8 +150,8 @@ struct KlDivWithLogits : SoftmaxDistance {
 //   dloss/dy = c s beta t (log(t / m) - KL(t | m)),  dloss/dx = c s (1 - beta) p (log(p / m) - ...)
 struct JsDivWithLogits : SoftmaxDistance {
   static constexpr const char* name = "js_div_with_logits";
-  static constexpr int kConstants = kOwnConstants + 2;
-  enum { kOwnX = kOwn, kOwnY = kOwnConstants, kBeta };
+  static constexpr int kConstants = kOwnConstants + 4;
+  enum { kOwnX = kOwn, kOwnY = kOwnConstants, kBeta, kTopX, kTopY };
   MBK_FN static void between(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     SoftmaxDistance::between(a, item, c);
     c.value[kBeta] = a.parameters[1];
@@ -128,8 +162,12 @@ struct JsDivWithLogits : SoftmaxDistance {
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     const double f = a.parameters[2] * inverse_temperature(a) * item.scale;
-    c.value[kFactorX] = f * (1 - a.parameters[1]), c.value[kFactorY] = f * a.parameters[1];
+    const double beta = a.parameters[1], p = 1 / sum_x(item), t = 1 / sum_y(item);
+    c.value[kFactorX] = f * (1 - beta), c.value[kFactorY] = f * beta;
     c.value[kOwnX] = item.second[0], c.value[kOwnY] = item.second[1];
+    const double d = -top_difference(item) / (beta * t + (1 - beta) * p);
+    c.value[kTopX] = c.value[kFactorX] * p * (log1p(-beta * d) - item.second[0]);
+    c.value[kTopY] = c.value[kFactorY] * t * (log1p((1 - beta) * d) - item.second[1]);
     return 0;
   }
   template <class V>
@@ -175,8 +213,11 @@ struct JsDivWithLogits : SoftmaxDistance {
   MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
     const Mixture<V> r = mixture(c, kept);
     const V zero = V{}, x = constant<V>(c, kFactorX) * r.p, y = constant<V>(c, kFactorY) * r.t;
+    const auto top = at_both_maxima(kept);
     g[0] = select(r.p == zero, zero, x * (log_ratio(r.x, r.p, r.m) - constant<V>(c, kOwnX)));
     g[1] = select(r.t == zero, zero, y * (log_ratio(r.y, r.t, r.m) - constant<V>(c, kOwnY)));
+    g[0] = select(top, constant<V>(c, kTopX), g[0]);
+    g[1] = select(top, constant<V>(c, kTopY), g[1]);
   }
   // log(p / m) = log(1 + r): of the quotient where r is far from 0, as there 1 + r may round to 0.
   template <class V>
@@ -193,8 +234,12 @@ struct JsDivWithLogits : SoftmaxDistance {
 // of p.
 struct TvDistanceWithLogits : SoftmaxDistance {
   static constexpr const char* name = "tv_distance_with_logits";
-  static constexpr int kSums = 5, kConstants = kOwnConstants + 3;
-  enum { kAboveX = kOwn, kBelowX, kAboveY, kBelowY };  // A and B, of p and of t
+  static constexpr int kSecondSums = 5, kConstants = kOwnConstants + 4;
+  enum { kAboveX = kOwn, kBelowX, kAboveY, kBelowY, kTopDifference };  // A and B, of p and of t
+  MBK_FN static void between(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
+    SoftmaxDistance::between(a, item, c);
+    c.value[kTopDifference] = top_difference(item);
+  }
   MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
     return a.parameters[2] * 0.5 * item.second[0];
   }
@@ -205,14 +250,13 @@ struct TvDistanceWithLogits : SoftmaxDistance {
     return 0;
   }
   template <class V, class C>
-  MBK_FN static void sums1(const C&, const V*, V, const V* kept, V* term) {
-    term[0] = kept[0], term[1] = kept[1];
-    for (int k = 2; k < kSums; ++k) term[k] = V{};
+  MBK_FN static V difference(const C& c, const V* kept, V p, V t) {
+    return select(at_both_maxima(kept), constant<V>(c, kTopDifference), p - t);
   }
   template <class V, class C>
   MBK_FN static void sums2(const C& c, const V*, V, const V* kept, V* term) {
-    const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF), d = p - t,
-            zero = V{};
+    const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF),
+            d = difference(c, kept, p, t), zero = V{};
     const auto above = d > zero, below = d < zero;
     term[0] = abs(d);
     term[1] = select(above, zero, select(below, p + p, p));
@@ -222,8 +266,8 @@ struct TvDistanceWithLogits : SoftmaxDistance {
   }
   template <class V, class C>
   MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
-    const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF), d = p - t,
-            zero = V{};
+    const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF),
+            d = difference(c, kept, p, t), zero = V{};
     const auto above = d > zero, below = d < zero;
     const auto bracket = [&](int first) {
       const V a = constant<V>(c, first), b = constant<V>(c, first + 1);
