@@ -178,7 +178,7 @@ def rows_loss(
 def _end(
     loss: Loss, inputs: Inputs, options: TensorOptions, extras: Extras, weight: Tensor | None
 ) -> Tensor:
-    if extras and not _EXTRAS.issuperset(extras):
+    if extras and not extras.keys() <= _EXTRAS:  # torch 2.6 compiles no issuperset
         unknown = ", ".join(repr(name) for name in extras if name not in _EXTRAS)
         raise TypeError(f"mbkern: {loss.name} has no argument {unknown}")
     o, subclass = options, False
