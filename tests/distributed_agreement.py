@@ -154,6 +154,34 @@ def data_parallel(rank: int) -> None:
         require_same(model, accumulator.flush().norm)
 
 
+def states(rank: int, world: int) -> None:
+    """A window goes on with each rank's own sums; those of another would be counted twice."""
+    model = new_model()
+    accumulator = new_accumulator(model)
+    empty = accumulator.state_dict()
+    run(accumulator, model, 1 + rank)
+    saved: list[Any] = [None] * world
+    dist.all_gather_object(saved, accumulator.state_dict())
+    want = accumulator.flush().norm
+    with pytest.raises(ValueError, match=f"rank {1 - min(rank, 1)} of {world} in mid-window"):
+        accumulator.load_state_dict(saved[1 - min(rank, 1)])
+    accumulator.load_state_dict(empty)
+    accumulator.load_state_dict(saved[rank])
+    assert torch.equal(accumulator.flush().norm, want)
+    alone = mbkern.GradAccumulator(new_model(), process_group=False)
+    with pytest.raises(ValueError, match=f"of {world} in mid-window, and this is rank 0 of 1"):
+        alone.load_state_dict(saved[0])
+    alone.load_state_dict(empty)
+    run(alone, model)
+    one = alone.state_dict()
+    one["micro_batches"] = 1
+    if rank == 0:  # of fewer ranks: the others begin without
+        accumulator.load_state_dict(one)
+    else:
+        with pytest.raises(ValueError, match="rank 0 of 1"):
+            accumulator.load_state_dict(one)
+
+
 def shards(rank: int, world: int) -> None:
     """A broken window of one rank; an overflow that only one shard has once it is clipped."""
     mesh = dist.init_device_mesh("cpu", (world,))
@@ -241,6 +269,7 @@ def main() -> None:
     all_frozen(rank)
     one_rank_fails(rank)
     data_parallel(rank)
+    states(rank, world)
     random_windows(rank, world, int(arguments[0]))
     if "shards" in arguments:
         shards(rank, world)

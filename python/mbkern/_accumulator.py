@@ -505,7 +505,9 @@ class GradAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """The window so far, between two micro-batches: copies of all sums, and the counts.
 
-        What FSDP has kept whole is reduced first, so every rank must call this then.
+        Over several processes they are this rank's own: save one on every rank, and load each on
+        its rank. Of a window that has not begun, any rank's will do. What FSDP has kept whole is
+        reduced first, so every rank must call this then.
         """
         self._require_closed("state_dict()")
         self._window.require_whole()

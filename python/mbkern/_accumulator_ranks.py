@@ -74,6 +74,29 @@ def group_of(module: Any, given: Any) -> Any:
     return own
 
 
+def place_in(group: Any) -> tuple[int, int]:
+    """This process's rank, and of how many."""
+    if group is None:
+        return 0, 1
+    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+
+def check_place(saved: Any, here: tuple[int, int], shards: bool) -> None:
+    """Raise for the sums of another rank, or where those of some ranks would be lost."""
+    if saved is None:  # of an older version
+        return
+    pair = isinstance(saved, tuple | list) and [type(n) for n in saved] == [int, int]
+    if not pair:
+        raise ValueError(f"mbkern: not the state of a GradAccumulator: its place is {saved!r}")
+    (rank, world), (own, now) = saved, here
+    if rank != own or world > now or (shards and world != now):
+        raise ValueError(
+            f"mbkern: the state has the sums of rank {rank} of {world} in mid-window, and this is "
+            f"rank {own} of {now}: sums are each rank's own, so save a state on every rank, and "
+            "load each once; ranks that come in addition begin without"
+        )
+
+
 def share_buffers(module: Any) -> None:
     """Take part in the broadcast of module buffers that DistributedDataParallel's first forward
     starts, on a rank that has run none: the others wait for it."""

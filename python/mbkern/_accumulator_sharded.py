@@ -43,6 +43,11 @@ class Shards:
         self._modules = modules
         self._slots: list[Slot] = []  # all that there are, frozen ones too
 
+    @property
+    def group(self) -> Any:
+        """The ranks that have different shards."""
+        return self._slots[0].mesh.get_group(_shard_dim(self._slots[0]))
+
     def check(self, slots: list[Slot]) -> None:
         """Raise if these are not all shards over one mesh."""
         meshes = []
@@ -187,16 +192,14 @@ class Shards:
 
     def largest(self, found_inf: Tensor) -> Tensor:
         """Whether a gradient is not finite in any shard: all ranks must take or skip a step."""
-        slot, over = self._slots[0], found_inf.clone()
-        group = slot.mesh.get_group(_shard_dim(slot))
-        torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=group)
+        over = found_inf.clone()
+        torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return over
 
     def whole(self, stats: FlushStats) -> FlushStats:
         """Statistics of whole parameters, from those of their shards; not clipped yet."""
-        slot = self._slots[0]
         sums = torch.cat((stats.squared_norms, stats.penalty.reshape(1)))
-        torch.distributed.all_reduce(sums, group=slot.mesh.get_group(_shard_dim(slot)))
+        torch.distributed.all_reduce(sums, group=self.group)
         over = self.largest(stats.found_inf)
         norm = sums[:-1].sum().sqrt()
         return stats._replace(norm=norm, squared_norms=sums[:-1], penalty=sums[-1], found_inf=over)

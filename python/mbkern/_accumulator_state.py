@@ -12,6 +12,7 @@ from mbkern._accumulator_collect import Measurement
 from mbkern._accumulator_counts import Count
 from mbkern._accumulator_hooks import release
 from mbkern._accumulator_parameters import Slot
+from mbkern._accumulator_ranks import check_place, place_in
 from mbkern._tensors import describe
 
 if TYPE_CHECKING:
@@ -52,8 +53,14 @@ def save(accumulator: GradAccumulator) -> dict[str, Any]:
             None if accumulator.noise_scale is None else accumulator.noise_scale.state_dict()
         ),
         "divisor": window.divisor,
+        "place": _place(accumulator),
         "clipped": None if accumulator._clipped is None else accumulator._clipped.clone(),
     }
+
+
+def _place(accumulator: GradAccumulator) -> tuple[int, int]:
+    shards = accumulator._shards
+    return place_in(accumulator._group if shards is None else shards.group)
 
 
 def _received(slot: Slot, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -94,6 +101,9 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
             "denominators) is "
             f"{found}, here {expected}"
         )
+    if state["micro_batches"]:
+        shards = accumulator._shards is not None
+        check_place(state.get("place"), _place(accumulator), shards)
     none: list[Tensor | None] = [None] * accumulator._options.sets
     sums = {name: saved or none for name, saved in state["sums"].items()}  # []: it was frozen
     low_parts = {name: saved or none for name, saved in state["low"].items()}
