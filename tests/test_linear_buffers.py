@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as TF
 from linear_cases import Head, check, heads, leaves, limit
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 
 import mbkern
 from mbkern import functional as F
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+compiles_backward = pytest.mark.skipif(
+    not hasattr(compiled_autograd, "in_compiled_autograd_region"),
+    reason="NOT CHECKED: this torch does not tell of compiled autograd",
+)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -133,6 +138,26 @@ def test_grad() -> None:
             F.linear_cross_entropy(**t, accumulate_into="grad").backward()
         assert w.grad.dtype is torch.float32
         check(w.grad, 64 * exact, "64 micro-batches", 1e-2)
+
+
+@compiles_backward
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_grad_under_compiled_autograd() -> None:
+    """It takes back a ``.grad`` that is set behind its back: the weight's gradient was lost."""
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 4, generator=g).requires_grad_()
+    x, y = torch.randn(5, 4, generator=g), torch.randint(6, (5,), generator=g)
+
+    def loss(**into: Any) -> Tensor:
+        first: Tensor = F.linear_cross_entropy(x, weight, y, **into)
+        return first + F.linear_cross_entropy(-x, weight, y, **into)
+
+    (want,) = torch.autograd.grad(loss(), weight)
+    total = loss(accumulate_into="grad")
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        total.backward()
+    assert weight.grad is not None
+    check(weight.grad, want, "compiled", 1e-6)
 
 
 def test_main_grad() -> None:

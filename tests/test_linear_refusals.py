@@ -195,3 +195,16 @@ def test_weights_that_are_subclasses() -> None:
     for name, value in more.items():
         got = head(**t, **(more | {name: value.as_subclass(Marked)}))
         torch.testing.assert_close(torch.Tensor(got.detach()), want.detach())
+
+
+def test_another_default_dtype() -> None:
+    """Statistics have the dtypes that are promised."""
+    want = head(**tensors(), return_stats=True)[1]
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = head(**{k: v.float() if k != "target" else v for k, v in tensors().items()},
+                   return_stats=True)[1]  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert want.accuracy.dtype is got.accuracy.dtype is torch.float32
+    assert [s.dtype for s in want] == [s.dtype for s in got]

@@ -10,6 +10,7 @@ there, and backward returns a gradient of no meaning, so that hooks run (zeros w
 from __future__ import annotations
 
 import math
+import sys
 from typing import TypeAlias
 
 import torch
@@ -111,8 +112,10 @@ class Accumulation:
     ) -> None:
         if destination is not None:
             check(destination, weight, others)  # it may have changed since forward
-        self._weight, self._destination = weight, destination
         self._owner = owner_of(weight)
+        if destination == "grad" and _in_compiled_autograd():
+            destination = None  # it takes back what is set behind its back, and adds no None
+        self._weight, self._destination = weight, destination
         self._buffer = self._find(destination)
         shape = (math.prod(weight.shape[:-1]), weight.shape[-1])
         flat: Tensor | None = None
@@ -166,6 +169,11 @@ def _is_in_data_parallel(parameter: Tensor) -> bool:
     kind = getattr(torch.nn.parallel, "DistributedDataParallel", None)
     module = getattr(kind, "_active_ddp_module", None)
     return module is not None and any(p is parameter for p in module.parameters())
+
+
+def _in_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "in_compiled_autograd_region", False))
 
 
 def _overwrite(buffer: Tensor) -> None:
