@@ -13,6 +13,7 @@ from mbkern._accumulator_counts import Count
 from mbkern._accumulator_hooks import release
 from mbkern._accumulator_parameters import Slot
 from mbkern._accumulator_ranks import check_place, place_in
+from mbkern._accumulator_state_checks import check_parts
 from mbkern._tensors import describe
 
 if TYPE_CHECKING:
@@ -82,6 +83,16 @@ def _copied(numbers: Any) -> Any:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in numbers.items()}
 
 
+def _pair(compensation: Any) -> tuple[Any, Any]:
+    pair = isinstance(compensation, tuple | list) and len(compensation) == 2
+    kind, seed = compensation if pair else (0, 0)
+    if not isinstance(kind, str | None) or not isinstance(seed, int):
+        raise ValueError(
+            f"mbkern: not the state of a GradAccumulator: its 'compensation' is {compensation!r}"
+        )
+    return kind, seed
+
+
 def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     """Check everything, then take it over."""
     if not isinstance(state, Mapping):
@@ -92,15 +103,21 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(f"mbkern: not the state of a GradAccumulator: it has no {sorted(missing)}")
     rounding = accumulator._rounding
-    kind, seed = state["compensation"]
+    kind, seed = _pair(state["compensation"])
     expected = (_FORMAT, accumulator.mode, rounding.kind, accumulator._names)
-    found = (state["format"], state["mode"], kind, tuple(state["denominators"]))
+    if not isinstance(state["format"], int):
+        raise ValueError(f"mbkern: the state is of format {state['format']!r}, here {_FORMAT}")
+    names_there = state["denominators"]
+    if not isinstance(names_there, tuple | list):
+        names_there = (names_there,)
+    found = (state["format"], state["mode"], kind, tuple(names_there))
     if expected != found:
         raise ValueError(
             "mbkern: the state is of another accumulator: (format, mode, compensation, "
             "denominators) is "
             f"{found}, here {expected}"
         )
+    check_parts(state, accumulator._names, accumulator._options.sets)
     if state["micro_batches"]:
         shards = accumulator._shards is not None
         check_place(state.get("place"), _place(accumulator), shards)
