@@ -206,6 +206,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"accumulate_into": "grads"}, ValueError, "accumulate_into is a tensor, 'grad' or"),
     ({"accumulate_into": torch.zeros(2, 5)}, ValueError, r"weight's shape \(11, 5\)"),
     ({"accumulate_into": torch.zeros(1, 5).expand(11, 5)}, ValueError, "share memory"),
+    ({"accumulate_into": torch._neg_view(torch.zeros(11, 5))}, ValueError, "a negated view"),
     ({"accumulate_into": "main_grad"}, ValueError, "needs a weight that has the attribute"),
 ]
 

@@ -69,7 +69,8 @@ def check(destination: Destination, weight: Tensor, others: tuple[Tensor | None,
 
 
 def _check_tensor(buffer: Tensor, weight: Tensor, others: tuple[Tensor | None, ...]) -> None:
-    require_plain(buffer, "accumulate_into")
+    if require_plain(buffer, "accumulate_into") is not buffer:
+        raise ValueError("mbkern: accumulate_into is a negated view; it cannot be written to")
     shapes = (weight.shape, owner_of(weight).shape)
     if buffer.shape not in shapes or not buffer.is_floating_point():
         raise ValueError(
