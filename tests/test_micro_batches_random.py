@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import mbkern
+from mbkern._micro_batches import renewed
 
 pytestmark = pytest.mark.cpu
 
@@ -65,6 +66,7 @@ def play(seed: int) -> None:
             rows = slice(k * size, min(n, (k + 1) * size))
             assert_same(part, cut(rows), f"seed {seed}: batch")
     assert_same(batch, cut(slice(0, n)), f"seed {seed}: the batch itself")
+    assert_same(renewed(batch), cut(slice(0, n)), f"seed {seed}: renewed")
 
 
 @pytest.mark.parametrize("first", range(0, 600, 200))

@@ -125,6 +125,29 @@ def test_random_numbers_of_all_three_are_put_back() -> None:
     assert draw() == wanted
 
 
+def popping(batch: Any) -> Tensor:
+    return (batch.pop("x") * batch.pop("list")[0].pop()).sum()
+
+
+def test_a_step_may_take_its_batch_apart() -> None:
+    """As ``labels = batch.pop("labels")`` does: the next pass had none."""
+    weight = torch.ones(4, requires_grad=True)
+    batch = {"x": torch.ones(4, 4), "list": [[torch.ones(4, 4), torch.ones(4, 4)]]}
+    assert plan(lambda b: (weight * popping(b)).sum(), batch).micro_batch >= 1
+    assert [*batch] == ["x", "list"]
+
+    def sample(n: int) -> Any:
+        return {"x": torch.ones(n, 4), "list": [[torch.ones(n, 4)]]}
+
+    assert plan(lambda b: (weight * popping(b)).sum(), sample).micro_batch >= 1
+
+
+def test_a_sample_that_one_pass_uses_up_is_refused() -> None:
+    """All passes but the first were over nothing."""
+    with pytest.raises(TypeError, match=r"^mbkern: sample\(1\) is a generator"):
+        plan(lambda rows: sum(rows), lambda n: (torch.ones(4) for _ in range(n)))
+
+
 def test_a_picture_leaves_the_users_backend(tmp_path: Path) -> None:
     """It switched to Agg, for good."""
     mpl = pytest.importorskip("matplotlib")

@@ -231,6 +231,22 @@ def _cut(value: Any, rows: slice, kinds: _Kinds) -> Any:
     return value
 
 
+def renewed(value: Any) -> Any:
+    """The same tensors in containers of its own: what a step takes out of them stays in the old."""
+    if isinstance(value, Mapping):
+        return mapping_with(value, {key: renewed(entry) for key, entry in value.items()})
+    if _is_dataclass(value):
+        new = copied(value)
+        for place, entry in _entries(value):
+            object.__setattr__(new, place[1:], renewed(entry))
+        return new
+    if isinstance(value, tuple | list):
+        entries = [renewed(entry) for _, entry in _entries(value)]
+        same = all(new is old for new, old in zip(entries, value, strict=True))
+        return value if same and isinstance(value, tuple) else sequence_with(value, entries)
+    return value
+
+
 def _cut_mapping(value: Mapping[Any, Any], rows: slice, kinds: _Kinds) -> Mapping[Any, Any]:
     cut = mapping_with(value, {key: _cut(entry, rows, kinds) for key, entry in value.items()})
     encodings = getattr(value, "__dict__", {}).get("_encodings")

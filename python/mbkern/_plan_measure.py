@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _plan_memory
-from mbkern._micro_batches import micro_batches, tensors_in
+from mbkern._micro_batches import micro_batches, renewed, tensors_in
 from mbkern._plan_fit import Probe
 from mbkern.bench.timing import Way, once
 
@@ -96,6 +96,11 @@ class Source:
         if self._draw is None:
             return micro_batches(self._batch, items)[0]
         drawn = [self._draw(items) for _ in range(DRAWS)]
+        if any(isinstance(batch, Iterator) for batch in drawn):
+            raise TypeError(
+                f"mbkern: sample({items}) is a {type(drawn[0]).__name__}, which one pass uses up; "
+                "give a list, or a tensor"
+            )
         return max(drawn, key=size)
 
 
@@ -235,8 +240,8 @@ class Meter:
         return int(most)
 
     def _time(self, run: Callable[[Any], None], batch: Any) -> float:
-        self._aside = 0.0
-        seconds = once(Way("", lambda: run(batch)), self.device.type)[0] * 1e-9
+        self._aside, own = 0.0, _own(batch)
+        seconds = once(Way("", lambda: run(own)), self.device.type)[0] * 1e-9
         # On a GPU the host works ahead.
         return seconds - self._aside if self.device.type == "cpu" else seconds
 
@@ -262,9 +267,17 @@ class Meter:
 def _repeated(run: Callable[[Any], None], batch: Any, passes: int = 2) -> Callable[[], None]:
     def all_of_them() -> None:
         for _ in range(passes):
-            run(batch)
+            run(_own(batch))
 
     return all_of_them
+
+
+def _own(batch: Any) -> Any:
+    """A batch for one pass: steps take their labels out of it."""
+    try:
+        return renewed(batch)
+    except (TypeError, RecursionError):  # of a class that has no copies
+        return batch
 
 
 def leaves(loss: Tensor) -> list[Tensor]:

@@ -59,7 +59,9 @@ def plan(
     Args:
         step: called with a micro-batch, returns its loss, a 0-dim tensor; it runs with gradients,
             followed by a backward, and under ``torch.no_grad()``. If the loss does not require grad
-            the step is taken to have run its own backward, and the function is not measured.
+            the step is taken to have run its own backward, and the function is not measured. Every
+            pass gets dicts and lists of its own, out of which it may take entries, and the same
+            tensors, which it must leave as they are.
         sample: ``sample(n)`` returns a micro-batch of n items: the longest that occur, since time
             and memory are planned for them; of three draws the largest counts. Or a batch, with the
             longest items in it, of which the first ones are used (``mbkern.micro_batches``).
