@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -130,3 +131,16 @@ def test_a_negated_view_in_forward_mode() -> None:
     _, want = torch.func.jvp(lambda x: F.cross_entropy(x, t), (-x,), (d,))
     _, got = torch.func.jvp(lambda x: F.cross_entropy(x, t), (torch._neg_view(x),), (d,))
     torch.testing.assert_close(got, want)
+
+
+def test_a_traced_smoothing_in_double_precision() -> None:
+    """TorchScript's tracer makes a tensor of the number of classes, of float32 beside a number."""
+    x, t = torch.randn(3, 130, dtype=torch.float64), torch.arange(3)
+
+    def smoothed(x: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(x, t, label_smoothing=0.1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.jit.trace(smoothed, (x, t), check_trace=False)
+    torch.testing.assert_close(graph(x, t), smoothed(x, t), rtol=1e-14, atol=0.0)

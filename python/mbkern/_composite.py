@@ -58,7 +58,8 @@ def _cross_entropy(input: Tensor, target: Tensor, o: RowOptions) -> tuple[Tensor
     else:
         share = target.to(x.dtype).movedim(1, -1) if target.dim() > 1 else target.to(x.dtype)
         weights = torch.ones_like(x[..., 0])
-    q = w * ((1.0 - o.label_smoothing) * share + o.label_smoothing / classes)
+    even = torch.ones((), dtype=x.dtype, device=x.device) / classes  # a tensor to TorchScript
+    q = w * ((1.0 - o.label_smoothing) * share + o.label_smoothing * even)
     # A class with q = 0 counts nothing, also where its probability is 0, as in torch with indices.
     terms = torch.where(q != 0, q * log_p, 0.0) if has_index else q * log_p
     losses = -terms.sum(-1)
