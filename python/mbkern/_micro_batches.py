@@ -241,7 +241,8 @@ def renewed(value: Any) -> Any:
             object.__setattr__(new, place[1:], renewed(entry))
         return new
     if isinstance(value, tuple | list):
-        entries = [renewed(entry) for _, entry in _entries(value)]
+        plain = all(type(entry) in (int, str, float, bool) for entry in value)  # many, often
+        entries = [*value] if plain else [renewed(entry) for entry in value]
         same = all(new is old for new, old in zip(entries, value, strict=True))
         return value if same and isinstance(value, tuple) else sequence_with(value, entries)
     return value
