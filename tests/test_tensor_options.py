@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
 
 import mbkern.functional as F
+
+Loss = Callable[..., Tensor]
 
 
 class Subclass(torch.Tensor):
@@ -16,7 +20,7 @@ class Subclass(torch.Tensor):
 
 @pytest.mark.parametrize("option", ["weight", "sample_weight", "denominator"])
 @pytest.mark.parametrize("loss", [F.cross_entropy, F.nll_loss, F.mse_loss])
-def test_a_subclass_among_the_options(loss: type, option: str) -> None:
+def test_a_subclass_among_the_options(loss: Loss, option: str) -> None:
     """Torch's functions take it, and their result is of it."""
     torch.manual_seed(0)
     x = torch.randn(6, 4).log_softmax(1).requires_grad_()
@@ -30,6 +34,25 @@ def test_a_subclass_among_the_options(loss: type, option: str) -> None:
     (plain,) = torch.autograd.grad(want, x)
     (grad,) = torch.autograd.grad(got.as_subclass(Tensor), x)
     assert torch.equal(grad, plain)
+
+
+@pytest.mark.parametrize("option", ["weight", "sample_weight"])
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss])
+def test_a_product_of_weights_keeps_derivatives(loss: Loss, option: str) -> None:
+    """In forward mode they are computed; in backward they are refused, not left out."""
+    torch.manual_seed(0)
+    x, y, direction = torch.randn(3, 6, 4, dtype=torch.float64)
+    weights = {n: torch.rand(6, 4, dtype=torch.float64) + 0.5 for n in ("weight", "sample_weight")}
+
+    def of(weight: Tensor) -> Tensor:
+        return loss(x, y, **weights | {option: weight})
+
+    _, tangent = torch.func.jvp(of, (weights[option],), (direction,))
+    step = 1e-6 * direction
+    want = (of(weights[option] + step) - of(weights[option] - step)) / 2e-6
+    torch.testing.assert_close(tangent, want, rtol=1e-6, atol=1e-9)
+    with pytest.raises(NotImplementedError, match="no gradient is computed for weights"):
+        of(weights[option].requires_grad_())
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

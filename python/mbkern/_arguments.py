@@ -96,7 +96,7 @@ def product(weight: Tensor | None, sample_weight: Tensor | None) -> Tensor | Non
     if weight is None or sample_weight is None:
         return weight if sample_weight is None else sample_weight
     both = compute_dtype(torch.promote_types(weight.dtype, sample_weight.dtype))
-    return weight.detach().to(both) * sample_weight.detach().to(both).expand(weight.shape)
+    return weight.to(both) * sample_weight.to(both).expand(weight.shape)
 
 
 # Of each type, the integers that compare as its non-negative numbers do, and that of 1.
