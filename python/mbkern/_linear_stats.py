@@ -88,8 +88,8 @@ def gather(parts: tuple[Tensor, ...], lse: Tensor) -> LinearStats:
     counted, hit, predicted, entropy, of_target = (p.reshape(lse.shape) for p in parts)
     none, count = ~counted, counted.sum()
     return LinearStats(
-        count, hit.sum().float() / count, predicted.masked_fill(none, -1), of_target.masked_fill(none, 0),
-        entropy.masked_fill(none, 0), lse.masked_fill(none, 0),
+        count, hit.sum().float() / count, predicted.masked_fill(none, -1),
+        of_target.masked_fill(none, 0), entropy.masked_fill(none, 0), lse.masked_fill(none, 0),
     )  # fmt: skip
 
 
