@@ -12,14 +12,13 @@ namespace mbk::MBK_ISA {
 // distances are sums of small terms of one sign, never differences of large ones.
 //
 // Where one class is nearly certain on both sides, all that is small is a function of the other
-// classes' terms. So columns at the maximum are counted instead of added to them: S = n + R, and
-//   p - t = (F - S) / (S F)
-// of a column at both maxima, with all digits that R and the teacher's have.
+// classes' terms: of a column at both maxima, which adds nothing to the sum of differences,
+//   p - t = (F - S) / (S F),  F - S = sum (f - e)
 struct SoftmaxDistance : MultirowLoss {
   static constexpr ItemTarget kTarget = ItemTarget::index;
-  static constexpr int kInputs = 2, kGradients = 2, kMaxima = 2, kKept = 2, kLevels = 2, kSums = 4,
+  static constexpr int kInputs = 2, kGradients = 2, kMaxima = 2, kKept = 2, kLevels = 2, kSums = 3,
                        kSecondSums = 2, kScaleParameter = 0;
-  enum { kRestX, kTopsX, kRestY, kTopsY };  // R and n
+  enum { kSumX, kSumY, kDifference };  // S, F, F - S
   enum { kMaxX, kMaxY, kScale, kOverS, kOverF, kFactorX, kFactorY, kOwn, kOwnConstants };
   MBK_FN static double inverse_temperature(const MultirowArgs& a) { return a.parameters[0]; }
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
@@ -27,19 +26,14 @@ struct SoftmaxDistance : MultirowLoss {
     c.value[kScale] = inverse_temperature(a);
   }
   MBK_FN static void between(const MultirowArgs&, const MultirowItem& item, Constants& c) {
-    c.value[kOverS] = 1 / sum_x(item), c.value[kOverF] = 1 / sum_y(item);
-  }
-  MBK_FN static double sum_x(const MultirowItem& item) {
-    return item.first[kTopsX] + item.first[kRestX];
-  }
-  MBK_FN static double sum_y(const MultirowItem& item) {
-    return item.first[kTopsY] + item.first[kRestY];
-  }
-  MBK_FN static double sums_apart(const MultirowItem& item) {  // F - S
-    return (item.first[kTopsY] - item.first[kTopsX]) + (item.first[kRestY] - item.first[kRestX]);
+    c.value[kOverS] = 1 / item.first[kSumX], c.value[kOverF] = 1 / item.first[kSumY];
   }
   MBK_FN static double top_difference(const MultirowItem& item) {  // p - t at both maxima
-    return sums_apart(item) / (sum_x(item) * sum_y(item));
+    return item.first[kDifference] / (item.first[kSumX] * item.first[kSumY]);
+  }
+  // log(1 + r) of a ratio whose r = ratio - 1 is known better, where it is small.
+  MBK_FN static double log_near_one(double r, double ratio) {
+    return r > -0.5 && r < 0.5 ? log1p(r) : log(ratio);
   }
   template <class V>
   MBK_FN static auto at_both_maxima(const V* kept) {
@@ -60,11 +54,7 @@ struct SoftmaxDistance : MultirowLoss {
   }
   template <class V, class C>
   MBK_FN static void sums1(const C&, const V*, V, const V* kept, V* term) {
-    const V one = splat<V>(1), zero = V{};
-    for (int i = 0; i < kInputs; ++i) {
-      const auto top = kept[i] == one;
-      term[2 * i] = select(top, zero, kept[i]), term[2 * i + 1] = select(top, one, zero);
-    }
+    term[kSumX] = kept[0], term[kSumY] = kept[1], term[kDifference] = kept[1] - kept[0];
   }
 };
 
@@ -88,7 +78,7 @@ struct KlDivWithLogits : SoftmaxDistance {
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     const double f = a.parameters[2] * inverse_temperature(a) * item.scale;
-    c.value[kFactorX] = f / sum_x(item), c.value[kFactorY] = f / sum_y(item);
+    c.value[kFactorX] = f / item.first[kSumX], c.value[kFactorY] = f / item.first[kSumY];
     c.value[kOwn] = item.second[0];
     c.value[kTopX] = f * top_difference(item);
     c.value[kTopY] = c.value[kFactorY] * (log_sums(item) - item.second[0]);
@@ -105,7 +95,8 @@ struct KlDivWithLogits : SoftmaxDistance {
     c.value[kLogRatio] = log_sums(item) - (near ? apart : 0);
   }
   MBK_FN static double log_sums(const MultirowItem& item) {  // log (S / F)
-    return log1p(-sums_apart(item) / sum_y(item));
+    return log_near_one(-item.first[kDifference] / item.first[kSumY],
+                        item.first[kSumX] / item.first[kSumY]);
   }
   template <class V, class C>
   MBK_FN static V log_ratio(const C& c, const V* x) {
@@ -162,12 +153,13 @@ struct JsDivWithLogits : SoftmaxDistance {
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     const double f = a.parameters[2] * inverse_temperature(a) * item.scale;
-    const double beta = a.parameters[1], p = 1 / sum_x(item), t = 1 / sum_y(item);
+    const double beta = a.parameters[1], p = 1 / item.first[kSumX], t = 1 / item.first[kSumY];
     c.value[kFactorX] = f * (1 - beta), c.value[kFactorY] = f * beta;
     c.value[kOwnX] = item.second[0], c.value[kOwnY] = item.second[1];
-    const double d = -top_difference(item) / (beta * t + (1 - beta) * p);
-    c.value[kTopX] = c.value[kFactorX] * p * (log1p(-beta * d) - item.second[0]);
-    c.value[kTopY] = c.value[kFactorY] * t * (log1p((1 - beta) * d) - item.second[1]);
+    const double m = beta * t + (1 - beta) * p, d = -top_difference(item) / m;
+    const double x = log_near_one(-beta * d, p / m), y = log_near_one((1 - beta) * d, t / m);
+    c.value[kTopX] = c.value[kFactorX] * p * (x - item.second[0]);
+    c.value[kTopY] = c.value[kFactorY] * t * (y - item.second[1]);
     return 0;
   }
   template <class V>
