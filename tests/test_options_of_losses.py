@@ -47,3 +47,14 @@ def test_options(name: str) -> None:
                 next(iter(given.values())).requires_grad_()
             with pytest.raises((TypeError, ValueError), match=r"^mbkern: "):
                 function(**given)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_of_other_losses(name: str) -> None:
+    """Refused, not ignored; also those by whose names the losses call each other."""
+    function, tensors = getattr(F, name), CALLS[name]
+    own = inspect.signature(function).parameters
+    for other in ("weight", "ignore_index", "size_average", "reduce", "loss", "tensors", "sizes"):
+        if other not in own:
+            with pytest.raises(TypeError, match=f"has no argument '{other}'|unexpected keyword"):
+                function(**tensors, **{other: None})

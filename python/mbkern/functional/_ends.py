@@ -103,6 +103,7 @@ def tensor_loss(
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
+    /,  # so that other names among the extras are refused by name
     **extras: Unpack[Extras],
 ) -> Tensor:
     """Compute any element-wise loss of tensors that broadcast to one shape."""
@@ -142,6 +143,7 @@ def rows_loss(
     ignore_index: int | None = -100,
     size_average: bool | None = None,
     reduce: bool | None = None,
+    /,
     **extras: Unpack[Extras],
 ) -> Tensor:
     """Compute any loss of rows of tensors of one shape; ``ignore_index`` None: no class is."""

@@ -315,8 +315,7 @@ def info_nce_loss(
     parameters = _SOFTMAX_FOCAL_LOSS.numbers(gamma=0.0, temperature=temperature)
     try:
         return rows_loss(
-            _SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, parameters, ignore_index=None,
-            **extras,
+            _SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, parameters, None, None, **extras,
         )  # fmt: skip
     except TypeError:
         if not isinstance(target, Tensor):
