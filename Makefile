@@ -143,7 +143,8 @@ aarch64: $(TOOLS)
 TORCHES ?= 2.6.0 2.14.1
 BOUNDARY := $(patsubst %,tests/test_%.py,settings operators autograd inplace grad_scale refusals losses \
   patched patched_calls patched_compile accumulator_scaler grad_accumulator accumulator_failures \
-  accumulator_ranks)
+  accumulator_ranks accumulator_agreement accumulator_state operands formulas tensor_options \
+  options_of_losses not_tensors_everywhere not_numbers ways_random linear_random linear_refusals)
 torches: $(PACKAGE)
 	python -m pip wheel -q --no-deps . -w build/wheel
 	set -e; for version in $(TORCHES); do \

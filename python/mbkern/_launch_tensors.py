@@ -199,6 +199,7 @@ class TensorCall:
         """Say why the kernel returned None; or run it on copies, where dimensions that do not merge
         are the reason, or numbers in memory that CUDA would write over while it reads them. Of the
         fields ``results`` alone are written to: others may be expanded, or not writeable."""
+        check_index(self.options.ignore_index, "ignore_index")
         self.explain()
         names = self.loss.arguments
         first = self.inputs[0]

@@ -153,12 +153,12 @@ def rows_loss(
         tensors = _of_numbers(loss, tensors) or tensors
     first = tensors[0]
     try:
-        for t, name in zip(tensors, loss.arguments, strict=False):
+        for k, t in enumerate(tensors):  # zip of unequal lengths is none of torch 2.6's compiler
             if t.shape != first.shape:
                 refuse_what_is_no_tensor(loss, *tensors)
                 raise ValueError(
-                    f"mbkern: {loss.name} needs {loss.arguments[0]} and {name} of one shape, not "
-                    f"{tuple(first.shape)} and {tuple(t.shape)}"
+                    f"mbkern: {loss.name} needs {loss.arguments[0]} and {loss.arguments[k]} of "
+                    f"one shape, not {tuple(first.shape)} and {tuple(t.shape)}"
                 )
             if not t.is_floating_point() and t is not first and not t.is_complex():
                 tensors = tuple(other if other is not t else t.to(first.dtype) for other in tensors)
@@ -294,8 +294,7 @@ def _of_numbers(loss: Loss, tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
     Raises for what is no tensor.
     """
-    first, *rest = tensors
-    filled = False
+    first, rest, filled = tensors[0], list(tensors[1:]), False
     if loss.name in _OF_NUMBERS and isinstance(first, Tensor):
         for k, value in enumerate(rest):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
