@@ -42,26 +42,28 @@ class Two(tuple[Any, ...]):
         return super().__new__(cls, (a, b))
 
 
-class Store(MutableMapping[str, Any]):
-    """Its entries lie in an attribute, which a shallow copy shares."""
-
+class ReadOnly(Mapping[str, Any]):
     def __init__(self, data: Mapping[str, Any], tag: str = "") -> None:
         self._data, self.tag = dict(data), tag
 
     def __getitem__(self, key: str) -> Any:
         return self._data[key]
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._data[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._data[key]
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._data)
 
     def __len__(self) -> int:
         return len(self._data)
+
+
+class Store(ReadOnly, MutableMapping[str, Any]):
+    """Its entries lie in an attribute, which a shallow copy shares."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._data[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._data[key]
 
 
 class Slotted(Store):
@@ -102,20 +104,6 @@ class Cased(Store):
 
     def __iter__(self) -> Iterator[str]:
         return (key for key, _ in self._data.values())
-
-
-class ReadOnly(Mapping[str, Any]):
-    def __init__(self, data: Mapping[str, Any], tag: str) -> None:
-        self._data, self.tag = dict(data), tag
-
-    def __getitem__(self, key: str) -> Any:
-        return self._data[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
-
-    def __len__(self) -> int:
-        return len(self._data)
 
 
 class Attributes(dict[str, Any]):
