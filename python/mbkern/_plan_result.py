@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mbkern._plan_fit import Curve, Probe, progress
+from mbkern._units import count, seconds, size
 
 
 @dataclass(frozen=True)
@@ -126,45 +127,37 @@ class Plan:
         lines = [
             f"micro-batch  {self.micro_batch}: a batch of {self.batch_size} in {self.passes} "
             f"pass{'es' * (self.passes != 1)}{tail}; no larger because of {self.limited_by}",
-            f"expected     {_seconds(self.seconds)} a batch, {self.items_a_second:.4g} items/s; at "
-            f"the peak {_bytes(self.peak_bytes)} of {_bytes(self.limit_bytes)}, with the "
-            f"{_bytes(self.held_bytes)} that are held before",
-            f"model        a pass takes {_seconds(self.overhead_s)} and {_seconds(self.item_s)} an "
-            f"item, {_bytes(self.fixed_bytes)} and {_bytes(self.item_bytes)} an item",
+            f"expected     {seconds(self.seconds)} a batch, {count(self.items_a_second)} items/s; "
+            f"at the peak {size(self.peak_bytes)} of {size(self.limit_bytes)}, with "
+            f"the {size(self.held_bytes)} that are held before",
+            f"model        a pass takes {seconds(self.overhead_s)} and {seconds(self.item_s)} an "
+            f"item, {size(self.fixed_bytes)} and {size(self.item_bytes)} an item",
         ]
         if self.gradient_cost is not None:
-            lines.append(f"gradient     takes {self.gradient_cost:.2f} times the function's time")
+            lines.append(
+                f"gradient     takes {self.gradient_cost:.2f} times the function's time "
+                "(forward and backward, against forward alone)"
+            )
         if self.verified is not None:
             v = self.verified
             lines.append(
-                f"verified     a pass of {v.items}: predicted {_seconds(v.predicted_s)} and "
-                f"{_bytes(v.predicted_bytes)}, measured {_seconds(v.measured_s)} and "
-                f"{_bytes(v.measured_bytes)}"
+                f"verified     a pass of {v.items}: predicted {seconds(v.predicted_s)} and "
+                f"{size(v.predicted_bytes)}, measured {seconds(v.measured_s)} and "
+                f"{size(v.measured_bytes)}"
             )
         if self.instead is not None:
             lines.append(f"instead      {self._instead(self.instead)}")
         return "\n".join(lines + [f"note         {note}" for note in self.notes])
 
     def _instead(self, instead: Instead) -> str:
-        half = self.batch_size / 2
-        text = f"two steps of {half:g}: {_seconds(instead.seconds)} and one more update"
+        small, odd = divmod(self.batch_size, 2)
+        halves = f"{small + 1} and {small}" if odd else f"{small}"
+        text = f"two steps of {halves}: {seconds(instead.seconds)} and one more update"
         if instead.progress is None or instead.progress_a_second is None:
             return text
         farther = "they get farther" if instead.progress_a_second > 1 else "one step gets farther"
         return (
-            f"{text}; at a noise scale of {instead.noise_scale:.4g} items they make "
+            f"{text}; at a noise scale of {count(instead.noise_scale or 0.0)} items they make "
             f"{instead.progress:.2f} times the progress, {instead.progress_a_second:.2f} times in "
             f"the same time (updates not counted): {farther}"
         )
-
-
-def _seconds(value: float) -> str:
-    for unit, name in ((1, "s"), (1e-3, "ms")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value * 1e6:.3g} us"
-
-
-def _bytes(value: float) -> str:
-    unit, name = (2**30, "GiB") if value >= 2**30 else (2**20, "MiB")
-    return f"{value / unit:.3g} {name}" if value >= 2**18 else f"{value / 2**10:.3g} KiB"

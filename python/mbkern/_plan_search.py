@@ -10,6 +10,7 @@ GAIN = 0.03  # two doublings that gain less an item are enough
 LIMITED = 4  # sizes that are tried close to the limit
 LONGER = 8  # passes at most in which the peak of the size that is taken is looked at again
 ROUNDS = 25  # at most, in which all sizes are timed again
+KNEE = "the throughput's knee: larger ones gain little"
 CONFIRM = 3  # rounds more before sizes are said to gain nothing
 
 
@@ -21,7 +22,7 @@ class Search:
         self.room = 0
         self.probes: list[Probe] = []
         self.notes: list[str] = []
-        self.taken, self.limited_by = 0, "the throughput's knee"
+        self.taken, self.limited_by = 0, KNEE
         self.late = False
 
     @property
@@ -51,9 +52,10 @@ class Search:
         first = self.probes[0]
         if first.gradient_bytes > self.room:
             held, limit = self.meter.held, self.meter.held + self.room
+            what = f"{first.items} items take" if first.items > 1 else "1 item takes"
             raise MemoryError(
-                f"mbkern: {first.items} item takes {_mib(first.gradient_bytes)} above the "
-                f"{_mib(held)} that are held before, and the limit is {_mib(limit)}"
+                f"mbkern: {what} {_mib(first.gradient_bytes)} above the {_mib(held)} that are held "
+                f"before, and the limit is {_mib(limit)}"
             )
         start, close = self.meter.spent, 0
         while self.probes[-1].items < self.most:
@@ -173,6 +175,11 @@ class Search:
                 self.limited_by = "the memory limit"
             elif self.late and self._gains(self.most, share):
                 self.limited_by = "the seconds to measure, which were over"
+        if self.late and self.limited_by == KNEE and len(self.probes) < 4:
+            self.notes.append(
+                f"the seconds to measure were over after {self.probes[-1].items} of {self.most} "
+                "items, too few to be sure of the knee: give more"
+            )
 
     def _gains(self, items: int, share: float) -> bool:
         """Whether that size is expected to be so much faster that what is taken is not enough."""

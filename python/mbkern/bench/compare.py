@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mbkern._units import seconds
 from mbkern.bench import statistics
-from mbkern.bench.display import seconds
 from mbkern.bench.rows import ALL, MEASURED, Key, Row, latest, load
 from mbkern.bench.tables import Table
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mbkern._units import seconds
 from mbkern.bench import statistics
-from mbkern.bench.display import seconds
 from mbkern.bench.rows import Row, latest
 from mbkern.bench.tables import Table
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mbkern._units import seconds
 from mbkern.bench import gpu, statistics
 from mbkern.bench.machine import BUSY
 from mbkern.bench.rows import ALL, FAILED, SKIPPED, WRONG, Row, grouped
@@ -15,14 +16,6 @@ from mbkern.bench.tables import Table, is_plain
 HEAD = ("case", "dtype", "pass", " threads", "allocator", "provider", " median", " 95 % interval",
         " IQR", " n", " out", " vs. baseline", " bandwidth", " TFLOP/s", " error", " peak MiB",
         "note")  # fmt: skip
-
-
-def seconds(value: float) -> str:
-    """Three digits with a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value / size < 999.5 else f"{value:.0f} s"
-    return f"{value * 1e9:.3g} ns"
 
 
 def suite_table(suite: str, rows: Sequence[Row]) -> Table:
