@@ -78,6 +78,14 @@ def loss_and_grad(
 
     Returns:
         The loss (0-dim, or one an item), and the gradient or the tuple of gradients.
+
+    Raises:
+        ValueError: an unknown loss or argument to differentiate, shapes that differ, the value of
+            an option.
+        TypeError: an unsuited dtype, what is no tensor, an option that the loss does not have.
+        IndexError: a class index out of range, on the CPU.
+        RuntimeError: an argument requires grad, outside ``torch.no_grad()``; a tracer, a transform.
+        Nothing has been written then.
     """
     if name == _linear_imperative.NAME:
         return _linear(tensors, argnums, reduction, grad_out, accumulate, scale, loss_sum, options)

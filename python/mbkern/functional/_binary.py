@@ -55,7 +55,7 @@ def binary_cross_entropy(
         weight: broadcasts to that shape, and does not count in the mean.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module; an item is an element.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
 
     Differentiable in both.
     """
@@ -88,7 +88,7 @@ def binary_cross_entropy_with_logits(
         pos_weight: w, of the positive class; broadcasts to that shape.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module; an item is an element.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
 
     Differentiable in input and target.
     """
@@ -110,8 +110,16 @@ def sigmoid_focal_loss(
     """Focal loss of logits (Lin et al. 2017): a (1 - p_t)^gamma times the binary cross-entropy.
 
     p_t is the probability of the target, a is alpha t + (1 - alpha) (1 - t), or 1 for a negative
-    ``alpha``. Arguments and defaults of ``torchvision.ops.sigmoid_focal_loss``; ``input`` and
-    ``target`` broadcast, and both are differentiable.
+    ``alpha``. Arguments and defaults of ``torchvision.ops.sigmoid_focal_loss``.
+
+    Args:
+        input, target: logits, and targets in [0, 1]; they broadcast to one shape.
+        alpha: the weight of targets of 1, at most 1; negative for none.
+        gamma: at least 0; 0 is binary cross-entropy.
+        reduction: "none" (the default here), "mean" or "sum".
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
+
+    Differentiable in both.
     """
     parameters = _SIGMOID_FOCAL_LOSS.numbers(alpha=alpha, gamma=gamma)
     return tensor_loss(_SIGMOID_FOCAL_LOSS, (input, target), reduction, parameters, **extras)
@@ -127,7 +135,13 @@ def soft_margin_loss(
 ) -> Tensor:
     """log(1 + exp(-target input)), target 1 or -1: :func:`torch.nn.functional.soft_margin_loss`.
 
-    Differentiable in ``input``.
+    Args:
+        input, target: tensors that broadcast to one shape.
+        reduction: "none", "mean" or "sum".
+        size_average, reduce: deprecated, as in torch.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
+
+    Differentiable in ``input``; NotImplementedError for a target that requires grad.
     """
     return tensor_loss(
         _SOFT_MARGIN_LOSS, (input, target), reduction, (), None, size_average, reduce, **extras
@@ -145,7 +159,16 @@ def hinge_embedding_loss(
 ) -> Tensor:
     """The distance ``input`` where the target is 1, max(0, margin - input) where it is -1.
 
-    :func:`torch.nn.functional.hinge_embedding_loss`. Differentiable in ``input``.
+    :func:`torch.nn.functional.hinge_embedding_loss`.
+
+    Args:
+        input, target: tensors that broadcast to one shape.
+        margin: from which on a distance is large enough.
+        reduction: "none", "mean" or "sum".
+        size_average, reduce: deprecated, as in torch.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
+
+    Differentiable in ``input``.
     """
     return tensor_loss(
         _HINGE_EMBEDDING_LOSS, (input, target), reduction,
@@ -160,7 +183,16 @@ def hinge_loss(
     reduction: str = "mean",
     **extras: Unpack[Extras],
 ) -> Tensor:
-    """max(0, margin - target input), target 1 or -1. Differentiable in both."""
+    """max(0, margin - target input), target 1 or -1.
+
+    Args:
+        input, target: tensors that broadcast to one shape.
+        margin: from which on an input counts nothing.
+        reduction: "none", "mean" or "sum".
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
+
+    Differentiable in both.
+    """
     return tensor_loss(
         _HINGE_LOSS, (input, target), reduction, _HINGE_LOSS.numbers(margin=margin), **extras
     )
@@ -173,7 +205,7 @@ def squared_hinge_loss(
     reduction: str = "mean",
     **extras: Unpack[Extras],
 ) -> Tensor:
-    """max(0, margin - target input)^2, target 1 or -1. Differentiable in both."""
+    """max(0, margin - target input)^2, target 1 or -1. Arguments as in :func:`hinge_loss`."""
     return tensor_loss(
         _SQUARED_HINGE_LOSS,
         (input, target),
@@ -195,8 +227,16 @@ def margin_ranking_loss(
 ) -> Tensor:
     """max(0, -target (input1 - input2) + margin), target 1 or -1.
 
-    :func:`torch.nn.functional.margin_ranking_loss`. Differentiable in all three, which broadcast to
-    one shape.
+    :func:`torch.nn.functional.margin_ranking_loss`.
+
+    Args:
+        input1, input2, target: tensors that broadcast to one shape.
+        margin: by how much the one that is to be larger must be.
+        reduction: "none", "mean" or "sum".
+        size_average, reduce: deprecated, as in torch.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
+
+    Differentiable in all three.
     """
     return tensor_loss(
         _MARGIN_RANKING_LOSS, (input1, input2, target), reduction,

@@ -48,8 +48,8 @@ def cross_entropy(
         softcap: cap of ``softcap * tanh(input / softcap)``, applied to the logits first.
         size_average, reduce: deprecated, as in torch.
 
-    The other arguments are those of the module. Differentiable in ``input`` and in class
-    probabilities.
+    ``sample_weight``, ``denominator``, ``inplace``, ``grad_scale`` and ``loss_dtype``: as of every
+    loss, see ``help(mbkern.functional)``. Differentiable in ``input`` and in class probabilities.
 
     Source of the method: the term of the target class is kept apart from the sum of the others, so
     that neither the loss log1p(R) nor the gradient -R / S cancels for confident logits

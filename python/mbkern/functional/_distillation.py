@@ -41,7 +41,7 @@ def kl_div_with_logits(
         reduction: "none", "mean" (over items: torch's "batchmean") or "sum".
         target: class indices an item, as of the loss beside this one. Items whose index is
             ``ignore_index`` count nothing, and their gradient is 0; that is all they are used for.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     Differentiable in both, each gradient computed only where it is asked for. Every term is formed
     as a number that is not negative, so that small divergences are right.

@@ -40,7 +40,7 @@ def kl_div(
         reduction: "none", "mean" (over all elements), "sum", or "batchmean": the sum over the size
             of the first dimension, the mathematical divergence of a batch of rows.
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module; an item is an element.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
 
     Differentiable in both. From logits, in one pass: :func:`kl_div_with_logits`.
     """
@@ -79,8 +79,9 @@ def poisson_nll_loss(
         target: counts t.
         full: add Stirling's approximation of log t! where t > 1.
         eps: keeps log(x) finite.
+        reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module; an item is an element.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
 
     Differentiable in both.
     """
@@ -108,7 +109,9 @@ def gaussian_nll_loss(
             or of that without its last dimension. Negative ones raise ValueError (on CUDA nobody
             looks). As in torch the gradient is that by v.
         full: add log(2 pi) / 2.
-        extras: the keywords of the module; an item is an element.
+        eps: the smallest variance.
+        reduction: "none", "mean" or "sum".
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
 
     Differentiable in all three.
     """
@@ -166,7 +169,10 @@ def tweedie_nll_loss(
         input: log m, or m itself with ``log_input=False``, at least ``eps``.
         target: t >= 0.
         power: p, 0 or at least 1.
-        extras: the keywords of the module; an item is an element.
+        log_input: whether the input is log m.
+        eps: the smallest m, without ``log_input``.
+        reduction: "none", "mean" or "sum".
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
 
     Differentiable in both. Source: Jorgensen, The theory of dispersion models (1997).
     """

@@ -53,7 +53,7 @@ def mse_loss(
         weight: of the input's shape; ``mean`` divides by the sum of the weights.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module; an item is an element.
+        extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
     """
     if weight is not None:
         _require_shape(_MSE_LOSS, weight, input)

@@ -45,7 +45,7 @@ def nll_loss(
         ignore_index: items with this class index count nothing, and their gradient is 0.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     From logits, in one pass: :func:`cross_entropy`.
     """
@@ -74,10 +74,11 @@ def multi_margin_loss(
         input: scores x, (C) or (N, C).
         target: class indices, () or (N).
         p: 1 or 2.
+        margin: by how much the target's score is to be the largest.
         weight: one weight w a class; it does not count in the mean.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
     """
     parameters = _MULTI_MARGIN_LOSS.numbers(p=p, margin=margin)
     return rows_loss(
@@ -103,7 +104,7 @@ def multilabel_margin_loss(
         target: of the same shape: the item's classes, up to the first -1.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
     """
     return rows_loss(
         _MULTILABEL_MARGIN_LOSS, (input,), target, reduction, (), None, None, size_average, reduce,
@@ -130,7 +131,7 @@ def multilabel_soft_margin_loss(
         weight: one weight a class.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     Differentiable in both.
     """
@@ -159,7 +160,7 @@ def cosine_embedding_loss(
         target: () or (N); other values give 0.
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     Differentiable in both inputs.
     """
@@ -195,12 +196,13 @@ def triplet_margin_loss(
 
     Args:
         anchor, positive, negative: (D) or (N, D).
-        p: of the norm d(x, y) = norm(x - y + eps). Only 2 here; ValueError for others, which
-            torch's function has.
+        margin: positive.
+        p, eps: of the norm d(x, y) = norm(x - y + eps). Only p = 2 here; ValueError for others,
+            which torch's function has.
         swap: use d(positive, negative) where it is smaller than d(anchor, negative).
         reduction: "none", "mean" or "sum".
         size_average, reduce: deprecated, as in torch.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     Differentiable in all three.
     """
@@ -232,7 +234,7 @@ def dice_loss(
         target: t, of the same shape.
         smooth: keeps the quotient finite, at least 0.
         reduction: "none", "mean" or "sum".
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     Differentiable in both. Source: Milletari, Navab & Ahmadi, V-Net (2016), with sums for squares.
     """
@@ -267,7 +269,7 @@ def softmax_focal_loss(
         ignore_index: items with this class index count nothing, and their gradient is 0.
         reduction: "none", "mean" or "sum".
         temperature: T, positive.
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     1 - p_t is the sum of the other terms over the whole, without cancellation. Source: Lin et al.,
     Focal loss for dense object detection (2017).
@@ -292,7 +294,7 @@ def info_nce_loss(
         target: (N), the key that belongs to each query; by default key i to query i.
         temperature: what the similarities are divided by, positive.
         reduction: "none", "mean" or "sum".
-        extras: the keywords of the module.
+        extras: keywords of every loss, see ``help(mbkern.functional)``.
 
     The other direction is that of ``similarity.T``. Source: van den Oord, Li & Vinyals,
     Representation learning with contrastive predictive coding (2018).
