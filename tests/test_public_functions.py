@@ -11,10 +11,11 @@ import torch
 
 import mbkern
 from mbkern import functional, nn
+from mbkern._losses import Loss
 from mbkern.autograd import Request, RowLoss, RowOptions, TensorLoss, TensorOptions
 
 
-def _loss(name: str) -> mbkern.Loss:
+def _loss(name: str) -> Loss:
     (loss,) = (loss for loss in mbkern.losses() if loss.name == name)
     return loss
 
@@ -85,3 +86,14 @@ def test_a_module_names_its_constructors_arguments(name: str) -> None:
     for p in parameters:
         if p.name not in ("size_average", "reduce"):
             assert getattr(made, p.name) == p.default
+
+
+@pytest.mark.parametrize("loss", mbkern.losses(), ids=lambda loss: loss.name)
+def test_loss_and_grad_refuses_what_a_transform_wraps(loss: Loss) -> None:
+    """Losses of elements raised torch's 'Cannot access data pointer'."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return mbkern.loss_and_grad(loss.name, *[x] * (len(loss.arguments) - len(loss.optional)))[0]
+
+    with pytest.raises(NotImplementedError, match=r"is inside a torch\.func transform"):
+        torch.func.vmap(call)(torch.rand(2, 3, 4))

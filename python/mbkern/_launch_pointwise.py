@@ -46,9 +46,15 @@ class PointwiseCall(TensorCall):
         # A look at all probabilities costs a pass, so the loss says whether it is needed; but not
         # where the kernel writes over what is the caller's.
         name, first = self.loss.name, grads[0]
-        in_place = first is not None and first.data_ptr() == self.inputs[0].data_ptr()
-        if name in _WITH_DOMAIN and (name != _PROBABILITIES or overwrites or in_place):
-            check_values(self.loss, self.inputs)
+        if name not in _WITH_DOMAIN:
+            return
+        try:
+            in_place = first is not None and first.data_ptr() == self.inputs[0].data_ptr()
+            if name != _PROBABILITIES or overwrites or in_place:
+                check_values(self.loss, self.inputs)
+        except RuntimeError:  # of torch, about what is no plain tensor
+            self.explain()
+            raise
 
     def _after(self, result: Tensor | None) -> None:
         if self.loss.name != _PROBABILITIES or result is None:
