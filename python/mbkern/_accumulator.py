@@ -16,18 +16,19 @@ from torch import Tensor
 from mbkern import _accumulator_scaler, _accumulator_state
 from mbkern._accumulator_apart import Apart
 from mbkern._accumulator_collect import Collector
-from mbkern._accumulator_counts import Count, check_count, reciprocal
+from mbkern._accumulator_counts import Count, as_count, reciprocal
 from mbkern._accumulator_flush import FlushOptions, WindowStats, write
 from mbkern._accumulator_hooks import (
     discard,
     release,
     require_no_gradients,
     require_none_left,
+    require_none_stray,
     set_gradient,
     unhook,
 )
 from mbkern._accumulator_members import Members
-from mbkern._accumulator_options import Options
+from mbkern._accumulator_options import Options, require_scale
 from mbkern._accumulator_parameters import Slot
 from mbkern._accumulator_ranks import (
     check_group,
@@ -113,7 +114,8 @@ class GradAccumulator:
             has it) or "main_grad" (``.main_grad`` in the buffer's dtype). Where the dtype is that
             of the buffer, the gradient lies in the buffer, until the next micro-batch.
         pre_scale: ``backward`` multiplies losses by it, and it is divided out as gradients are
-            added: a power of two that keeps fp16 gradients of sums from overflowing.
+            added: a power of two, which the loss's dtype can hold, that keeps fp16 gradients of
+            sums from overflowing.
         sparse: "error", or "densify": what becomes of sparse gradients.
         measure: keep squared norms of every micro-batch's gradients (8 bytes a parameter).
         noise_scale: estimate the gradient noise scale: ``flush`` takes every window in that was
@@ -273,11 +275,10 @@ class GradAccumulator:
         totals = dict(total) if isinstance(total, Mapping) else {"": total}
         if set(totals) != set(self._names):
             raise ValueError(f"mbkern: total must name {sorted(self._names)}, not {sorted(totals)}")
-        for name, value in totals.items():
-            check_count(value, f"total {name}".strip())
+        counts = {name: as_count(value, f"total {name}".strip()) for name, value in totals.items()}
         self._window.totals = {
             name: value.detach().clone() if isinstance(value, Tensor) else value
-            for name, value in totals.items()
+            for name, value in counts.items()
         }
 
     def backward(self, loss: Tensor, count: Number | None = None, denominator: str = "") -> None:
@@ -294,6 +295,8 @@ class GradAccumulator:
                 "mbkern: loss must be a 0-dim tensor, a sum over the items of the micro-batch, not "
                 f"{tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
             )
+        if self._pre_scale != 1:
+            require_scale(self._pre_scale, loss)
         with self._micro_batch(count, denominator):
             scaled = loss if self._pre_scale == 1 else loss * self._pre_scale
             scaled.backward()  # type: ignore[no-untyped-call]
@@ -330,8 +333,13 @@ class GradAccumulator:
         if count is None and self.mode != "known":
             raise ValueError(f"mbkern: mode {self.mode!r} needs the count of every micro-batch")
         counted = window.counts.get(denominator, Count()).copy()
+        size: Number = 0
         if count is not None:
-            counted.add(count)
+            size = as_count(count, "count")
+            counted.add(size)
+            if isinstance(size, Tensor) and self._options.measures:
+                size = size.detach().clone()  # as it is now: it may live on
+        alpha = self._alpha(denominator)
         if not window.micro_batches:
             self._members.require_known()
         self._members.thaw_unfrozen()
@@ -345,7 +353,7 @@ class GradAccumulator:
         self._take_strays()
         collector = self._collector = Collector(
             which,
-            self._alpha(denominator),
+            alpha,
             window.micro_batches,
             pre_scale=self._pre_scale,
             measure=self._options.measures,
@@ -392,9 +400,7 @@ class GradAccumulator:
         if count is None:
             window.omitted.add(denominator)
         elif self._options.measures:
-            # As it is now: a count may live on.
-            as_now = count.detach().clone() if isinstance(count, Tensor) else count
-            window.sizes[window.micro_batches] = as_now
+            window.sizes[window.micro_batches] = size
         window.micro_batches += 1
         if self.mode == "streaming":
             self._write(keep=True)
@@ -453,6 +459,10 @@ class GradAccumulator:
 
         Returns:
             A :class:`WindowStats`. Parameters without a gradient in this window have None.
+
+        Raises:
+            RuntimeError: a backward outside a micro-batch has left a gradient that would be
+                overwritten, or a micro-batch was added in part.
         """
         share_buffers(self._module)
         refused: Exception | None = None
@@ -530,6 +540,7 @@ class GradAccumulator:
         self._require_closed("flush()")
         self._window.require_whole()
         self._members.require_known()
+        require_none_stray(self._members.all, self._into)
         self._take_strays()
         self._check_kept()
         if self.mode == "known" and self._group is None and self._shards is None:

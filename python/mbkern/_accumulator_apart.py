@@ -27,7 +27,8 @@ class Apart:
         """What a kernel is to add to instead of the slot's buffer of this set."""
         key = slot, which
         if key not in self._lent:
-            memory = torch.zeros_like(slot.buffers[which])
+            with torch.inference_mode(False):
+                memory = torch.zeros_like(slot.buffers[which])
             self._lent[key] = memory, memory._version
         return self._lent[key][0]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbkern._arguments import Number
+from mbkern._tensors import describe
 
 
 class Count:
@@ -18,10 +20,9 @@ class Count:
         self.tensor: Tensor | None = None
 
     def add(self, count: Number) -> None:
-        """Add a number or a 0-dim tensor."""
-        check_count(count, "count")
+        """Add what :func:`as_count` returned."""
         if not isinstance(count, Tensor):
-            self.number += float(count)
+            self.number += count
             return
         term = count.detach().to(torch.float64)
         self.tensor = term.clone() if self.tensor is None else self.tensor + term
@@ -37,24 +38,31 @@ class Count:
         return other
 
 
-def check_count(count: Number, name: str) -> None:
-    """Raise if a count is none; what a device holds is not looked at."""
+def as_count(count: Any, name: str) -> Number:
+    """A count as a plain number or a 0-dim tensor; raise if it is none. What a device holds is not
+    looked at. NumPy's numbers would divide in their own 16 or 32 bits, and its arrays may change.
+    """
     if isinstance(count, Tensor):
         if count.dim() != 0 or count.is_complex():
             raise ValueError(
                 f"mbkern: {name} must be a number or a real 0-dim tensor, not {count.dtype} of "
                 f"shape {tuple(count.shape)}"
             )
+        if count.is_meta or count.layout is not torch.strided:
+            raise ValueError(
+                f"mbkern: {name} is {describe(count)}, layout {count.layout}; it must be dense and "
+                "have a value"
+            )
         if not count.is_cpu:
-            return
-        value = float(count.detach())
-    else:
-        try:
-            value = math.nan if isinstance(count, str) else float(count)
-        except (TypeError, ValueError):
-            value = math.nan
+            return count
+    try:
+        wide = count.detach() if isinstance(count, Tensor) else count
+        value = math.nan if isinstance(count, (str, bytes, bytearray)) else float(wide)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
     if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"mbkern: {name} is {count!r}; it must be a finite number, at least 0")
+        raise ValueError(f"mbkern: {name} is {count!r:.60}; it must be a finite number, at least 0")
+    return count if type(count) is int or isinstance(count, Tensor) else value
 
 
 def reciprocal(total: Number) -> Number:

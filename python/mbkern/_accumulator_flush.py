@@ -220,9 +220,10 @@ def _target(slot: Slot, buffer: Tensor, options: FlushOptions) -> Tensor:
     """The sums' own memory if that may hold the gradient, else new memory."""
     wanted = slot.parameter.dtype if options.into == "grad" else buffer.dtype
     needed = options.keep and buffer is slot.buffers[0]
-    return (
-        buffer if wanted == buffer.dtype and not needed else torch.empty_like(buffer, dtype=wanted)
-    )
+    if wanted == buffer.dtype and not needed:
+        return buffer
+    with torch.inference_mode(False):  # the optimizer may write to it
+        return torch.empty_like(buffer, dtype=wanted)
 
 
 def prepare(slots: list[Slot], into: str) -> None:

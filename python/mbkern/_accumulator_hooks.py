@@ -32,7 +32,8 @@ class _Hook:
         elif accumulator._collector is not None:
             accumulator._collector.take(slot)
         else:
-            slot.stray = True
+            grad = slot.parameter.grad
+            slot.stray = None if grad is None else Given(slot.local(grad))
 
 
 def put_hooks(slots: list[Slot], accumulator: weakref.ref[GradAccumulator]) -> None:
@@ -60,22 +61,21 @@ def set_gradient(slot: Slot, grad: Tensor | None, into: str) -> None:
     else:
         slot.parameter.grad = whole
     slot.given = None if grad is None else Given(grad)
-    slot.stray = False
+    slot.stray = None
 
 
-def is_given(slot: Slot) -> bool:
-    """Whether the parameter's gradient is the one that was handed out."""
-    grad = slot.parameter.grad
-    return slot.given is not None and grad is not None and slot.given.is_(slot.local(grad))
+def _is(known: Given | None, slot: Slot, grad: Tensor | None) -> bool:
+    return known is not None and grad is not None and known.is_(slot.local(grad))
 
 
 def release(slots: list[Slot], into: str) -> None:
     """Take back what was handed out: it may lie in a buffer, and autograd would add to it."""
+    names = ("grad", "main_grad") if into == "main_grad" else ("grad",)  # the one may be the other
     for slot in slots:
-        if slot.given is not None:
-            if into == "main_grad" or is_given(slot):
-                set_gradient(slot, None, into)
-            slot.given = None
+        for name in names:
+            if _is(slot.given, slot, getattr(slot.parameter, name, None)):
+                setattr(slot.parameter, name, None)
+        slot.given = None
 
 
 def require_no_gradients(slots: list[Slot]) -> None:
@@ -83,15 +83,30 @@ def require_no_gradients(slots: list[Slot]) -> None:
     for slot in slots:
         grad = slot.parameter.grad
         if grad is None:
-            slot.stray = False
+            slot.stray = None
             continue
-        own = is_given(slot)
-        if not own or slot.stray:
+        own = _is(slot.given, slot, grad)
+        if not own or _is(slot.stray, slot, grad):
             raise RuntimeError(
                 f"mbkern: {slot.name} has a gradient that is not this accumulator's"
                 f"{', added to the one that flush() left' if own else ''}; clear it "
                 "(optimizer.zero_grad(set_to_none=True)) before a micro-batch, or it would be "
                 f"{'lost' if own else 'counted'}"
+            )
+
+
+def require_none_stray(slots: list[Slot], into: str) -> None:
+    """Raise if a backward outside a micro-batch has left a gradient that would be overwritten."""
+    for slot in slots:
+        grad = slot.parameter.grad
+        if grad is None or into == "main_grad":
+            continue
+        unseen = slot.handle is None and slot.parameter.requires_grad  # unfrozen since
+        if _is(slot.stray, slot, grad) or (unseen and not _is(slot.given, slot, grad)):
+            raise RuntimeError(
+                f"mbkern: {slot.name} has a gradient of a backward outside a micro-batch, which "
+                "flush() would overwrite; run it in micro_batch(), or clear it first "
+                "(optimizer.zero_grad(set_to_none=True))"
             )
 
 

@@ -92,7 +92,8 @@ class Members:
         check_into(slots, options.dtype, options.into)
         flat = options.layout == "flat" and together
         low = options.compensation == "kahan"
-        allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
+        with torch.inference_mode(False):  # they may be needed after that mode
+            allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
         prepare(slots, options.into)
         self.frozen = [slot for slot in self.frozen if slot not in slots]
         self.slots = sorted(self.slots + slots, key=lambda slot: slot.number)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mbkern._accumulator_flush import INTO
 from mbkern._accumulator_parameters import penalty
@@ -45,16 +46,16 @@ class Options:
         ):
             if value not in allowed:
                 raise ValueError(f"mbkern: {name} must be one of {', '.join(allowed)}: {value!r}")
-        if not (self.pre_scale > 0 and math.isfinite(self.pre_scale)):
+        if not (self.pre_scale > 0 and math.frexp(self.pre_scale)[0] == 0.5):
             raise ValueError(
-                f"mbkern: pre_scale is {self.pre_scale}; it must be positive and finite"
+                f"mbkern: pre_scale is {self.pre_scale}; it must be positive and finite, a power "
+                "of two: others are rounded to a 16-bit loss's dtype"
             )
         names = self.denominators
-        try:
-            different = not isinstance(names, str) and len(set(names)) == len(tuple(names))
-        except TypeError:
-            different = False
-        if not different:
+        # Not a set: its order is another in each process.
+        several = isinstance(names, Sequence) and not isinstance(names, str)
+        words = several and all(isinstance(name, str) for name in names)
+        if not words or len(set(names)) != len(names):
             raise ValueError(
                 f"mbkern: denominators must be a sequence of different names, not {names!r}"
             )
@@ -111,3 +112,15 @@ class Options:
     def measures(self) -> bool:
         """Whether the norms of micro-batches' gradients are wanted."""
         return self.measure or self.noise_scale
+
+
+def require_scale(pre_scale: float, loss: Tensor) -> None:
+    """Raise if a loss cannot be multiplied by it: in the loss's dtype it would be 0 or infinite."""
+    if not loss.is_floating_point():
+        return
+    limits = torch.finfo(loss.dtype)
+    if not limits.tiny * limits.eps <= pre_scale <= limits.max:
+        raise ValueError(
+            f"mbkern: pre_scale={pre_scale} is {'0' if pre_scale < 1 else 'infinite'} in the "
+            f"loss's dtype, {loss.dtype}; give a loss of float32, or another pre_scale"
+        )

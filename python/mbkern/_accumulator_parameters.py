@@ -19,19 +19,20 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Given:
-    """A gradient that was handed out, recognised without keeping its memory alive."""
+    """A gradient, recognised without keeping its memory alive; a sparse one is taken for another
+    sparse one."""
 
     def __init__(self, grad: Tensor) -> None:
-        self._storage = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
-        self._at = grad.data_ptr()
+        self._storage: Any = None
+        if grad.layout is torch.strided:
+            self._storage = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
+            self._at = grad.data_ptr()
 
     def is_(self, grad: Tensor) -> bool:
         """Whether ``grad`` lies in the same memory."""
-        return (
-            grad.layout is torch.strided
-            and grad.untyped_storage()._cdata == self._storage.cdata
-            and grad.data_ptr() == self._at
-        )
+        if self._storage is None or grad.layout is not torch.strided:
+            return self._storage is None and grad.layout is not torch.strided
+        return grad.untyped_storage()._cdata == self._storage.cdata and grad.data_ptr() == self._at
 
 
 @dataclass(eq=False)
@@ -49,9 +50,9 @@ class Slot:
         received: for each set, whether its buffer holds sums of this window; else its contents mean
             nothing, and the first gradient overwrites them.
         handle: of its hook; None while it does not require grad.
-        given: the memory of the gradient that was last handed out in ``.grad``.
+        given: the memory of the gradient that was last handed out.
         lent: whether ``GradAccumulator.buffer`` has handed its buffer out in this window.
-        stray: whether a backward outside a micro-batch has given it a gradient since.
+        stray: the memory of the gradient that a backward outside a micro-batch has left since.
     """
 
     parameter: Tensor
@@ -65,7 +66,7 @@ class Slot:
     received: list[bool] = field(default_factory=list)
     handle: Any = None
     given: Given | None = None
-    stray: bool = False
+    stray: Given | None = None
     lent: bool = False
 
     @property
@@ -97,7 +98,7 @@ class Slot:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hook yet: hooks stay with the parameter."""
-        return {**self.__dict__, "handle": None, "given": None, "lent": False}
+        return {**self.__dict__, "handle": None, "given": None, "stray": None, "lent": False}
 
 
 def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()) -> list[Slot]:
@@ -113,6 +114,11 @@ def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()
     seen = {id(slot.parameter) for slot in known}
     for tensors, group_l1, group_l2 in _groups(given, l1, l2):
         for item in tensors:
+            if isinstance(item, tuple) and not (len(item) == 2 and isinstance(item[0], str)):
+                raise TypeError(
+                    "mbkern: a tuple among parameters is a pair of a name and a tensor, not of "
+                    f"{', '.join(type(part).__name__ for part in item)}"
+                )
             name, tensor = item if isinstance(item, tuple) else (None, item)
             if not isinstance(tensor, Tensor):
                 raise TypeError(
@@ -171,12 +177,7 @@ def _groups(given: Any, l1: float, l2: float) -> Iterable[tuple[Any, float, floa
         return [(list(given.named_parameters()), l1, l2)]
     if isinstance(given, Tensor):
         return [([given], l1, l2)]
-    if isinstance(given, (str, bytes)) or not _is_iterable(given):
-        raise TypeError(
-            "mbkern: parameters must be a module, tensors, pairs of a name and a tensor, or dicts, "
-            f"not {type(given).__name__}"
-        )
-    items = list(given)
+    items = _listed(given, "parameters")
     if not any(isinstance(item, dict) for item in items):
         return [(items, l1, l2)]
     found = []
@@ -184,18 +185,23 @@ def _groups(given: Any, l1: float, l2: float) -> Iterable[tuple[Any, float, floa
         if not isinstance(group, dict) or "params" not in group:
             raise TypeError('mbkern: groups are dicts with "params"; all of them or none')
         tensors = group["params"]
-        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        tensors = [tensors] if isinstance(tensors, Tensor) else _listed(tensors, '"params"')
         of_group = penalty(group.get("l1", l1), "l1"), penalty(group.get("l2", l2), "l2")
         found.append((tensors, *of_group))
     return found
 
 
-def _is_iterable(given: Any) -> bool:
+def _listed(given: Any, name: str) -> list[Any]:
     try:
-        iter(given)
+        if isinstance(given, (str, bytes, set, frozenset)):  # a set's order is not one
+            raise TypeError
+        items = iter(given)
     except TypeError:  # also of what has the method, as an array without a dimension
-        return False
-    return True
+        raise TypeError(
+            f"mbkern: {name} must be a module, tensors, pairs of a name and a tensor, or dicts, "
+            f"not {type(given).__name__}"
+        ) from None
+    return list(items)
 
 
 def _check(tensor: Tensor, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mbkern._accumulator_counts import check_count
+from mbkern._accumulator_counts import as_count
 from mbkern._noise_scale import NoiseScale
 
 
@@ -99,6 +99,6 @@ def _is_tensor(value: Any) -> bool:
 def _check_number(value: Any, key: str) -> None:
     _require(_is_tensor(value) if isinstance(value, Tensor) else True, key, value)
     try:
-        check_count(value, key)
+        as_count(value, key)
     except (ValueError, RuntimeError, OverflowError):
         _require(False, key, value)
