@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from mbkern.bench import cli
 from mbkern.bench.measure import summarise
-from mbkern.bench.report import figures
+from mbkern.bench.report import figures, pictures
 from mbkern.bench.report.write import report, tables_of
 from mbkern.bench.rows import Row, append
 
@@ -107,6 +107,8 @@ def test_the_page_is_self_contained(folder: Path) -> None:
     assert page.count("class='plot'") == len(figures.all_of(_rows()))
     assert "case </script>" not in page
     assert (folder / "report.md").read_text().count("## ") == 6
+    for text in (page, (folder / "report.md").read_text()):
+        assert "IQR: distance of their quartiles over the median" in text
     assert "- loss ends at 64." in (folder / "report.md").read_text()
     for figure in figures.all_of(_rows()):
         for suffix in ("png", "svg"):
@@ -134,6 +136,34 @@ def test_memory_that_nothing_was_taken_of_is_drawn() -> None:
     ]
     (memory,) = [f for f in figures.all_of(found) if f.key == "memory-s"]
     assert {line.name: line.y for line in memory.lines} == {"torch": [4.0], "mbkern in place": [0]}
+
+
+def test_no_two_in_a_picture_have_one_colour() -> None:
+    """The seventh provider had the colour of the first, and all limits had one."""
+    found = [_row("s", "torch", 8, 1e-6, bytes=8), _row("s", "mbkern in place", 8, 1e-6, bytes=8)]
+    found += [_row("s", f"mbkern {k}", 8, 1e-6, bytes=8) for k in range(12)]
+    found += [_row("s", f"limit: {k}", 8, 1e-6, bytes=8, limit=True) for k in range(4)]
+    for figure in figures.all_of(found):
+        colours = [line.colour for line in figure.lines]
+        assert len(set(colours)) == len(colours) >= 13
+
+
+def test_a_figure_says_what_it_is_compared_with_and_which_way_is_good() -> None:
+    drawn = {f.key.split("-")[0]: f for f in figures.all_of(_rows())}
+    assert drawn["speedup"].title.startswith("Speed-up over torch: cross_entropy, ")
+    assert "at 1 is faster" in drawn["speedup"].note
+    assert " forward and backward, over " in drawn["size"].title
+    assert drawn["size"].note.startswith("Lower is better")
+    assert drawn["roofline"].note.startswith("Higher is better")
+
+
+def test_titles_have_no_lonely_last_word() -> None:
+    title = "Speed-up over the baseline: cross_entropy, default allocator, 2 threads"
+    lines = pictures._even_lines(title)
+    assert " ".join(lines) == title
+    assert len(lines) == 2
+    assert min(map(len, lines)) > 25
+    assert pictures._even_lines("Short") == ["Short"]
 
 
 def _of_two_runs(*, torch: str = "2.2", commit: str = "b") -> list[Row]:

@@ -18,6 +18,19 @@ HEAD = ("case", "dtype", "pass", " threads", "allocator", "provider", " median",
         "note")  # fmt: skip
 
 
+#: What stands in these columns, for those who have not read bench/README.md.
+LEGEND = (
+    "median, 95 % interval: of n samples of a call; IQR: distance of their quartiles over the "
+    "median; out: outliers among them",
+    "vs. baseline: how many times faster, by samples taken in turn, with the interval",
+    "bandwidth: bytes a second that must move, as a share of those of a bare pass over the memory",
+    "error: the largest against fp64, over the largest exact value; peak MiB: above the inputs",
+    "allocator: default gives large results fresh pages at each call, recycled used ones",
+    "provider: autograd ends in loss.backward(); in place writes the gradient over the logits; "
+    "limits are the machine's",
+)
+
+
 def suite_table(suite: str, rows: Sequence[Row]) -> Table:
     """Every row of a suite, group by group, but for providers that were skipped."""
     cells: list[list[str]] = []

@@ -113,6 +113,7 @@ def show(rows: Sequence[Row], command: str) -> None:
         table = display.suite_table(suite, members)
         if table.rows:
             tables.show(table)
+    print("\n".join([*display.LEGEND, ""]))
     for table in conclusions.tables(rows):
         tables.show(table)
     measured = next((r for r in rows if r.environment), None)

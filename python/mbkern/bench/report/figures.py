@@ -8,15 +8,8 @@ from dataclasses import dataclass, field
 
 from mbkern.bench import conclusions, statistics
 from mbkern.bench.display import speedup
+from mbkern.bench.report.colours import colours
 from mbkern.bench.rows import Row, grouped
-
-#: Readable on white and on black; the baseline is grey, limits are dashed.
-_COLOURS = {
-    "torch": "#858b94", "torch.compile": "#b98a00", "mbkern autograd": "#3c83de",
-    "mbkern in place": "#149c77", "mbkern": "#3c83de",
-}  # fmt: skip
-_MORE = ("#c2609f", "#8d68d8", "#d4702a", "#5a9f2e", "#2b9db3", "#a0705a")
-_LIMIT = "#cf5a48"
 
 
 @dataclass
@@ -72,16 +65,6 @@ class Figure:
     panels: list[Panel] = field(default_factory=list)
 
 
-def colour(provider: str, limit: bool, names: Sequence[str]) -> str:
-    """The colour of a provider, the same in every picture of a report."""
-    if limit:
-        return _LIMIT
-    if provider in _COLOURS:
-        return _COLOURS[provider]
-    others = [n for n in names if n not in _COLOURS]
-    return _MORE[others.index(provider) % len(_MORE)] if provider in others else _MORE[0]
-
-
 def all_of(rows: Sequence[Row]) -> list[Figure]:
     """Every picture that these rows have points for."""
     figures = [*_minibatch(rows), *_scaling(rows)]
@@ -91,10 +74,10 @@ def all_of(rows: Sequence[Row]) -> list[Figure]:
         mine = [r for r in rows if r.suite == suite]
         figures += [*_speedups(suite, mine), *_sizes(suite, mine), *_roofline(suite, mine),
                     *_memory(suite, mine)]  # fmt: skip
-    names = sorted({r.provider for r in rows if not r.limit})
+    chosen = colours((r.provider, r.limit) for r in rows)
     for figure in figures:
         for line in (*figure.lines, *(line for panel in figure.panels for line in panel.lines)):
-            line.colour = colour(line.name.split(" · ")[0], line.limit, names)
+            line.colour = chosen[line.name.split(" · ")[0], line.limit]
     return figures
 
 
@@ -198,33 +181,45 @@ def _timed(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def _pass(row: Row) -> str:
+    return "forward and backward" if row.direction == "both" else row.direction
+
+
 def _label(row: Row) -> str:
     direction = "" if row.direction == "both" else f" {row.direction}"
     return f"{row.case} {row.dtype}{direction}"
+
+
+_FASTER = "Right of the line at 1 is faster. With 95 % intervals of the ratio."
 
 
 def _speedups(suite: str, rows: Sequence[Row]) -> list[Figure]:
     figures: list[Figure] = []
     for place, timed in _timed(rows).items():
         lines: dict[str, Line] = {}
+        baselines: dict[str, None] = {}
         for group in grouped(timed).values():
             base = next((r for r in group if r.provider == r.baseline), None)
             for row in group:
                 ratio = speedup(row, base)
                 if ratio is None or row.limit:
                     continue
+                baselines[row.baseline] = None
                 line = lines.setdefault(row.provider, Line(row.provider, [], []))
                 line.x = [*map(str, line.x), _label(row)]
                 line.y.append(ratio.median)
                 line.low.append(ratio.low)
                 line.high.append(ratio.high)
         if lines:
-            title = f"Speed-up over the baseline: {suite}, {place}"
+            title = f"Speed-up over {' or '.join(baselines)}: {suite}, {place}"
             figures.append(
                 Figure(f"speedup-{suite}-{len(figures)}", title, "times faster", "",
-                       list(lines.values()), "points", 1.0, "With 95 % intervals of the ratio.")
+                       list(lines.values()), "points", 1.0, _FASTER)
             )  # fmt: skip
     return figures
+
+
+_LOWER = "Lower is better. With 95 % intervals of the median."
 
 
 def _sizes(suite: str, rows: Sequence[Row]) -> list[Figure]:
@@ -233,7 +228,7 @@ def _sizes(suite: str, rows: Sequence[Row]) -> list[Figure]:
     for place, timed in _timed(rows).items():
         found: dict[str, dict[str, list[Row]]] = {}
         for row in timed:
-            what = f"{row.dtype} {row.direction}, over {row.axis}"
+            what = f"{row.dtype} {_pass(row)}, over {row.axis}"
             found.setdefault(what, {}).setdefault(row.provider, []).append(row)
         for what, providers in found.items():
             lines = [
@@ -245,8 +240,14 @@ def _sizes(suite: str, rows: Sequence[Row]) -> list[Figure]:
                 title = f"Time against size: {suite} {what}, {place}"
                 axis = next(iter(providers.values()))[0].axis
                 key = f"size-{suite}-{len(figures)}"
-                figures.append(Figure(key, title, axis, "time an element [s]", lines))
+                figures.append(Figure(key, title, axis, "time an element [s]", lines, note=_LOWER))
     return figures
+
+
+_LIMITS_NOTE = (
+    "Higher is better. Limits are no providers: a bare pass over the same memory, or the bare "
+    "products, measured beside them."
+)
 
 
 def _roofline(suite: str, rows: Sequence[Row]) -> list[Figure]:
@@ -268,7 +269,7 @@ def _roofline(suite: str, rows: Sequence[Row]) -> list[Figure]:
                 figures.append(
                     Figure(f"roofline-{suite}-{len(figures)}", title, axis, unit,
                            list(lines.values()), "scatter",
-                           note="The limits were measured beside the providers.")
+                           note=_LIMITS_NOTE)
                 )  # fmt: skip
     return figures
 
@@ -286,5 +287,6 @@ def _memory(suite: str, rows: Sequence[Row]) -> list[Figure]:
         return []
     return [
         Figure(f"memory-{suite}", f"Peak memory above the inputs: {suite}", "MiB", "",
-               list(lines.values()), "bars")
+               list(lines.values()), "bars",
+               note="Of one call, with the default allocator. Without a bar nothing was taken.")
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from importlib.resources import files
 from textwrap import wrap
 from typing import Any
 
+from mbkern.bench.display import LEGEND
 from mbkern.bench.report.figures import Figure, Line
 from mbkern.bench.tables import Table
 
@@ -32,19 +33,19 @@ def render(title: str, figures: Sequence[Figure], tables: Sequence[Table], notes
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title>", f"<style>{style}</style>",
         f"<script>{get_plotlyjs()}</script>", "</head>", "<body>",
-        f"<h1>{html.escape(title)}</h1>", *_notes(notes),
+        f"<h1>{html.escape(title)}</h1>", *_list("notes", notes),
         *(part for k, figure in enumerate(figures) for part in _section(k, figure)),
-        "<h2>Tables</h2>", *map(_table, tables), "<h2>Machine</h2>",
+        "<h2>Tables</h2>", *_list("legend", LEGEND), *map(_table, tables), "<h2>Machine</h2>",
         *(_table(facts, is_open=True) for facts in machines),
         f"<script>const specs = {specs};\n{script}</script>", "</body>", "</html>",
     ]  # fmt: skip
     return "\n".join(parts) + "\n"
 
 
-def _notes(notes: Sequence[str]) -> list[str]:
-    if not notes:
+def _list(kind: str, texts: Sequence[str]) -> list[str]:
+    if not texts:
         return []
-    return ["<ul class='notes'>", *(f"<li>{html.escape(n)}</li>" for n in notes), "</ul>"]
+    return [f"<ul class='{kind}'>", *(f"<li>{html.escape(t)}</li>" for t in texts), "</ul>"]
 
 
 def _section(number: int, figure: Figure) -> list[str]:

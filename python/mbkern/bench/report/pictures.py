@@ -29,7 +29,7 @@ def save(figures: Sequence[Figure], folder: Path) -> list[Path]:
         )  # fmt: skip
         axes, *others = grid[:, 0]
         (_flat if flat else _curves)(axes, figure, labels)
-        axes.set_title("\n".join(wrap(figure.title, 70)), fontsize=10)
+        axes.set_title("\n".join(_even_lines(figure.title)), fontsize=10)
         axes.grid(alpha=0.3)
         for under, panel in zip(others, figure.panels, strict=True):
             _panel(under, panel)
@@ -43,6 +43,28 @@ def save(figures: Sequence[Figure], folder: Path) -> list[Path]:
             files.append(path)
         pyplot.close(drawing)
     return files
+
+
+def _even_lines(text: str) -> list[str]:
+    """Of at most 70 letters, and of about the same length: no word alone in the last one."""
+    count = len(wrap(text, 70))
+    return next(
+        lines
+        for width in range(-(-len(text) // count), 71)
+        if len(lines := wrap(text, width)) == count
+    )
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 10, 20 below a logarithmic axis, and not powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+            return f"{x:g}"
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))
 
 
 def _errors(line: Line) -> list[list[float]] | None:
@@ -66,6 +88,8 @@ def _curves(axes: Any, figure: Figure, _: Sequence[str]) -> None:
             axes.plot([line.mark], [line.y[at]], "o", markersize=11, fillstyle="none",
                       color=line.colour)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel=figure.x, ylabel=figure.y)
+    if figure.kind == "line":
+        _plain_numbers(axes.xaxis)
 
 
 def _panel(axes: Any, panel: Panel) -> None:
@@ -90,6 +114,7 @@ def _flat(axes: Any, figure: Figure, labels: Sequence[str]) -> None:
         axes.axvline(figure.reference, color="#888", linewidth=1)
     if figure.kind == "points":
         axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(figure.x)
