@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import mbkern
-from mbkern import _C
+from mbkern import _C, _cli
 
 SOURCES = Path(__file__).resolve().parents[1] / "python" / "mbkern"
 SECTIONS = ["versions", "instruction set", "threads", "huge pages", "cuda", "warnings"]
@@ -57,6 +58,31 @@ def test_json(tmp_path: Path) -> None:
     for name in SECTIONS[:-1]:
         for fact in report[name]:
             assert re.search(rf"^  {re.escape(fact)} ", text, re.MULTILINE), fact
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _cli.main(["--version"])
+    assert ended.value.code == 0
+    told = f"mbkern {mbkern.__version__}, numerics version {mbkern.NUMERICS_VERSION}\n"
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize("words", ["doctor", "selftest", "plan", "bench", "bench ab",
+                                   "bench compare", "bench report"])  # fmt: skip
+def test_every_option_is_explained(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An option stood alone in its line of --help."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        _cli.main([*words.split(), "--help"])
+    options = capsys.readouterr().out.split("options:\n")[1].split("\n\n")[0]
+    joined = re.sub(
+        r"\n {20,}", "   ", options
+    )  # the help of a long option begins in the next line
+    for line in joined.splitlines():
+        assert re.match(r"  -.*\S   *\w", line), line
 
 
 def test_an_unknown_option(tmp_path: Path) -> None:

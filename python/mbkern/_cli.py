@@ -27,7 +27,15 @@ def _selftest(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mbkern", description="Look at this mbkern.")
+    from mbkern import NUMERICS_VERSION, __version__
+
+    parser = argparse.ArgumentParser(
+        prog="python -m mbkern",
+        description="What is installed here, does it work, how fast is it, and which micro-batch?",
+        epilog="Each command has --help.",
+    )
+    version = f"mbkern {__version__}, numerics version {NUMERICS_VERSION}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
 
     doctor = commands.add_parser("doctor", help="print versions, devices, threads, and warnings")
@@ -47,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _plan_cli.add_arguments(plan)
     plan.set_defaults(run=_plan_cli.run)
 
-    commands.add_parser("bench", help="measure speed; see bench --help", add_help=False)
+    commands.add_parser("bench", help="measure speed, compare and draw it", add_help=False)
     return parser
 
 

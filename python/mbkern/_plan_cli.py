@@ -69,10 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=_count, metavar="ITEMS", required=True, help="items of the mini-batch"
     )
-    parser.add_argument("--memory-limit", type=memory_size, metavar="SIZE", help="such as 2.5GiB")
-    parser.add_argument("--objective", choices=list(SHARES), default="throughput")
-    parser.add_argument("--noise-scale", type=_noise_scale, metavar="ITEMS", help="of the gradient")
-    parser.add_argument("--seconds", type=_number, default=20.0, help="to measure, about")
+    parser.add_argument(
+        "--memory-limit", type=memory_size, metavar="SIZE",
+        help="such as 2.5GiB, of all that is in use at the peak (default: nine tenths of what is "
+        "free, and what is in use now)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objective", choices=list(SHARES), default="throughput",
+        help="throughput (default): the smallest size that is about as fast as any; memory: one "
+        "that is four fifths as fast",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise-scale", type=_noise_scale, metavar="ITEMS",
+        help="of the gradient, if known: are two steps of half the batch better?",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=_number, default=20.0, help="to measure, about (default %(default)g)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curve there")
 

@@ -71,22 +71,36 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}, or all")
     add("--short", action="store_true", help="few and small cases: five minutes on two cores")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=_threads, help="numbers of threads, as in 1,2 (default: 1 and all)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    add("--threads", type=_threads, metavar="N,...",
+        help="numbers of threads, as in 1,2 (default: 1 and all; short: all)")  # fmt: skip
     add(
         "--allocators",
         type=_some_of(DEFAULT, RECYCLED),
-        help="default,recycled: states to measure in (CPU)",
+        metavar="STATE,...",
+        help="of default,recycled: large results in fresh pages, or in used ones (default: both; "
+        "a GPU has one state)",
     )
     add("--seconds", type=_seconds, help="measuring time of a case (default 1; short 0.3)")
     add("--repeats", type=_count, help="samples of each provider, instead of a time")
     add("--compile", action="store_true", help="torch.compile, too; it compiles for 10 s a case")
     add("--cache", choices=("warm", "cold"), default="warm", help="cold: swept before each run")
-    add("--providers", type=_names, default=(), help="only those whose names contain one of these")
+    add(
+        "--providers",
+        type=_names,
+        default=(),
+        metavar="NAME,...",
+        help="only those whose names contain one of these",
+    )
     add("--model", choices=tuple(MODELS), default="", help="only this model's sizes")
-    add("--loss", default="cross_entropy", help="of the suites minibatch and scaling")
+    add(
+        "--loss",
+        default="cross_entropy",
+        help="of the suites minibatch and scaling (default %(default)s)",
+    )
     directions = ("both", "forward", "backward")
-    add("--directions", type=_some_of(*directions), default=(), help=f"of {','.join(directions)}")
+    add("--directions", type=_some_of(*directions), default=(), metavar="PASS,...",
+        help=f"of {','.join(directions)} (default: all)")  # fmt: skip
     add("--suite-file", type=Path, metavar="FILE", help="Python with SUITES of your own, by name")
 
 
@@ -104,6 +118,8 @@ def _plan(
     threads = args.threads or ((cpus,) if args.short else tuple(sorted({1, cpus})))
     if args.device == "cuda":
         threads = (1,)
+    elif max(threads) > cpus:
+        print(f"warning: {max(threads)} threads share {cpus} CPUs", file=sys.stderr)
     seconds = args.seconds or (0.3 if args.short else 1.0)
     return Plan(
         suites, args.device, "default", threads, args.short, seconds, min(0.3, seconds / 4),
@@ -120,7 +136,10 @@ def _check(
 
     unknown = [s for s in suites if s not in SUITES]
     if unknown and not args.suite_file:
-        parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}, all")
+        parser.error(
+            f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}, all; and the commands "
+            f"{', '.join(COMMANDS)}, before any option"
+        )
     if args.suite_file and not args.suite_file.is_file():
         parser.error(f"--suite-file: there is no file {args.suite_file}")
     if {"minibatch", "scaling"} & set(suites) and args.loss not in FORMULAS:
@@ -175,8 +194,9 @@ def _compare(argv: Sequence[str]) -> int:
     parser.add_argument("a", type=Path, metavar="A.jsonl")
     parser.add_argument("b", type=Path, metavar="B.jsonl")
     parser.add_argument(
-        "--fail-if", metavar="slower:5%", default="", help="the status is 1 if a case is that"
-    )
+        "--fail-if", metavar="slower:5%", default="",
+        help="the status is 1 if a case is that: B slower than A by more than 5 %%",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     try:
         rule = compare.Rule.parse(args.fail_if) if args.fail_if else compare.Rule()
@@ -213,12 +233,19 @@ def _ab(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mbkern bench ab", description=ab.__doc__)
     parser.add_argument("--a", required=True, metavar="PYTHON", help="with the one build of mbkern")
     parser.add_argument("--b", required=True, metavar="PYTHON", help="with the other")
-    parser.add_argument("--output-a", type=Path, default=Path("a.jsonl"))
-    parser.add_argument("--output-b", type=Path, default=Path("b.jsonl"))
+    for side in "ab":
+        parser.add_argument(
+            f"--output-{side}", type=Path, default=Path(f"{side}.jsonl"), metavar="FILE",
+            help=f"append the rows of {side.upper()} there (default %(default)s)",
+        )  # fmt: skip
     parser.add_argument(
-        "--processes", type=_count, default=ab.PROCESSES, help="of each build, in turn"
-    )
-    parser.add_argument("--fail-if", metavar="slower:5%", default="")
+        "--processes", type=_count, default=ab.PROCESSES,
+        help="of each build, in turn (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fail-if", metavar="slower:5%", default="",
+        help="the status is 1 if a case is that: B slower than A by more than 5 %%",
+    )  # fmt: skip
     _add_plan(parser)
     args = parser.parse_args(argv)
     plan = _plan(args, ("cross_entropy", "overhead"), parser)
@@ -227,7 +254,7 @@ def _ab(argv: Sequence[str]) -> int:
         for name, python in (("A", args.a), ("B", args.b)):
             print(f"{name}: {session.interpreter(python)}", file=sys.stderr)
     except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
+        parser.error(str(error).removeprefix("mbkern bench: "))
     for path in (args.output_a, args.output_b):
         _check_output(path, parser)
     pair = secrets.token_hex(6)
@@ -249,8 +276,9 @@ def _report(argv: Sequence[str]) -> int:
         "SVG, and Markdown tables, of files that bench --output wrote.",
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("report"), metavar="FOLDER")
-    parser.add_argument("--title", default="Benchmarks of mbkern")
+    parser.add_argument("--output", type=Path, default=Path("report"), metavar="FOLDER",
+                        help="write there (default %(default)s)")  # fmt: skip
+    parser.add_argument("--title", default="Benchmarks of mbkern", help="of the page")
     args = parser.parse_args(argv)
     for module, what in (("plotly", "the page"), ("matplotlib", "a picture")):
         if find_spec(module) is None:
