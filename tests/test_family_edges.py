@@ -196,3 +196,30 @@ def test_the_dtype_of_a_weighted_loss_is_torchs(
             ):
                 assert value.dtype is want.dtype, (dtype, of_weight, reduction)
                 torch.testing.assert_close(value, want, rtol=2e-2, atol=1e-3)
+
+
+def test_gradient_of_class_probabilities_far_from_zero() -> None:
+    """log S + (max - x) keeps the digits that (max + log S) - x would lose."""
+    x = _random(5, 17).double() * 4 - 3141.0
+    p = torch.softmax(_random(5, 17).double(), 1)
+    shifted = x - x.amax(1, keepdim=True)
+    want = torch.logsumexp(shifted, 1, keepdim=True) - shifted
+    leaf = p.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(x, leaf, reduction="sum"), leaf)
+    _, given = mbkern.loss_and_grad("cross_entropy", x, p, argnums=1, reduction="sum")
+    for got in (grad, given):
+        assert (got - want).abs().max() <= 2**-51 * want.abs().max()
+
+
+def test_no_items_into_a_buffer_leave_what_was_saved() -> None:
+    """Every tensor of no elements has the address 0, and is no output for that."""
+    leaf = torch.zeros(0, 3, requires_grad=True)
+    saved = leaf.exp()  # needs its result in backward
+    mbkern.loss_and_grad(
+        "mse_loss", saved.detach(), torch.zeros(0, 3), grad_out=torch.zeros(0, 3), accumulate=True
+    )
+    saved.sum().backward()
+    out = torch.zeros(0, 3)
+    version = out._version
+    mbkern.loss_and_grad("mse_loss", torch.zeros(0, 3), torch.zeros(0, 3), grad_out=out)
+    assert out._version > version

@@ -172,6 +172,26 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
          "grad_out": np.full((3, 4), 7.0, np.float32)},
         TypeError, "loss_dtype=torch.bfloat16 with NumPy arrays",
     ),
+    "another byte order": (
+        {"input": X.numpy().astype(">f4"), "grad_out": None}, ValueError,
+        r"input is an array \(3, 4\) of >f4 with strides \(16, 4\): .*byte order",
+    ),
+    "an array backwards": (
+        {"grad_out": np.full((3, 4), 7.0, np.float32)[::-1]}, ValueError,
+        r"grad_out is an array \(3, 4\) of float32 with strides \(-16, 4\): ",
+    ),
+    "an array of objects": (
+        {"sample_weight": np.ones(3, object), "input": X.numpy(), "grad_out": None}, TypeError,
+        r"sample_weight is an array \(3,\) of object",
+    ),
+    "a masked array": (
+        {"input": np.ma.array(X.numpy(), mask=X.numpy() > 5), "grad_out": None}, TypeError,
+        r"input is a masked array; pass its filled\(0\) or its data",
+    ),
+    "a masked weight": (
+        {"sample_weight": np.ma.array([1.0, 2.0, 3.0], mask=[1, 0, 0])}, TypeError,
+        "sample_weight is a masked array",
+    ),
     "parameter out of range": (
         {"name": "huber_loss", "target": P, "delta": 0.0}, ValueError, "delta must be in",
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mbkern import _launch_lists
-from mbkern._arguments import Number
+from mbkern._arguments import Number, tensor_of_array
 from mbkern._tensors import refuse_tracing
 
 #: One tensor or several; on the CPU also NumPy arrays.
@@ -58,15 +57,10 @@ def as_tensors(given: Any, name: str, *, written: bool = False) -> list[Any]:
 def _as_tensor(item: Any, name: str, written: bool) -> Any:
     if isinstance(item, Tensor) or not hasattr(item, "__array_interface__"):
         return item
-    array = np.asarray(item)  # whatever has the interface
-    if written and not array.flags.writeable:
-        raise ValueError(f"mbkern: {name} is a read-only array")
-    try:
-        with warnings.catch_warnings():  # of arrays that are not writeable: they are only read
-            warnings.simplefilter("ignore")
-            return torch.from_numpy(array)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"mbkern: {name}: {error}") from None
+    array = np.asanyarray(item)  # whatever has the interface
+    if written and (isinstance(item, np.generic) or not array.flags.writeable):
+        raise ValueError(f"mbkern: {name} is a read-only array or a number")
+    return tensor_of_array(array, name)
 
 
 @overload

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +73,24 @@ def result_dtype(
         if device != "meta" and torch.is_autocast_enabled(device):
             return torch.float32
     return promoted
+
+
+def tensor_of_array(array: np.ndarray[Any, Any], name: str) -> Tensor:
+    """Return a NumPy array's own memory as a tensor, or raise with the reason.
+
+    A read-only array becomes a tensor like any other: it must only be read.
+    """
+    if isinstance(array, np.ma.MaskedArray):  # whose mask torch would not see
+        raise TypeError(f"mbkern: {name} is a masked array; pass its filled(0) or its data")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"mbkern: {name} is an array {array.shape} of {array.dtype} with strides "
+            f"{array.strides}: {error}"
+        ) from None
 
 
 def hint_value(hint: Number) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -21,6 +20,7 @@ from mbkern._arguments import (
     product,
     promoted_dtype,
     result_dtype,
+    tensor_of_array,
 )
 from mbkern._calls import new_call
 from mbkern._launch import (
@@ -253,12 +253,9 @@ def _structure(grad_out: Any, argnums: ArgNums, positions: list[int]) -> dict[in
 
 def _tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, np.ndarray):
-        with warnings.catch_warnings():
-            # A read-only array is only read, unless it is an output, and that is refused here.
-            warnings.simplefilter("ignore", UserWarning)
-            if name == "grad_out" and not value.flags.writeable:
-                raise ValueError(f"mbkern: grad_out is a read-only array of shape {value.shape}")
-            return torch.from_numpy(value)
+        if name == "grad_out" and not value.flags.writeable:
+            raise ValueError(f"mbkern: grad_out is a read-only array of shape {value.shape}")
+        return tensor_of_array(value, name)
     if not isinstance(value, Tensor):
         raise TypeError(
             f"mbkern: {name} must be a tensor or a NumPy array, not {type(value).__name__}"
@@ -317,8 +314,10 @@ def _mark_written(outs: Mapping[int, Tensor | None], tensors: tuple[Tensor | Non
             continue
         bump_version(out)
         tensor = tensors[p]
+        if tensor is None or tensor is out or not out.numel():  # no elements: address 0
+            continue
         # The argument itself, by another tensor, whose version may be counted apart.
-        if tensor is not None and tensor is not out and tensor.data_ptr() == out.data_ptr():
+        if tensor.data_ptr() == out.data_ptr():
             bump_version(tensor)
 
 

@@ -214,11 +214,13 @@ def gradient_of_probabilities(
     dim = 1 if x.dim() > 1 else 0
     shape = call.shape
     maximum, rest = state[0].reshape(shape), state[1].reshape(shape)
-    lse = maximum.double() + torch.log1p(rest.double())
+    log_sum = torch.log1p(rest.double())
     scale = incoming.to(torch.float64).expand(shape) / divisor
     if call.sample_weight is not None:
         scale = scale * call.sample_weight
-    grad = (lse.unsqueeze(dim) - x) * (scale * (1.0 - options.label_smoothing)).unsqueeze(dim)
+    # Not (maximum + log_sum) - x: far from 0 the sum loses digits that the difference keeps.
+    grad = (maximum.double().unsqueeze(dim) - x).add_(log_sum.unsqueeze(dim))
+    grad = grad * (scale * (1.0 - options.label_smoothing)).unsqueeze(dim)
     if call.weight is not None:
         grad = grad * call.weight.view([-1 if d == dim else 1 for d in range(x.dim())])
     grad = grad.to(dtype or call.target.dtype)
