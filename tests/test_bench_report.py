@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -212,6 +213,25 @@ def test_a_report_on_two_machines_says_so_and_lists_both(tmp_path: Path) -> None
     append(tmp_path / "one.jsonl", _of_two_runs(torch="2.1", commit="a"))
     report([tmp_path / "one.jsonl"], tmp_path, "t", with_pictures=False)
     assert "WARNING" not in (tmp_path / "report.md").read_text()
+
+
+def test_files_are_utf_8_whatever_the_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """plotly has letters that ASCII and Latin-1 lack, and the page says that it is UTF-8."""
+    append(tmp_path / "rows.jsonl", _rows())
+    opened = io.open
+
+    def in_ascii(file: object, mode: str = "r", *args: object, **named: object) -> object:
+        encoding = named.get("encoding") or (args[1] if len(args) > 1 else None)
+        if "b" not in mode and encoding in (None, "locale"):
+            args, named = (), {"encoding": "ascii"}
+        return opened(file, mode, *args, **named)
+
+    monkeypatch.setattr(io, "open", in_ascii)
+    report([tmp_path / "rows.jsonl"], tmp_path, "größer", with_pictures=False)
+    assert "<h1>größer</h1>" in (tmp_path / "report.html").read_bytes().decode()
+    assert "# größer" in (tmp_path / "report.md").read_bytes().decode()
 
 
 @pytest.mark.slow

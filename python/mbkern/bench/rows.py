@@ -129,7 +129,7 @@ def load(path: Path) -> tuple[list[Row], list[str]]:
     """
     rows: list[Row] = []
     warnings: list[str] = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -25,8 +25,8 @@ def render(title: str, figures: Sequence[Figure], tables: Sequence[Table], notes
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     folder = files("mbkern.bench.report")
-    style = (folder / "page.css").read_text()
-    script = (folder / "page.js").read_text()
+    style = (folder / "page.css").read_text("utf-8")
+    script = (folder / "page.js").read_text("utf-8")
     specs = json.dumps([_spec(figure) for figure in figures]).replace("</", "<\\/")
     parts = [
         "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',

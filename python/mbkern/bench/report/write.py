@@ -86,10 +86,11 @@ def report(
     made = tables_of(found)
     facts = [_machine_table(k, machines) for k in range(len(machines))]
     written = [folder / "report.html", folder / "report.md"]
-    written[0].write_text(page.render(title, drawn, made, notes, facts))
+    written[0].write_text(page.render(title, drawn, made, notes, facts), encoding="utf-8")
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), "", "Columns of the suites:", ""]
     lines += [*(f"- {text}" for text in display.LEGEND), "", ""]
-    written[1].write_text("\n".join(lines) + "\n".join(markdown(t) for t in [*made, *facts]))
+    text = "\n".join(lines) + "\n".join(markdown(t) for t in [*made, *facts])
+    written[1].write_text(text, encoding="utf-8")
     if with_pictures:
         written += pictures.save(drawn, folder)
     return written, warnings
