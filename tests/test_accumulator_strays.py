@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mbkern import GradAccumulator
+from mbkern import GradAccumulator, _accumulator_flush
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
@@ -128,3 +128,25 @@ def test_gradients_made_in_inference_mode_may_be_written_to(
     assert p.grad.tolist() == [2, 2]
     torch.optim.SGD([p], lr=0.0).zero_grad(set_to_none=False)
     assert p.grad.tolist() == [0, 0]
+
+
+def test_a_flush_that_failed_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sums may have been divided: a second one would divide them again."""
+    p = ones()
+    acc = GradAccumulator([p], denominators=("a", "b"))
+    acc.backward(p.sum(), 2, "a")
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError("full")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(_accumulator_flush, "_target", full)
+        acc.flush()
+    for use in (acc.flush, acc.state_dict, acc.keep_partial):
+        with pytest.raises(RuntimeError, match=r"flush\(\) failed \(MemoryError: full\).* window$"):
+            use()
+    acc.reset()
+    acc.backward(p.sum(), 2, "a")
+    acc.flush()
+    assert p.grad is not None
+    assert p.grad.tolist() == [0.5, 0.5]

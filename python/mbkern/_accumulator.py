@@ -482,7 +482,11 @@ class GradAccumulator:
             reduce_window(self._members, window.counts, self._names, known, self._group, refused)
         elif refused is not None:
             raise refused
-        stats = self._write(keep=False, grad_scale=grad_scale)
+        try:
+            stats = self._write(keep=False, grad_scale=grad_scale)
+        except BaseException as error:
+            window.broken = f"flush() failed ({type(error).__name__}: {error}) amid its sums"
+            raise
         if scaler is not None:
             _accumulator_scaler.record(scaler, optimizer, stats.found_inf)
         if self.max_norm is not None:

@@ -48,11 +48,10 @@ class Window:
     failed: tuple[str, Count] | None = None
 
     def require_whole(self) -> None:
-        """Raise if a micro-batch was added in part."""
+        """Raise if a micro-batch was added in part, or sums were divided in part."""
         if self.broken:
-            raise RuntimeError(
-                f"mbkern: {self.broken}; reset() drops the window, keep_partial() goes on with it"
-            )
+            or_keep = ", keep_partial() goes on with it" if self.failed else ""
+            raise RuntimeError(f"mbkern: {self.broken}; reset() drops the window{or_keep}")
 
     def require_divisor(self, now: float) -> None:
         """Raise if FSDP divides by another factor than in the window's first micro-batch."""
@@ -65,7 +64,9 @@ class Window:
 
     def keep_partial(self) -> None:
         """Take the micro-batch that was added in part for whole: its items count."""
-        if self.failed is not None:
+        if self.failed is None:
+            self.require_whole()
+        else:
             name, counted = self.failed
             self.counts[name] = counted
             self.micro_batches += 1
