@@ -61,9 +61,10 @@ def test_main_grad_leaves_grad_alone() -> None:
     assert p.grad.tolist() == [10, 10]
 
 
-def test_two_accumulators_take_turns_at_one_parameter() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_accumulators_take_turns_at_one_parameter(dtype: torch.dtype) -> None:
     """What another has flushed or collected is no stray, in whatever order the hooks come."""
-    p = ones()
+    p = ones(dtype)
     accs = [GradAccumulator([p]) for _ in range(2)]
     for k in (0, 1, 0):
         accs[k].backward((k + 1) * p.sum(), 1)
@@ -71,6 +72,10 @@ def test_two_accumulators_take_turns_at_one_parameter() -> None:
         accs[k].flush()
         assert p.grad is not None
         assert p.grad.tolist() == [k + 1] * 2
+    for acc in accs:
+        p.sum().backward()  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match="backward outside"):
+            acc.flush()
 
 
 def test_a_main_grad_of_others_is_left_alone() -> None:

@@ -32,8 +32,7 @@ class _Hook:
         elif accumulator._collector is not None:
             accumulator._collector.take(slot)
         else:
-            grad = slot.parameter.grad
-            slot.stray = None if grad is None else Given(slot.local(grad))
+            slot.stray = True  # compiled autograd traces this
 
 
 def put_hooks(slots: list[Slot], accumulator: weakref.ref[GradAccumulator]) -> None:
@@ -61,11 +60,12 @@ def set_gradient(slot: Slot, grad: Tensor | None, into: str) -> None:
     else:
         slot.parameter.grad = whole
     slot.given = None if grad is None else Given(grad)
-    slot.stray = None
+    slot.stray = False
 
 
-def _is(known: Given | None, slot: Slot, grad: Tensor | None) -> bool:
-    return known is not None and grad is not None and known.is_(slot.local(grad))
+def _is_given(slot: Slot, grad: Tensor | None) -> bool:
+    """Whether a gradient is the one that was handed out."""
+    return slot.given is not None and grad is not None and slot.given.is_(slot.local(grad))
 
 
 def release(slots: list[Slot], into: str) -> None:
@@ -73,7 +73,7 @@ def release(slots: list[Slot], into: str) -> None:
     names = ("grad", "main_grad") if into == "main_grad" else ("grad",)  # the one may be the other
     for slot in slots:
         for name in names:
-            if _is(slot.given, slot, getattr(slot.parameter, name, None)):
+            if _is_given(slot, getattr(slot.parameter, name, None)):
                 setattr(slot.parameter, name, None)
         slot.given = None
 
@@ -83,10 +83,10 @@ def require_no_gradients(slots: list[Slot]) -> None:
     for slot in slots:
         grad = slot.parameter.grad
         if grad is None:
-            slot.stray = None
+            slot.stray = False
             continue
-        own = _is(slot.given, slot, grad)
-        if not own or _is(slot.stray, slot, grad):
+        own = _is_given(slot, grad)
+        if not own or slot.stray:
             raise RuntimeError(
                 f"mbkern: {slot.name} has a gradient that is not this accumulator's"
                 f"{', added to the one that flush() left' if own else ''}; clear it "
@@ -102,12 +102,20 @@ def require_none_stray(slots: list[Slot], into: str) -> None:
         if grad is None or into == "main_grad":
             continue
         unseen = slot.handle is None and slot.parameter.requires_grad  # unfrozen since
-        if _is(slot.stray, slot, grad) or (unseen and not _is(slot.given, slot, grad)):
+        if (slot.stray and not _is_anothers(slot, grad)) or (unseen and not _is_given(slot, grad)):
             raise RuntimeError(
                 f"mbkern: {slot.name} has a gradient of a backward outside a micro-batch, which "
                 "flush() would overwrite; run it in micro_batch(), or clear it first "
                 "(optimizer.zero_grad(set_to_none=True))"
             )
+
+
+def _is_anothers(slot: Slot, grad: Tensor) -> bool:
+    """Whether another accumulator has handed out the gradient, and nothing was added to it: what it
+    collected was seen here, too."""
+    hooks = getattr(slot.parameter, "_post_accumulate_grad_hooks", None) or {}
+    others = [hook._slot() for hook in hooks.values() if isinstance(hook, _Hook)]
+    return any(o is not None and _is_given(o, grad) and not o.stray for o in others)
 
 
 def require_known(modules: list[torch.nn.Module], slots: list[Slot]) -> None:

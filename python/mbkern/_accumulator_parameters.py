@@ -19,20 +19,19 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Given:
-    """A gradient, recognised without keeping its memory alive; a sparse one is taken for another
-    sparse one."""
+    """A gradient that was handed out, recognised without keeping its memory alive."""
 
     def __init__(self, grad: Tensor) -> None:
-        self._storage: Any = None
-        if grad.layout is torch.strided:
-            self._storage = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
-            self._at = grad.data_ptr()
+        self._storage = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
+        self._at = grad.data_ptr()
 
     def is_(self, grad: Tensor) -> bool:
         """Whether ``grad`` lies in the same memory."""
-        if self._storage is None or grad.layout is not torch.strided:
-            return self._storage is None and grad.layout is not torch.strided
-        return grad.untyped_storage()._cdata == self._storage.cdata and grad.data_ptr() == self._at
+        return (
+            grad.layout is torch.strided
+            and grad.untyped_storage()._cdata == self._storage.cdata
+            and grad.data_ptr() == self._at
+        )
 
 
 @dataclass(eq=False)
@@ -52,7 +51,7 @@ class Slot:
         handle: of its hook; None while it does not require grad.
         given: the memory of the gradient that was last handed out.
         lent: whether ``GradAccumulator.buffer`` has handed its buffer out in this window.
-        stray: the memory of the gradient that a backward outside a micro-batch has left since.
+        stray: whether a backward outside a micro-batch has given it a gradient since.
     """
 
     parameter: Tensor
@@ -66,7 +65,7 @@ class Slot:
     received: list[bool] = field(default_factory=list)
     handle: Any = None
     given: Given | None = None
-    stray: Given | None = None
+    stray: bool = False
     lent: bool = False
 
     @property
@@ -98,7 +97,7 @@ class Slot:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hook yet: hooks stay with the parameter."""
-        return {**self.__dict__, "handle": None, "given": None, "stray": None, "lent": False}
+        return {**self.__dict__, "handle": None, "given": None, "lent": False}
 
 
 def read_parameters(given: Any, l1: float, l2: float, known: Iterable[Slot] = ()) -> list[Slot]:
