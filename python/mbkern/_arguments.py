@@ -156,22 +156,24 @@ def check_values(loss: Loss, inputs: tuple[Tensor | None, ...]) -> None:
     if x is None or on_cuda(x) or any(t is not None and t.numel() == 0 for t in inputs):
         return
     # aminmax is one pass without temporaries, and NaN where there is one.
-    if loss.name == "binary_cross_entropy":
+    if loss.domain == "probabilities":
         for t, name in ((x, "input"), (y, "target")):
             if t is None or _surely_probabilities(t):
                 continue
             low, high = (v.item() for v in t.aminmax())
             if not (low >= 0 and high <= 1):
                 raise ValueError(
-                    f"mbkern: binary_cross_entropy takes probabilities, in [0, 1]; {name} holds "
+                    f"mbkern: {loss.name} takes probabilities, in [0, 1]; {name} holds "
                     f"numbers from {low} to {high}"
                 )
-    if loss.name == "gaussian_nll_loss" and third is not None and not _surely_not_negative(third):
+    if loss.domain == "variances" and third is not None and not _surely_not_negative(third):
         low = third.aminmax().min.item()
         if low != low:  # one may be negative beside the NaN
             low = third.nan_to_num(0.0).aminmax().min.item()
         if low < 0:
-            raise ValueError(f"mbkern: gaussian_nll_loss takes variances; var holds {low}")
+            raise ValueError(
+                f"mbkern: {loss.name} takes variances; {loss.arguments[2]} holds {low}"
+            )
 
 
 def check_output(

@@ -13,10 +13,6 @@ from mbkern._arguments import check_values
 from mbkern._launch import new_gradient
 from mbkern._launch_tensors import Grads, TensorCall
 
-_PROBABILITIES = "binary_cross_entropy"
-#: Losses that refuse some values of their inputs.
-_WITH_DOMAIN = (_PROBABILITIES, "gaussian_nll_loss")
-
 
 class PointwiseCall(TensorCall):
     """One call of an element-wise loss: tensors of one (broadcast) shape."""
@@ -45,19 +41,19 @@ class PointwiseCall(TensorCall):
     def _before(self, grads: Grads, overwrites: bool) -> None:
         # A look at all probabilities costs a pass, so the loss says whether it is needed; but not
         # where the kernel writes over what is the caller's.
-        name, first = self.loss.name, grads[0]
-        if name not in _WITH_DOMAIN:
+        domain, first = self.loss.domain, grads[0]
+        if domain is None:
             return
         try:
             in_place = first is not None and first.data_ptr() == self.inputs[0].data_ptr()
-            if name != _PROBABILITIES or overwrites or in_place:
+            if domain != "probabilities" or overwrites or in_place:
                 check_values(self.loss, self.inputs)
         except RuntimeError:  # of torch, about what is no plain tensor
             self.explain()
             raise
 
     def _after(self, result: Tensor | None) -> None:
-        if self.loss.name != _PROBABILITIES or result is None:
+        if self.loss.domain != "probabilities" or result is None:
             return
         if bool(result.isnan().any() if result.dim() else result != result):
             check_values(self.loss, self.inputs)

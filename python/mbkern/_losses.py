@@ -101,6 +101,14 @@ class Loss:
         differentiates_all: whether gradients are computed for all its tensors.
         is_flat: whether it takes no more than (N, C), as torch's does, or its rows would be others.
         flattens: whether the rows of more are all that there is of an item.
+        domain: what the CPU refuses other values than: "probabilities" (of input and target; the
+            loss of others is NaN), "variances" (of the third tensor), or None.
+        compares: whether the target is only compared with numbers: torch takes one that requires
+            grad, and gives it none.
+        takes_numbers: whether torch's formula takes a number for all elements of a tensor that is
+            not the first.
+        warns: whether torch warns of an input and a target that broadcast: (N, 1) against (N) is
+            hardly ever meant.
         constants: what the kernels take after the parameters. Not floats: compiled with dynamic
             shapes these are inputs of the graph, and Dynamo fails if the first to read one is a
             Function.
@@ -122,6 +130,10 @@ class Loss:
     differentiates_all: bool = True
     is_flat: bool = False
     flattens: bool = False
+    domain: str | None = None
+    compares: bool = False
+    takes_numbers: bool = False
+    warns: bool = False
     constants: tuple[bool, ...] = ()
     number: int = -1
 
@@ -153,18 +165,12 @@ def _loss(name: str, kind: str = "pointwise", **properties: Any) -> Loss:
     return Loss(name, kind, number=lists[kind]().index(name), **properties)
 
 
-_FLAT = (
-    "multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss",
-    "cosine_embedding_loss", "triplet_margin_loss",
-)  # fmt: skip
-
-
 def _rows(name: str, inputs: tuple[str, ...], target: str | None = None, **rest: Any) -> Loss:
     """A loss of rows, differentiable in all its inputs."""
     arguments = inputs if target is None else (*inputs, "target")
     return _loss(
         name, "multirow", arguments=arguments, inputs=len(inputs), differentiable=inputs,
-        target=target, is_flat=name in _FLAT, **rest,
+        target=target, **rest,
     )  # fmt: skip
 
 
@@ -191,18 +197,19 @@ _LOSSES = {
             weight="classes",
         ),
         _loss("half_squared_error"),
-        _loss("mse_loss", weight="mean", weight_promotes=True),
-        _loss("l1_loss", weight="mean", weight_promotes=True),
-        _loss("smooth_l1_loss", parameters={"beta": Parameter(1.0, 0.0, open=True)}),
+        _loss("mse_loss", weight="mean", weight_promotes=True, warns=True),
+        _loss("l1_loss", weight="mean", weight_promotes=True, warns=True),
+        _loss("smooth_l1_loss", parameters={"beta": Parameter(1.0, 0.0, open=True)}, warns=True),
         _loss(
             "huber_loss",
             parameters={"delta": Parameter(1.0, 0.0, open=True)},
             weight="rescale",
             weight_promotes=True,
+            warns=True,
         ),
         _loss("log_cosh_loss"),
         _loss("quantile_loss", parameters={"quantile": Parameter(0.5, 0.0, 1.0, open=True)}),
-        _loss("binary_cross_entropy", weight="rescale"),
+        _loss("binary_cross_entropy", weight="rescale", domain="probabilities"),
         _loss(
             "binary_cross_entropy_with_logits",
             arguments=("input", "target", "pos_weight"),
@@ -215,7 +222,7 @@ _LOSSES = {
             parameters={"alpha": Parameter(0.25, most=1.0), "gamma": Parameter(2.0, 0.0)},
         ),
         _loss("soft_margin_loss", differentiable=_ONE),
-        _loss("hinge_embedding_loss", differentiable=_ONE, parameters=_MARGIN),
+        _loss("hinge_embedding_loss", differentiable=_ONE, parameters=_MARGIN, compares=True),
         _loss("hinge_loss", parameters=_MARGIN),
         _loss("squared_hinge_loss", parameters=_MARGIN),
         _loss(
@@ -238,6 +245,8 @@ _LOSSES = {
             arguments=("input", "target", "var"),
             differentiable=("input", "target", "var"),
             parameters={"full": Parameter(False), "eps": Parameter(1e-6)},
+            domain="variances",
+            takes_numbers=True,
         ),
         _loss(
             "tweedie_nll_loss",
@@ -257,14 +266,24 @@ _LOSSES = {
                 "p": Parameter(1, 1, 2, gap=(1, 2), only="1 or 2"),
                 "margin": Parameter(1.0),
             },
+            is_flat=True,
         ),
-        _rows("multilabel_margin_loss", _ONE, target="list"),
-        _rows("multilabel_soft_margin_loss", _TWO, weight="classes", weight_promotes=True),
+        _rows("multilabel_margin_loss", _ONE, target="list", is_flat=True),
+        _rows(
+            "multilabel_soft_margin_loss",
+            _TWO,
+            weight="classes",
+            weight_promotes=True,
+            takes_numbers=True,
+            is_flat=True,
+        ),
         _rows(
             "cosine_embedding_loss",
             ("input1", "input2"),
             target="label",
             parameters={"margin": Parameter(0.0)},
+            compares=True,
+            is_flat=True,
         ),
         _rows(
             "triplet_margin_loss",
@@ -274,6 +293,7 @@ _LOSSES = {
                 "eps": Parameter(1e-6),
                 "swap": Parameter(False),
             },
+            is_flat=True,
         ),
         _rows("dice_loss", _TWO, parameters={"smooth": Parameter(1.0, 0.0)}, flattens=True),
         _rows(

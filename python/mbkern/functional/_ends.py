@@ -43,12 +43,6 @@ class Extras(TypedDict, total=False):
 
 _is_compiling = torch.compiler.is_compiling
 _EXTRAS = frozenset(Extras.__annotations__)
-#: Where torch warns of tensors that broadcast: (N, 1) against (N) is hardly ever meant.
-_WARNED_OF = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
-#: Losses whose target is only compared: if it requires grad, torch takes it and gives it none.
-_COMPARED = ("hinge_embedding_loss", "cosine_embedding_loss")
-#: Losses whose formula in torch takes a number for all elements of the target.
-_OF_NUMBERS = ("gaussian_nll_loss", "multilabel_soft_margin_loss")
 
 
 def row_loss(
@@ -190,7 +184,7 @@ def _end(
         subclass = _has_subclass(o)
     try:
         if o.target is not None and torch.is_grad_enabled() and is_differentiated(o.target):
-            if loss.name not in _COMPARED:
+            if not loss.compares:
                 raise NotImplementedError(
                     f"mbkern: {loss.name} computes no gradient for target; detach it"
                 )
@@ -246,7 +240,7 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
             continue
         differs = differs or t.shape != shape
         if name not in loss.differentiable and torch.is_grad_enabled() and is_differentiated(t):
-            if loss.name not in _COMPARED:
+            if not loss.compares:
                 raise NotImplementedError(
                     f"mbkern: {loss.name} computes no gradient for {name}; detach it"
                 )
@@ -265,7 +259,7 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
                 f"mbkern: inplace=True needs an input of the shape of the loss, {tuple(common)}, "
                 f"not {tuple(shape)}"
             )
-        if loss.name in _WARNED_OF and second is not None and not _is_compiling():
+        if loss.warns and second is not None and not _is_compiling():
             _warn_of_broadcasting(first, second)
         tensors = tuple(None if t is None else t.expand(common) for t in tensors)
     return (*tensors, None, None)[:3]  # type: ignore[return-value]
@@ -295,7 +289,7 @@ def _of_numbers(loss: Loss, tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
     Raises for what is no tensor.
     """
     first, rest, filled = tensors[0], list(tensors[1:]), False
-    if loss.name in _OF_NUMBERS and isinstance(first, Tensor):
+    if loss.takes_numbers and isinstance(first, Tensor):
         for k, value in enumerate(rest):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 rest[k], filled = first.new_full((), float(value)).expand(first.shape), True
