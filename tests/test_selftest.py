@@ -70,6 +70,15 @@ def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: list[str]) 
     return file
 
 
+def test_where_digests_are_written_is_said(
+    golden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the installed package, where the next build takes them from nowhere."""
+    capsys.readouterr()
+    assert _selftest.run(write_golden=True) == 0
+    assert capsys.readouterr().out.endswith(f"all runs agree; written: {golden}\n")
+
+
 def change(file: Path, **replaced: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **replaced}))
 

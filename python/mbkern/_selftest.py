@@ -328,7 +328,7 @@ def _run(write_golden: bool, tiers: list[Tier]) -> int:
     if write_golden:
         content = {"numerics_version": NUMERICS_VERSION, "digests": computed}
         GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"all runs agree; {GOLDEN.name} written")
+        print(f"all runs agree; written: {GOLDEN}")
     else:
         print("every bit as it should be")
     return 0

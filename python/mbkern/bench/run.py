@@ -113,7 +113,8 @@ def show(rows: Sequence[Row], command: str) -> None:
         table = display.suite_table(suite, members)
         if table.rows:
             tables.show(table)
-    print("\n".join([*display.LEGEND, ""]))
+    if any(row.samples_s for row in rows):
+        print("\n".join([*display.LEGEND, ""]))
     for table in conclusions.tables(rows):
         tables.show(table)
     measured = next((r for r in rows if r.environment), None)
