@@ -6,7 +6,7 @@ with stock PyTorch and with mbkern. One batch of 50 is then cut as 1x50, 10x5, 5
 see what changes; and the throughput is measured against the size of the micro-batch. Nothing is
 downloaded.
 
-Writes ``demo.json`` (all numbers) and ``demo.png`` to the folder given by ``--out``, and prints
+Needs what ``pip install '.[demo]'`` brings. Writes ``demo.json`` (all numbers) and ``demo.png`` to the folder given by ``--out``, and prints
 tables.
 """
 
@@ -97,7 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # now, and not when all is measured
+        parser.error(f"cannot write to {options.out}: {error.strerror}")
     config = QUICK if options.quick else Config()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -4,6 +4,7 @@ Candidates are points whose features overlap; a network scores them by logits. I
 from the same seed by sigmoid focal loss: with mbkern, in place over the logits and in
 micro-batches, and with torch operations. Plain cross-entropy stands beside them.
 
+    pip install '.[demo]'
     python examples/detection.py
 """
 

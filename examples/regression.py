@@ -4,6 +4,7 @@ A small network predicts the progression of the disease; a second one its 10 %, 
 quantiles, by one pinball loss each. Both are trained twice from the same seed: with mbkern, in
 micro-batches, and with torch, in whole mini-batches. The metrics agree.
 
+    pip install '.[demo]'
     python examples/regression.py
 """
 
