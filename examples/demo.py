@@ -6,8 +6,8 @@ with stock PyTorch and with mbkern. One batch of 50 is then cut as 1x50, 10x5, 5
 see what changes; and the throughput is measured against the size of the micro-batch. Nothing is
 downloaded.
 
-Needs what ``pip install '.[demo]'`` brings. Writes ``demo.json`` (all numbers) and ``demo.png`` to the folder given by ``--out``, and prints
-tables.
+Needs what ``pip install '.[demo]'`` brings. Writes ``demo.json`` (all numbers) and ``demo.png`` to
+the folder given by ``--out``, and prints tables.
 """
 
 from __future__ import annotations
