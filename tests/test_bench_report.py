@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("plotly")
 pytest.importorskip("matplotlib")
 
-from mbkern.bench import cli
+from mbkern.bench import cli, tables
 from mbkern.bench.measure import summarise
 from mbkern.bench.report import figures, pictures
 from mbkern.bench.report.write import report, tables_of
@@ -165,6 +165,40 @@ def test_titles_have_no_lonely_last_word() -> None:
     assert len(lines) == 2
     assert min(map(len, lines)) > 25
     assert pictures._even_lines("Short") == ["Short"]
+
+
+def test_a_drawn_table_has_every_cell_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal of less than 235 columns the times were cut to '72…'."""
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(tables, "is_plain", lambda stream: False)
+    (table,) = [t for t in tables_of(_rows()) if t.title == "cross_entropy"]
+    words = "a note of many words, which may take more than one line of its column " * 3
+    rows = [[*row[:-1], words] for row in table.rows]
+    tables.show(tables.Table(table.title, table.head, rows))
+    drawn = capsys.readouterr().out
+    assert "…" not in drawn
+    for row in table.rows:
+        assert all(cell in drawn for cell in row[:-1])
+    assert max(map(len, drawn.splitlines())) < 300
+
+
+@pytest.mark.parametrize(
+    ("variables", "plain"),
+    [({}, False), ({"TERM": "dumb"}, True), ({"NO_COLOR": ""}, True), ({"TERM": ""}, False)],
+)
+def test_where_plain_text_is_printed(
+    variables: dict[str, str], plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert tables.is_plain(stream) == plain
 
 
 def _of_two_runs(*, torch: str = "2.2", commit: str = "b") -> list[Row]:

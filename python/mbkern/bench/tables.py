@@ -15,7 +15,7 @@ except ImportError:  # plain text will do
     Console = None  # type: ignore[assignment, misc]
 
 HAS_RICH = Console is not None
-WIDTH = 180  # narrower terminals wrap lines, rather than lose cells
+WRAPPED = ("note", "value")  # columns of words, which may take several lines
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class Table:
 
 
 def is_plain(stream: IO[str]) -> bool:
-    """Whether plain text goes there: no terminal, NO_COLOR is set, or rich is missing."""
-    return Console is None or "NO_COLOR" in os.environ or not stream.isatty()
+    """Whether plain text goes there: no terminal or a dumb one, NO_COLOR is set, or no rich.
+
+    On a dumb terminal rich takes 80 columns, whatever it is told, and leaves cells out.
+    """
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return Console is None or "NO_COLOR" in os.environ or dumb or not stream.isatty()
 
 
 def show(table: Table) -> None:
@@ -37,14 +41,14 @@ def show(table: Table) -> None:
     if is_plain(sys.stdout):
         print(plain(table))
         return
-    console = Console()
-    console = Console(width=max(console.width, WIDTH))
+    # A narrower terminal wraps lines: rich would leave letters of cells out.
+    console = Console(width=max(Console().width, _least_width(table)))
     drawn = RichTable(
         title=table.title.replace("[", "\\["), title_justify="left", title_style="bold"
     )
     for head in table.head:
         justify: Literal["left", "right"] = "right" if head[0] == " " else "left"
-        drawn.add_column(head.strip(), justify=justify, no_wrap=head not in ("note", "value"))
+        drawn.add_column(head.strip(), justify=justify, no_wrap=head not in WRAPPED)
     grouped = any(not row[0] for row in table.rows)
     for row in table.rows:
         if grouped and row[0]:
@@ -52,6 +56,16 @@ def show(table: Table) -> None:
         bad = any(cell.startswith(("FAIL", "WRONG")) for cell in row)
         drawn.add_row(*(cell.replace("[", "\\[") for cell in row), style="red" if bad else None)
     console.print(drawn)
+
+
+def _least_width(table: Table) -> int:
+    """Of the drawn table with every cell whole, but for those that may take several lines."""
+    widths = [
+        max(len(line[k].strip()) for line in (table.head, *table.rows))
+        for k in range(len(table.head))
+    ]
+    kept = [min(w, 30) if h in WRAPPED else w for h, w in zip(table.head, widths, strict=True)]
+    return sum(kept) + 3 * len(kept) + 1
 
 
 def plain(table: Table) -> str:
