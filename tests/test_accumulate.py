@@ -227,6 +227,10 @@ def test_numpy() -> None:
     b.flags.writeable = False
     with pytest.raises(ValueError, match=r"buffers\[0\] is a read-only array"):
         mbkern.accumulate_(b, g)
+    with pytest.raises(ValueError, match=r"buffers\[0\] is a read-only array or a number"):
+        mbkern.accumulate_(np.float32(0), torch.tensor(1.0))  # its sum would be lost
+    with pytest.raises(TypeError, match=r"grads\[0\] is a masked array"):
+        mbkern.accumulate_(np.zeros(3), np.ma.array(np.ones(3), mask=[1, 0, 0]))
 
 
 def test_the_version_counter_moves() -> None:

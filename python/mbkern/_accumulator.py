@@ -16,28 +16,21 @@ from torch import Tensor
 from mbkern import _accumulator_scaler, _accumulator_state
 from mbkern._accumulator_apart import Apart
 from mbkern._accumulator_collect import Collector
-from mbkern._accumulator_counts import Count, as_count, reciprocal
-from mbkern._accumulator_flush import FlushOptions, WindowStats, write
-from mbkern._accumulator_hooks import (
-    discard,
-    release,
-    require_no_gradients,
-    require_none_left,
-    require_none_stray,
-    set_gradient,
-    unhook,
+from mbkern._accumulator_counts import as_count
+from mbkern._accumulator_end import (
+    check_flush,
+    reduce_kept,
+    scale_of,
+    share_of_clipped,
+    write_gradients,
 )
+from mbkern._accumulator_flush import WindowStats
+from mbkern._accumulator_hooks import release, unhook
+from mbkern._accumulator_lend import lend, take_strays
 from mbkern._accumulator_members import Members
+from mbkern._accumulator_micro_batch import collect
 from mbkern._accumulator_options import Options, require_scale
-from mbkern._accumulator_parameters import Slot
-from mbkern._accumulator_ranks import (
-    check_group,
-    find_ddp,
-    group_of,
-    reduce_window,
-    require_no_sync,
-    share_buffers,
-)
+from mbkern._accumulator_ranks import find_ddp, find_group, reduce_window, share_buffers
 from mbkern._accumulator_rounding import Rounding
 from mbkern._accumulator_sharded import find_shards
 from mbkern._accumulator_window import Window
@@ -171,7 +164,7 @@ class GradAccumulator:
         self._pre_scale = self._options.pre_scale
         self._shards = find_shards(parameters)
         self._module = find_ddp(parameters)
-        self._group = self._find_group(process_group)
+        self._group = find_group(process_group, self._module, self._shards, self._options)
         self._members = Members(self, self._options, self._shards)
         self._apart = Apart()
         self._clipped: Tensor | None = None  # windows that were clipped, and finite ones
@@ -179,31 +172,6 @@ class GradAccumulator:
         self._window = Window()
         self._open = threading.Lock()
         self.add(parameters)
-
-    def _find_group(self, process_group: Any) -> Any:
-        """The ranks to add up over in flush, or None; raise for what does not go with several."""
-        if self._module is not None:
-            process_group = group_of(self._module, process_group)
-        several = process_group not in (None, False)
-        if self._shards is not None:
-            if self.mode == "streaming" or self._options.measures:
-                raise NotImplementedError(
-                    "mbkern: mode='streaming', measure=True and noise_scale=True do not go with "
-                    "FSDP modules: the norm of a shard is not the parameter's"
-                )
-            if several:
-                raise ValueError("mbkern: an FSDP module has its own mesh; no process_group= then")
-            process_group = False
-        if several and self.mode == "streaming":
-            raise ValueError(
-                "mbkern: mode='streaming' promises a gradient after each micro-batch, which would "
-                "be an all-reduce each; use 'deferred' with a process_group"
-            )
-        if self._rounding.kind is not None and (several or self._shards is not None):
-            raise NotImplementedError(
-                "mbkern: bfloat16 buffers are not added up over ranks; use float32 ones"
-            )
-        return check_group(process_group)
 
     def add(self, parameters: Any) -> None:
         """Take more parameters, in any of the constructor's forms; known ones are passed over.
@@ -239,7 +207,7 @@ class GradAccumulator:
     def __deepcopy__(self, memo: dict[int, Any]) -> GradAccumulator:
         """A copy with buffers of its own, of the parameters' copies; of the same process group."""
         self._require_closed("a deepcopy")
-        self._take_strays()
+        take_strays(self)
         other = object.__new__(type(self))
         memo[id(self)] = other
         for name, value in self.__dict__.items():
@@ -324,86 +292,9 @@ class GradAccumulator:
         if not self._open.acquire(blocking=False):
             raise RuntimeError("mbkern: micro-batches cannot be nested, or run in several threads")
         try:
-            yield from self._collect(count, denominator)
+            yield from collect(self, count, denominator)
         finally:
             self._open.release()
-
-    def _collect(self, count: Number | None, denominator: str) -> Iterator[None]:
-        which, window = self._which(denominator), self._window
-        if count is None and self.mode != "known":
-            raise ValueError(f"mbkern: mode {self.mode!r} needs the count of every micro-batch")
-        counted = window.counts.get(denominator, Count()).copy()
-        size: Number = 0
-        if count is not None:
-            size = as_count(count, "count")
-            counted.add(size)
-            if isinstance(size, Tensor) and self._options.measures:
-                size = size.detach().clone()  # as it is now: it may live on
-        alpha = self._alpha(denominator)
-        if not window.micro_batches:
-            self._members.require_known()
-        self._members.thaw_unfrozen()
-        self._members.hook()
-        require_no_gradients(self._members.all)
-        if self._shards is not None:
-            self._shards.require_own(window.kept)
-            window.require_divisor(self._shards.divisor())
-        release(self._members.slots, self._into)
-        require_no_sync(self._module)
-        self._take_strays()
-        collector = self._collector = Collector(
-            which,
-            alpha,
-            window.micro_batches,
-            pre_scale=self._pre_scale,
-            measure=self._options.measures,
-            densify=self._options.sparse == "densify",
-            rounding=self._rounding,
-        )
-        window.lent = {}
-        for slot in self._members.slots:
-            if slot.lent and slot not in self._apart:
-                self._lend(slot)
-        before = () if self._shards is None else self._shards.kept()
-        try:
-            yield
-            collector.finish()
-            collector.take_apart(self._apart)
-            require_none_left(self._members.all)
-            if self._shards is not None:
-                self._shards.require_apart(self._names)
-        except BaseException as error:
-            collector.drop()
-            self._apart.drop()
-            by_kernels = [n for n, (b, version) in window.lent.items() if b._version != version]
-            kept_more = self._shards is not None and self._shards.kept() != before
-            if collector.added or by_kernels or kept_more:
-                window.broken = (
-                    f"micro-batch {window.micro_batches} failed ({type(error).__name__}: {error}) "
-                    f"after {collector.added or 'some'} of its gradients had been added"
-                )
-                window.failed = (denominator, counted)
-            discard(self._members.all)
-            self._collector = None
-            if self.mode == "streaming" and not window.broken and window.micro_batches:
-                self._write(keep=True)
-            raise
-        finally:
-            self._collector = None
-            if self._shards is not None:
-                window.kept = self._shards.kept()
-        window.counts[denominator] = counted
-        window.measurements += collector.measurements
-        slots = self._members.slots
-        window.measured_whole &= not any(s.lent and s not in self._apart for s in slots)
-        window.repeated |= collector.repeated
-        if count is None:
-            window.omitted.add(denominator)
-        elif self._options.measures:
-            window.sizes[window.micro_batches] = size
-        window.micro_batches += 1
-        if self.mode == "streaming":
-            self._write(keep=True)
 
     def buffer(self, parameter: Tensor, denominator: str = "") -> Tensor:
         """The buffer of a parameter, for a kernel that adds its gradient there itself.
@@ -415,38 +306,7 @@ class GradAccumulator:
         gradient until then. Not with ``pre_scale``, which a kernel does not divide out, nor with
         bfloat16 buffers.
         """
-        if self._rounding.kind is not None:
-            raise NotImplementedError(
-                f"mbkern: buffer() does not go with compensation={self._rounding.kind!r}: a kernel "
-                "that adds into it would round to bfloat16"
-            )
-        if self._pre_scale != 1:
-            raise RuntimeError(
-                f"mbkern: buffer() does not go with pre_scale={self._pre_scale}: a kernel that "
-                "adds into it does not divide that out"
-            )
-        which = self._which(denominator)
-        self._members.thaw(s for s in self._members.frozen if s.parameter is parameter)
-        for slot in self._members.slots:
-            if slot.parameter is parameter:
-                if slot.mesh is not None:
-                    raise NotImplementedError(
-                        f"mbkern: {slot.name} is sharded; FSDP reduces its gradient, so no kernel "
-                        "can add it to the buffer of a shard"
-                    )
-                if not slot.received[which]:
-                    release([slot], self._into)
-                    # Not a kernel's doing: views of one allocation share their version.
-                    slot.buffers[which].data.zero_()
-                    slot.received[which] = True
-                slot.lent = True
-                if self._options.measures and self.mode != "known":
-                    return self._apart.lend(slot, which)
-                if self.mode == "known":
-                    self._window.measured_whole = False
-                self._lend(slot)
-                return slot.buffers[which]
-        raise KeyError("mbkern: this accumulator does not have that parameter")
+        return lend(self, parameter, denominator)
 
     def flush(self, scaler: Any = None, optimizer: Any = None) -> WindowStats:
         """End the window: sums become gradients.
@@ -468,14 +328,14 @@ class GradAccumulator:
         refused: Exception | None = None
         grad_scale: Number = 1.0
         try:
-            grad_scale = self._check_flush(scaler, optimizer)
+            grad_scale = check_flush(self, scaler, optimizer)
         except Exception as error:
             refused = error  # which the other ranks are told: they would wait for this one
         known, window = self.mode == "known", self._window
         if self._shards is not None:
             self._shards.agree(refused)
-            self._reduce_kept()
-            self._scale_of(scaler, optimizer)  # of what FSDP had kept, too
+            reduce_kept(self)
+            scale_of(self, scaler, optimizer)  # of what FSDP had kept, too
             if not known:
                 self._shards.reduce_counts(window.counts, self._names)
         elif self._group is not None:
@@ -483,14 +343,14 @@ class GradAccumulator:
         elif refused is not None:
             raise refused
         try:
-            stats = self._write(keep=False, grad_scale=grad_scale)
+            stats = write_gradients(self, keep=False, grad_scale=grad_scale)
         except BaseException as error:
             window.broken = f"flush() failed ({type(error).__name__}: {error}) amid its sums"
             raise
         if scaler is not None:
             _accumulator_scaler.record(scaler, optimizer, stats.found_inf)
         if self.max_norm is not None:
-            stats = replace(stats, clipped_share=self._share_of_clipped(stats))
+            stats = replace(stats, clipped_share=share_of_clipped(self, stats))
         self._forget()
         if self.noise_scale is None:
             return stats
@@ -514,7 +374,7 @@ class GradAccumulator:
         failed = self._window.failed is not None
         self._window.keep_partial()
         if failed and self.mode == "streaming":
-            self._write(keep=True)
+            write_gradients(self, keep=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, between two micro-batches: copies of all sums, and the counts.
@@ -525,8 +385,8 @@ class GradAccumulator:
         """
         self._require_closed("state_dict()")
         self._window.require_whole()
-        self._take_strays()
-        self._reduce_kept()
+        take_strays(self)
+        reduce_kept(self)
         return _accumulator_state.save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -534,106 +394,13 @@ class GradAccumulator:
         self._require_closed("load_state_dict()")
         _accumulator_state.load(self, state)
         if self.mode == "streaming" and self._window.micro_batches:
-            self._write(keep=True)
+            write_gradients(self, keep=True)
 
     # ---- inside ------------------------------------------------------------------------------
-
-    def _check_flush(self, scaler: Any, optimizer: Any) -> Number:
-        """Raise for what cannot be flushed, before anything is sent to other ranks; return the
-        loss scale that is in the sums."""
-        self._require_closed("flush()")
-        self._window.require_whole()
-        self._members.require_known()
-        require_none_stray(self._members.all, self._into)
-        self._take_strays()
-        self._check_kept()
-        if self.mode == "known" and self._group is None and self._shards is None:
-            self._window.check_totals()  # over ranks it has counted its own share only
-        return self._scale_of(scaler, optimizer)
-
-    def _scale_of(self, scaler: Any, optimizer: Any) -> Number:
-        if scaler is None:
-            return 1.0
-        return _accumulator_scaler.scale_of(
-            scaler, optimizer, self._members.all, self._window.micro_batches
-        )
-
-    def _which(self, denominator: str) -> int:
-        if denominator not in self._names:
-            raise ValueError(
-                f"mbkern: denominator {denominator!r} is not declared: GradAccumulator(..., "
-                f"denominators=...) has {[name for name in self._names if name]}"
-            )
-        return 0 if self.mode == "known" else self._names.index(denominator)
-
-    def _alpha(self, denominator: str) -> Number:
-        if self.mode != "known":
-            return 1.0 / self._pre_scale
-        if self._window.totals is None:
-            raise RuntimeError("mbkern: mode='known' needs begin(total=...) before each window")
-        return reciprocal(self._window.totals[denominator]) / self._pre_scale
-
-    def _check_kept(self) -> None:
-        """Raise where FSDP keeps what is not this window's."""
-        # Also on a rank without a micro-batch: buffers are all-reduced.
-        self._members.thaw_unfrozen()
-        if self._shards is not None:
-            self._window.require_divisor(self._shards.divisor())
-            self._shards.require_own(self._window.kept)
-            self._shards.require_all_reduced()
-
-    def _reduce_kept(self) -> None:
-        """Take over the gradients that FSDP has kept whole."""
-        self._check_kept()
-        if self._shards is not None and self._shards.keep_any():
-            self._shards.reduce_kept(self._alpha(self._names[0]))
-            self._window.kept = self._shards.kept()
-
-    def _take_strays(self) -> None:
-        """Add what kernels have added apart outside a micro-batch."""
-        if self._apart.take(measure=False)[0]:
-            self._window.measured_whole = False
-
-    def _share_of_clipped(self, stats: WindowStats) -> Tensor:
-        if self._clipped is None:
-            self._clipped = stats.norm.new_zeros(2)
-        if any(any(slot.received) for slot in self._members.slots):
-            finite = (stats.found_inf == 0).double()
-            clipped = (stats.clip_factor < 1).double() * finite
-            self._clipped = self._clipped + torch.stack([clipped, finite])
-        return self._clipped[0] / self._clipped[1]
-
-    def _lend(self, slot: Slot) -> None:
-        """Remember what a buffer was like before kernels may add to it."""
-        for which, buffer in enumerate(slot.buffers):
-            self._window.lent.setdefault(f"{slot.name} {which}", (buffer, buffer._version))
 
     def _require_closed(self, what: str) -> None:
         if self._collector is not None:
             raise RuntimeError(f"mbkern: {what} inside a micro-batch, before its gradients are in")
-
-    def _write(self, *, keep: bool, grad_scale: Number = 1.0) -> WindowStats:
-        window, known = self._window, self.mode == "known"
-        measurements = list(window.measurements)
-        if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-            wide = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
-            measurements = [
-                replace(m, squared_norms=m.squared_norms / (wide * wide)) for m in measurements
-            ]
-        counts = {name: window.counts.get(name, Count()).total() for name in self._names}
-        totals: list[Number] = [1.0] if known else list(counts.values())
-        options = FlushOptions(self._into, keep, grad_scale, self.max_norm, self._shards)
-        stats, norms = write(self._members.slots, totals, options)
-        head = (stats.norm, stats.clip_factor, stats.found_inf, stats.penalty, norms)
-        for slot in self._members.frozen:
-            set_gradient(slot, None, self._into)
-        plain = window.measured_whole and not window.repeated
-        plain &= not (known or any(slot.l1 or slot.l2 for slot in self._members.slots))
-        return WindowStats(
-            *head, window.micro_batches, counts, measurements, dict(window.sizes),
-            stats.norm.square() if plain else None, window.repeated,
-            measured_whole=window.measured_whole and self._options.measures,
-        )  # fmt: skip
 
     def _forget(self) -> None:
         for slot in self._members.slots:

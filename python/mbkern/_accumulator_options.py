@@ -108,6 +108,15 @@ class Options:
         """How many sets of buffers there are."""
         return 1 if self.mode == "known" else len(self.names)
 
+    def set_of(self, denominator: str) -> int:
+        """Which set of buffers a denominator's gradients are added to; raise for an unknown one."""
+        if denominator not in self.names:
+            raise ValueError(
+                f"mbkern: denominator {denominator!r} is not declared: GradAccumulator(..., "
+                f"denominators=...) has {[name for name in self.names if name]}"
+            )
+        return 0 if self.mode == "known" else self.names.index(denominator)
+
     @property
     def measures(self) -> bool:
         """Whether the norms of micro-batches' gradients are wanted."""

@@ -17,6 +17,8 @@ from mbkern._accumulator_parameters import Slot
 
 if TYPE_CHECKING:
     from mbkern._accumulator_members import Members
+    from mbkern._accumulator_options import Options
+    from mbkern._accumulator_sharded import Shards
 
 
 def require_no_sync(module: Any) -> None:
@@ -39,6 +41,32 @@ def find_ddp(given: Any) -> Any:
             "an accumulator"
         )
     return found[0] if found else None
+
+
+def find_group(process_group: Any, module: Any, shards: Shards | None, options: Options) -> Any:
+    """The ranks to add up over in flush, or None; raise for what does not go with several."""
+    if module is not None:
+        process_group = group_of(module, process_group)
+    several = process_group not in (None, False)
+    if shards is not None:
+        if options.mode == "streaming" or options.measures:
+            raise NotImplementedError(
+                "mbkern: mode='streaming', measure=True and noise_scale=True do not go with "
+                "FSDP modules: the norm of a shard is not the parameter's"
+            )
+        if several:
+            raise ValueError("mbkern: an FSDP module has its own mesh; no process_group= then")
+        process_group = False
+    if several and options.mode == "streaming":
+        raise ValueError(
+            "mbkern: mode='streaming' promises a gradient after each micro-batch, which would "
+            "be an all-reduce each; use 'deferred' with a process_group"
+        )
+    if options.compensation is not None and (several or shards is not None):
+        raise NotImplementedError(
+            "mbkern: bfloat16 buffers are not added up over ranks; use float32 ones"
+        )
+    return check_group(process_group)
 
 
 def check_group(group: Any) -> Any:

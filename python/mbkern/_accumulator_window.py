@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mbkern._accumulator_collect import Measurement
-from mbkern._accumulator_counts import Count
+from mbkern._accumulator_counts import Count, reciprocal
+from mbkern._accumulator_options import Options
 from mbkern._accumulator_sharded import Kept
 from mbkern._arguments import Number
 
@@ -52,6 +53,14 @@ class Window:
         if self.broken:
             or_keep = ", keep_partial() goes on with it" if self.failed else ""
             raise RuntimeError(f"mbkern: {self.broken}; reset() drops the window{or_keep}")
+
+    def factor(self, denominator: str, options: Options) -> Number:
+        """What gradients are multiplied by as they are added."""
+        if options.mode != "known":
+            return 1.0 / options.pre_scale
+        if self.totals is None:
+            raise RuntimeError("mbkern: mode='known' needs begin(total=...) before each window")
+        return reciprocal(self.totals[denominator]) / options.pre_scale
 
     def require_divisor(self, now: float) -> None:
         """Raise if FSDP divides by another factor than in the window's first micro-batch."""
