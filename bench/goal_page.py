@@ -154,7 +154,11 @@ def _what(goal: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Check, take runs, or write."""
-    parser = argparse.ArgumentParser(prog="bench/goal_page.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="bench/goal_page.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--take", nargs="+", type=Path, metavar="RUN.json", default=[])
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)

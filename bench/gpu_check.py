@@ -111,7 +111,11 @@ def _run(stage: str, rehearse: bool, folder: Path | None, seconds: float) -> Rep
 
 def main(argv: Sequence[str]) -> int:
     """Run the stages and say what came out, last line first to be read."""
-    parser = argparse.ArgumentParser(prog="bench/gpu_check.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu_check.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--stage", action="append", choices=STAGES, help="which stage; repeatable (default: all)")
     add("--rehearse", action="store_true", help="on the CPU: do the stages run at all?")

@@ -99,7 +99,11 @@ def changes(counts: Mapping[str, int], budgets: Mapping[str, int]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Check or update; the status is 1 if a budget does not hold."""
-    parser = argparse.ArgumentParser(prog="bench/instructions.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="bench/instructions.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("program", type=Path)
     parser.add_argument("--update", action="store_true", help="write the budgets")
     args = parser.parse_args(argv)

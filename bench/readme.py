@@ -138,7 +138,11 @@ def current() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Check, write, or measure and write."""
-    parser = argparse.ArgumentParser(prog="bench/readme.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="bench/readme.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--measure", action="store_true")
     args = parser.parse_args(argv)

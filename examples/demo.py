@@ -108,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     start = time.perf_counter()
     busy = os.getloadavg()[0]
-    console = Console()
+    # A dumb terminal is not drawn on: rich would take 80 columns there, and leave letters out.
+    terminal = False if os.environ.get("TERM") == "dumb" else None
+    console = Console(force_terminal=terminal)
     name = TextColumn("{task.description:<24}")
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -123,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figure.draw(numbers, options.out / "demo.png")
     numbers["seconds"]["all"] = time.perf_counter() - start
     (options.out / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    report.show(numbers, Console(width=max(console.width, 130)))
+    report.show(numbers, Console(width=max(console.width, 130), force_terminal=terminal))
     console.print(
         f"{numbers['seconds']['all']:.0f} s in all. Wrote demo.png and demo.json to {options.out}/"
     )

@@ -85,7 +85,9 @@ def run(epochs: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the average precision of each."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=10)
     for name, precision in run(parser.parse_args().epochs).items():
         print(f"{name:24} {precision:.4f}")

@@ -110,7 +110,9 @@ def train_with_grad(
 
 def main() -> None:
     """Print the metrics of both."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=60)
     print(f"{'':32} {'mbkern':>8} {'torch':>8}")
     for name, (ours, theirs) in run(parser.parse_args().epochs).items():

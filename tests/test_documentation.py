@@ -37,3 +37,13 @@ def test_every_environment_variable_is_in_the_table() -> None:
     found = {name for s in sources for names in read.findall(s.read_text()) for name in names}
     assert found - {""} <= table
     assert found >= {"MBKERN_ISA", "CUDAFLAGS", "CUDAARCHS", "CUDACXX", "CUDAHOSTCXX"}
+
+
+def test_every_suite_of_the_goals_is_in_the_table() -> None:
+    """The fused head and the way through torch.compile were left out."""
+    page = (ROOT / "bench" / "README.md").read_text().partition("### What is measured")[2]
+    table = re.findall(r"^\| `([\w-]+)` \|", page.partition("## How")[0], re.MULTILINE)
+    program = (ROOT / "bench" / "run.py").read_text()
+    known = re.search(r"^SUITES\b[^{(\[]*[{(\[](.*?)^[})\]]", program, re.MULTILINE | re.DOTALL)
+    assert known
+    assert table == re.findall(r'^    "([\w-]+)"', known[1], re.MULTILINE)
