@@ -79,6 +79,64 @@ def test_saturated_logits_have_no_gradient(cap: float) -> None:
     assert (_grad(F.cross_entropy(x, torch.tensor([1]), softcap=cap), x) == 0).all()
 
 
+def _cross_entropy_gradient(x: Tensor, q: Tensor, cap: float | None = None) -> Tensor:
+    """In fp64, with the slope of the cap as 1 / cosh^2, and the top class's share as all but the
+    others'."""
+    x, q = x.double(), q.double()
+    c = x if cap is None else cap * torch.tanh(x / cap)
+    e = torch.exp(c - c.amax(1, keepdim=True))
+    total = e.sum(1, keepdim=True)
+    top = torch.nn.functional.one_hot(c.argmax(1), x.shape[1]).bool()
+    others = e.masked_fill(top, 0).sum(1, keepdim=True)
+    pull = q.masked_fill(top, 0).sum(1, keepdim=True)
+    near = (pull - q * others) / total  # of the top, whose e is 1
+    grad = torch.where(top, near, q.sum(1, keepdim=True) * e / total - q)
+    return grad if cap is None else grad / torch.cosh(x / cap) ** 2
+
+
+# Lanes across rows, along a row, several blocks.
+_WIDTHS = [7, 130, 2500]
+
+
+@pytest.mark.parametrize("columns", _WIDTHS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_slope_of_a_soft_cap_where_it_is_small(columns: int, smoothing: float) -> None:
+    g = torch.Generator().manual_seed(columns)
+    cap = 5.0
+    x = (torch.rand(21, columns, generator=g) * 2 - 1) * 8 * cap
+    x[:, 0] = 3 * cap
+    target = torch.randint(columns, (21,), generator=g)
+    q = torch.full_like(x, smoothing / columns, dtype=torch.float64)
+    q[torch.arange(21), target] += 1 - smoothing
+    want = _cross_entropy_gradient(x, q, cap)
+    terms = (want + 2 * q / torch.cosh(x.double() / cap) ** 2).abs()  # p + q, where p - q cancels
+    x.requires_grad_()
+    options = {"softcap": cap, "label_smoothing": smoothing, "reduction": "sum"}
+    got = [_grad(F.cross_entropy(x, target, **options), x)]
+    if smoothing == 0:  # and by class probabilities
+        got.append(_grad(F.cross_entropy(x, q.float(), **options), x))
+    for grad in got:
+        assert ((grad - want).abs() <= 1e-5 * torch.maximum(terms, want.abs())).all()
+
+
+@pytest.mark.parametrize("columns", _WIDTHS)
+def test_class_probabilities_of_a_row_that_fits(columns: int) -> None:
+    """The gradient of the top class has the digits of the others', not of 1."""
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(21, columns, generator=g) - 25
+    x[:, columns // 2] = 0
+    q = torch.exp(torch.randn(21, columns, generator=g) - 24)
+    q[:, columns // 2] = 1
+    want = _cross_entropy_gradient(x, q)
+    top = want[:, columns // 2]
+    assert (top.abs() < 1e-6).all()
+    x.requires_grad_()
+    got = _grad(F.cross_entropy(x, q, reduction="sum"), x)
+    _close(got[:, columns // 2], top, 1e-6)
+    got = _grad(F.cross_entropy(x, q, reduction="none").sum(), x)
+    _close(got[:, columns // 2], top, 1e-6)
+
+
 def test_a_square_that_is_too_large_alone() -> None:
     assert F.half_squared_error(torch.tensor([2.2e19]), torch.zeros(1)).isfinite()
 

@@ -86,7 +86,7 @@ inline bool lanes_across_items(const RowArgs& a) {
 // uses one row.
 inline constexpr int64_t row_scratch_bytes(int64_t columns, int64_t size) {
   const int64_t rows = (columns + 63) / 64 * 64 * size * 4,
-                tiles = columns <= kShortColumns ? columns * 128 : 0;
+                tiles = columns <= kShortColumns ? columns * 64 * 3 : 0;
   return (rows > tiles ? rows : tiles) + 64;
 }
 

@@ -78,21 +78,24 @@ struct LongRow : RowSums<Loss, In> {
   MBK_FN LongRow(const RowArgs& a, T* scratch) : Base(a, scratch), item_scale(a) {}
 
   // Pass 3: the gradient, from kept terms or from logits. `tail_from` holds the last, partial
-  // group.
+  // group. `raw`: the logits without a soft cap.
   template <bool kKept, class S>
-  MBK_PASS void gradient(const S* from, const S* tail_from, T m, T factor, T scale,
-                         const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
-    gradient_in<V, kKept, false>(from, tail_from, m, factor, scale, q, grad, next);
+  MBK_PASS void gradient(const S* from, const S* tail_from, const PaddedRow<In>& raw, T m, T factor,
+                         T scale, const Coefficients<Loss, In>& q, Out* grad,
+                         const NextRows& next) const {
+    gradient_in<V, kKept, false>(from, tail_from, raw, m, factor, scale, q, grad, next);
   }
   // The same, one lane at a time, where a factor is not finite: only then can it make a NaN.
   template <bool kKept, class S>
-  MBK_RARE void gradient_of_nan(const S* from, const S* tail_from, T m, T factor, T scale,
-                                const Coefficients<Loss, In>& q, Out* grad) const {
-    gradient_in<T, kKept, true>(from, tail_from, m, factor, scale, q, grad, NextRows{});
+  MBK_RARE void gradient_of_nan(const S* from, const S* tail_from, const PaddedRow<In>& raw, T m,
+                                T factor, T scale, const Coefficients<Loss, In>& q,
+                                Out* grad) const {
+    gradient_in<T, kKept, true>(from, tail_from, raw, m, factor, scale, q, grad, NextRows{});
   }
   template <class W, bool kKept, bool kCanonical, class S>
-  MBK_FN void gradient_in(const S* from, const S* tail_from, T m, T factor, T scale,
-                          const Coefficients<Loss, In>& q, Out* grad, const NextRows& next) const {
+  MBK_FN void gradient_in(const S* from, const S* tail_from, const PaddedRow<In>& raw, T m,
+                          T factor, T scale, const Coefficients<Loss, In>& q, Out* grad,
+                          const NextRows& next) const {
     const int64_t tail = args.columns / kGroup * kGroup;
     Out tail_out[kGroup];
     if (kAccumulate) copy_group(tail_out, grad + tail, args.columns - tail, Out{});
@@ -103,19 +106,22 @@ struct LongRow : RowSums<Loss, In> {
       prefetch(next.grad, j * (int64_t)sizeof(Out), kGroup * sizeof(Out));
       constexpr int kAtOnce = lanes<W> == 1 ? 1 : Base::kAtOnce;
       for (int first = 0; first < kGroup; first += kAtOnce * lanes<W>) {
-        W capped[kAtOnce], term[kAtOnce];
-        for (int u = 0; u < kAtOnce; ++u) term[u] = capped[u] = load<W>(p + first + u * lanes<W>);
+        W x[kAtOnce], term[kAtOnce], slope[kAtOnce] = {};
+        for (int u = 0; u < kAtOnce; ++u) term[u] = x[u] = load<W>(p + first + u * lanes<W>);
         if constexpr (!kKept) {
           W distance[kAtOnce];
-          for (int u = 0; u < kAtOnce; ++u) distance[u] = capped[u] - m;
+          for (int u = 0; u < kAtOnce; ++u) distance[u] = x[u] - m;
           Loss::terms(distance, term);
+        }
+        if constexpr (Loss::kHasSoftcap) {
+          for (int u = 0; u < kAtOnce; ++u) x[u] = load<W>(raw.group(j) + first + u * lanes<W>);
+          Loss::slopes(call, x, slope);
         }
         for (int u = 0; u < kAtOnce; ++u) {
           const int k = first + u * lanes<W>;
           W coefficient = W{};
           if constexpr (Loss::kHasCoefficients) coefficient = q.template at<W>(call, j, k);
-          W g = Loss::gradient(call, term[u], capped[u], coefficient, splat<W>(factor),
-                               splat<W>(scale));
+          W g = Loss::gradient(term[u], slope[u], coefficient, splat<W>(factor), splat<W>(scale));
           if constexpr (kAccumulate) g = load<W>(to + k) + g;
           if constexpr (kAccumulate || kCanonical) g = canonical(g);
           store(to + k, g);
@@ -166,30 +172,37 @@ struct LongRow : RowSums<Loss, In> {
     }
     const Coefficients<Loss, In> q(args, probabilities);
     if constexpr (Loss::kHasSoftcap) {
-      finish(i, at, PaddedRow<T>(buffer, args.columns, -(T)__builtin_inff()), m.value, target, q,
+      finish(i, at, PaddedRow<T>(buffer, args.columns, -(T)__builtin_inff()), x, m.value, target, q,
              grad, next, losses);
     } else {
-      finish(i, at, x, m.value, target, q, grad, next, losses);
+      finish(i, at, x, x, m.value, target, q, grad, next, losses);
     }
   }
 
   template <class S>
-  MBK_FN void finish(int64_t i, const ItemPosition& at, const PaddedRow<S>& x, T m, int64_t target,
-                     const Coefficients<Loss, In>& q, Out* grad, const NextRows& next,
-                     LossQueue<Loss, T>& losses) const {
+  MBK_FN void finish(int64_t i, const ItemPosition& at, const PaddedRow<S>& x,
+                     const PaddedRow<In>& raw, T m, int64_t target, const Coefficients<Loss, In>& q,
+                     Out* grad, const NextRows& next, LossQueue<Loss, T>& losses) const {
     constexpr bool kKeep = !Loss::kHasSoftcap;
     typename Loss::template Item<double> item;
     item.max = (double)m;
     item.scale = item_scale(args, at);
     item.target_logit = 0;
     item.target_weight = 1;
-    int64_t apart = target;  // the column whose term is kept out of the sums
     if constexpr (!Loss::kHasIndex) {
-      if (!args.from_state) apart = this->first_maximum(x, m);
+      target = this->first_maximum(x, m);
+      if (target >= 0) {
+        const int64_t group = target / kGroup * kGroup;
+        item.target_weight = (double)q.template at<T>(call, group, (int)(target - group));
+      }
     } else {
       item.target_logit = (double)widen(x.data[target]);
       if (args.class_weight) item.target_weight = (double)((const T*)args.class_weight)[target];
     }
+    item.target_slope = 1;
+    if constexpr (Loss::kHasSoftcap)
+      if (grad && target >= 0)
+        item.target_slope = (double)Loss::slope(call, (T)widen(raw.data[target]));
 
     T kept_tail[kGroup];
     T* const terms = kTermsInGrad && grad ? (T*)grad : buffer;
@@ -200,9 +213,9 @@ struct LongRow : RowSums<Loss, In> {
       sum[Loss::kRest] = (double)*state(i, 1);
       if (Loss::kSums > 2) sum[Loss::kCoefficients] = (double)*state(i, 2);
     } else if (kKeep && grad) {
-      term = this->template sums<kKeep>(x, m, apart, q, terms, kept_tail, next, sum);
+      term = this->template sums<kKeep>(x, m, target, q, terms, kept_tail, next, sum);
     } else {
-      term = this->template sums<false>(x, m, apart, q, (T*)nullptr, (T*)nullptr, next, sum);
+      term = this->template sums<false>(x, m, target, q, (T*)nullptr, (T*)nullptr, next, sum);
     }
     item.target_term = (double)term;
     for (int k = 0; k < 3; ++k) item.sums[k] = sum[k];
@@ -214,20 +227,19 @@ struct LongRow : RowSums<Loss, In> {
     if (grad) {
       const auto factors = Loss::factors(call, item, call.z_loss != 0 ? Loss::log_sum(item) : 0.0);
       const T factor = (T)factors.all, scale = (T)item.scale;
-      T at_target = 0;
-      if constexpr (Loss::kHasIndex) at_target = (T)factors.target;
+      T at_target = (T)factors.target;
       if (kAccumulate && target >= 0) at_target = (T)widen(grad[target]) + at_target;
       const bool finite = abs(factor) < (T)__builtin_inff() && abs(scale) < (T)__builtin_inff();
       if (!kKeep || args.from_state) {
         if (finite)
-          gradient<false>(x.data, x.padded, m, factor, scale, q, grad, next);
+          gradient<false>(x.data, x.padded, raw, m, factor, scale, q, grad, next);
         else
-          gradient_of_nan<false>(x.data, x.padded, m, factor, scale, q, grad);
+          gradient_of_nan<false>(x.data, x.padded, raw, m, factor, scale, q, grad);
       } else {
         if (finite)
-          gradient<true>(terms, kept_tail, m, factor, scale, q, grad, next);
+          gradient<true>(terms, kept_tail, raw, m, factor, scale, q, grad, next);
         else
-          gradient_of_nan<true>(terms, kept_tail, m, factor, scale, q, grad);
+          gradient_of_nan<true>(terms, kept_tail, raw, m, factor, scale, q, grad);
       }
       if (target >= 0) grad[target] = narrow<Out>(canonical(at_target));
     }

@@ -129,7 +129,7 @@ double run(const Backend& backend, int loss, DType input, RowArgs a, const Resul
   }
   constexpr size_t kAlignment = 64;
   const size_t scratch = static_cast<size_t>(row_scratch_bytes(a.columns, sizeof(T))) * a.threads;
-  alignas(kAlignment) char small[8192];
+  alignas(kAlignment) char small[12288];
   std::unique_ptr<char, Free> large;
   if (scratch > sizeof small) {
     large.reset(static_cast<char*>(

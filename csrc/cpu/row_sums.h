@@ -98,7 +98,7 @@ struct RowSums {
 
   template <class S>
   MBK_PASS int64_t first_maximum(const PaddedRow<S>& x, T m) const {
-    for (int64_t j = 0;; j += kGroup) {
+    for (int64_t j = 0; j < args.columns; j += kGroup) {
       const S* p = x.group(j);
       Int<V> found = Int<V>{};
       for (int k = 0; k < kUnroll; ++k) found |= load<V>(p + k * kLanes) == m;
@@ -106,10 +106,11 @@ struct RowSums {
       for (int k = 0; k < kGroup; ++k)
         if ((T)widen(p[k]) == m) return j + k;
     }
+    return -1;  // the logits are others than those of the saved maximum
   }
 
-  // Pass 2: the sums of the row without the term of the column `apart`, which is returned, and, if
-  // wanted, the terms into `terms`.
+  // Pass 2: the sums of the row without the term of the column `apart`, which is returned, and
+  // without its coefficient, and, if wanted, the terms into `terms`.
   template <bool kKeep, class S>
   MBK_PASS T sums(const PaddedRow<S>& x, T m, int64_t apart, const Coefficients<Loss, In>& q,
                   T* terms, T* tail_terms, const NextRows& next, double (&result)[3]) const {
@@ -120,6 +121,12 @@ struct RowSums {
     memcpy(others, x.group(group_apart), sizeof others);
     const T term_apart = Loss::term((T)widen(others[apart - group_apart]) - m);
     others[apart - group_apart] = narrow<S>(-(T)__builtin_inff());
+    T other_coefficients[kGroup];
+    if constexpr (Loss::kSums > 2) {
+      for (int k = 0; k < kGroup; k += kLanes)
+        store(other_coefficients + k, q.template at<V>(call, group_apart, k));
+      other_coefficients[apart - group_apart] = 0;
+    }
     // Padding is -inf for the terms, but must be at a finite distance for the coefficients' sum.
     T near_tail[kGroup];
     if constexpr (Loss::kHasCoefficients)
@@ -160,7 +167,9 @@ struct RowSums {
                   d = Loss::add_distance(logit - m, qs, d);
                 }
               }
-              coefficient[k] = coefficient[k] + qs;
+              coefficient[k] = coefficient[k] + (Loss::kSums > 2 && j == group_apart
+                                                     ? load<V>(other_coefficients + k * kLanes)
+                                                     : qs);
             }
             if constexpr (kKeep) store(to + k * kLanes, term[k - first]);
             sum[k] = sum[k] + term[k - first];
@@ -174,8 +183,6 @@ struct RowSums {
     result[Loss::kRest] = (double)rest.total();
     if constexpr (Loss::kSums > 1) result[Loss::kDistance] = (double)distances.total();
     if constexpr (Loss::kSums > 2) result[Loss::kCoefficients] = (double)coefficients.total();
-    if constexpr (kKeep && !Loss::kHasIndex)  // a target's own gradient is not made of its term
-      (apart < x.tail ? terms + apart : tail_terms + (apart - x.tail))[0] = term_apart;
     return term_apart;
   }
 };

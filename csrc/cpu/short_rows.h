@@ -20,13 +20,15 @@ struct ShortRows {
   const ItemScale<T> item_scale;
   V* const tile;           // (columns): logits, then terms, then the gradient
   V* const probabilities;  // (columns): of the target, then q_j
+  V* const raw;            // (columns): logits without a soft cap, where there is one
 
   MBK_FN ShortRows(const RowArgs& a, char* scratch)
       : args(a),
         call(a),
         item_scale(a),
         tile((V*)scratch),
-        probabilities((V*)scratch + a.columns) {}
+        probabilities((V*)scratch + a.columns),
+        raw((V*)scratch + 2 * a.columns) {}
 
   template <class W>
   MBK_FN W join(W* sum) const {
@@ -73,9 +75,10 @@ struct ShortRows {
 
   struct Sums {
     V of[3];
+    V coefficient;  // of the columns `apart`
     f64v distance[kParts<V>];
   };
-  // The sums without the terms of the columns `apart`, by lane.
+  // The sums without the terms and coefficients of the columns `apart`, by lane.
   MBK_FN Sums sums(V m, V apart) const {
     Sums result{};
     constexpr int kWide = Loss::kWideDistance ? kParts<V> : 1;
@@ -89,8 +92,9 @@ struct ShortRows {
     }
     for (int64_t j = 0; j < args.columns; ++j) {
       const int k = (int)(j % kGroup);
+      const auto is_apart = apart == splat<V>((T)j);
       const V d = tile[j] - m, e = Loss::term(d);
-      sum[k] = sum[k] + select(apart == splat<V>((T)j), V{}, e);
+      sum[k] = sum[k] + select(is_apart, V{}, e);
       if constexpr (Loss::kHasCoefficients) {
         const V w = splat<V>(args.class_weight ? ((const T*)args.class_weight)[j] : (T)1);
         const V q = probabilities[j] = Loss::coefficient(call, w, probabilities[j]);
@@ -101,7 +105,10 @@ struct ShortRows {
         } else {
           distance[0][k] = Loss::add_distance(d, q, distance[0][k]);
         }
-        coefficient[k] = coefficient[k] + q;
+        if constexpr (Loss::kSums > 2) {
+          coefficient[k] = coefficient[k] + select(is_apart, V{}, q);
+          result.coefficient = select(is_apart, q, result.coefficient);
+        }
       }
       if constexpr (!Loss::kHasSoftcap) tile[j] = e;
     }
@@ -129,6 +136,7 @@ struct ShortRows {
     V m = -infinity;
     Int<V> nan = Int<V>{};
     for (int64_t j = 0; j < args.columns; ++j) {
+      if constexpr (Loss::kHasSoftcap) raw[j] = tile[j];
       tile[j] = Loss::logit(call, tile[j]);
       m = max(tile[j], m);
       nan |= is_nan(tile[j]);
@@ -158,14 +166,22 @@ struct ShortRows {
       if (Loss::kSums > 2) save_state(first, count, 2, select(bad, not_a_number, s.of[2]));
     }
 
-    f64v loss[kParts<V>], factor[kParts<V>], target_gradient[kParts<V>] = {}, scale[kParts<V>];
+    f64v loss[kParts<V>], factor[kParts<V>], target_gradient[kParts<V>], scale[kParts<V>];
     const V logit = load<V>(target_logit), term = Loss::term(logit - m);
+    const V weight = Loss::kHasIndex ? load<V>(lane.target_weight) : s.coefficient;
+    V slope = splat<V>(1);
+    if constexpr (Loss::kHasSoftcap) {
+      V x = V{};
+      for (int64_t j = 0; j < args.columns; ++j) x = select(apart == splat<V>((T)j), raw[j], x);
+      slope = Loss::slope(call, x);
+    }
     for (int part = 0; part < kParts<V>; ++part) {
       typename Loss::template Item<f64v> item;
       item.max = to_double(m, part);
       item.target_logit = Loss::kHasIndex ? to_double(logit, part) : f64v{};
       item.target_term = Loss::kHasIndex ? to_double(term, part) : splat<f64v>(1.0);
-      item.target_weight = to_double(load<V>(lane.target_weight), part);
+      item.target_weight = to_double(weight, part);
+      item.target_slope = to_double(slope, part);
       item.scale = scale[part] = load<f64v>(lane.scale + part * lanes<f64v>);
       for (int k = 0; k < 3; ++k) item.sums[k] = to_double(s.of[k], part);
       if constexpr (Loss::kHasCoefficients) item.sums[Loss::kDistance] = s.distance[part];
@@ -173,7 +189,7 @@ struct ShortRows {
       const auto factors = Loss::factors(call, item, log_s);
       loss[part] = Loss::loss(call, item, log_s) * to_double(load<V>(lane.sample_weight), part);
       factor[part] = factors.all;
-      if constexpr (Loss::kHasIndex) target_gradient[part] = factors.target;
+      target_gradient[part] = factors.target;
     }
     store(losses, select(ignored != zero, zero,
                          canonical(select(bad, not_a_number, from_double<V>(loss)))));
@@ -184,9 +200,10 @@ struct ShortRows {
       for (int64_t j = 0; j < args.columns; ++j) {
         V e = tile[j];
         if constexpr (Loss::kHasSoftcap) e = Loss::term(e - m);
-        V g = Loss::gradient(call, e, tile[j], Loss::kHasCoefficients ? probabilities[j] : zero, f,
-                             k);
-        if constexpr (Loss::kHasIndex) g = select(t == splat<V>((T)j), at_target, g);
+        V slope = V{};
+        if constexpr (Loss::kHasSoftcap) slope = Loss::slope(call, raw[j]);
+        V g = Loss::gradient(e, slope, Loss::kHasCoefficients ? probabilities[j] : zero, f, k);
+        g = select(apart == splat<V>((T)j), at_target, g);
         tile[j] = select(ignored != zero, zero, select(bad, not_a_number, g));
       }
     }

@@ -59,9 +59,8 @@ struct ItemRows {
   MBK_DEVICE ItemRows(const RowLaunch& launch, double divisor)
       : p(launch), a(launch.args), call(a), item_scale(a, divisor) {}
 
-  MBK_DEVICE T logit(const In* row, int j) const {
-    return Loss::logit(call, (T)widen(row[j * a.input_strides.column]));
-  }
+  MBK_DEVICE T raw(const In* row, int j) const { return (T)widen(row[j * a.input_strides.column]); }
+  MBK_DEVICE T logit(const In* row, int j) const { return Loss::logit(call, raw(row, j)); }
   MBK_DEVICE T coefficient(const In* probabilities, int j) const {
     if constexpr (!Loss::kHasCoefficients) return 0;
     const T weight = a.class_weight ? ((const T*)a.class_weight)[j] : (T)1;
@@ -81,7 +80,7 @@ struct ItemRows {
           const T q = coefficient(probabilities, j);
           const Distance away = Loss::kWideDistance ? (Distance)logit(row, j) - (Distance)m : d;
           s.distance = Loss::add_distance(away, (Distance)q, s.distance);
-          s.coefficients = s.coefficients + q;
+          s.coefficients = s.coefficients + (!Loss::kHasIndex && j == apart ? (T)0 : q);
         }
       }
       return s;
@@ -100,7 +99,7 @@ struct ItemRows {
     if (kind == ItemKind::bad && !a.from_state) note_bad_target(p, i, target);
 
     Item item;
-    item.target_weight = 1;
+    item.target_weight = item.target_slope = 1;
     T m = 0, target_logit = 0;
     int apart = -1;
     for (double& s : item.sums) s = 0;
@@ -119,10 +118,13 @@ struct ItemRows {
         apart = (int)target;
         target_logit = logit(x, apart);
         if (a.class_weight) item.target_weight = (double)((const T*)a.class_weight)[target];
-      } else if (!a.from_state) {
+      } else {
         for (int j = columns - 1; j >= 0; --j)
           if (logit(x, j) == m) apart = j;
+        if (apart >= 0) item.target_weight = (double)coefficient(probabilities, apart);
       }
+      if constexpr (Loss::kHasSoftcap)
+        if (apart >= 0) item.target_slope = (double)Loss::slope(call, raw(x, apart));
       if (a.from_state) {
         item.sums[Loss::kRest] = (double)*row_state<T>(a, i, 1);
         if (Loss::kSums > 2) item.sums[2] = (double)*row_state<T>(a, i, 2);
@@ -152,7 +154,7 @@ struct ItemRows {
 
   template <class S>
   MBK_DEVICE void write_gradient(S* grad, bool accumulate, const In* row, const In* probabilities,
-                                 T m, int target, const Item& item, ItemKind kind) const {
+                                 T m, int apart, const Item& item, ItemKind kind) const {
     if (kind == ItemKind::ignored && accumulate) return;
     const auto factors = Loss::factors(call, item, call.z_loss != 0 ? Loss::log_sum(item) : 0.0);
     const T factor = (T)factors.all, scale = (T)item.scale;
@@ -160,11 +162,10 @@ struct ItemRows {
       S& to = grad[j * a.grad_strides.column];
       T g = kind == ItemKind::bad ? (T)__builtin_nanf("") : (T)0;
       if (kind == ItemKind::plain) {
-        const T x = logit(row, j);
-        g = Loss::gradient(call, Loss::term(x - m), x, coefficient(probabilities, j), factor,
-                           scale);
-        if constexpr (Loss::kHasIndex)
-          if (j == target) g = (T)factors.target;
+        const T x = raw(row, j), c = Loss::logit(call, x);
+        const T slope = Loss::kHasSoftcap ? Loss::slope(call, x) : (T)0;
+        g = Loss::gradient(Loss::term(c - m), slope, coefficient(probabilities, j), factor, scale);
+        if (j == apart) g = (T)factors.target;
       }
       if (accumulate) g = (T)widen(to) + g;
       to = narrow<S>(canonical(g));

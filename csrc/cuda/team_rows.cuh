@@ -102,8 +102,10 @@ struct TeamRows {
   // q_j of a column, where the loss has them; 0 past the end.
   MBK_DEVICE T coefficient(const In* probabilities, const Part& at, int step, int k) const {
     if constexpr (!Loss::kHasCoefficients) return 0;
-    if (!at.has(step, k)) return 0;
-    const Column j = (Column)at.first + step * kGroup + k;
+    return at.has(step, k) ? coefficient(probabilities, (Column)at.first + step * kGroup + k) : 0;
+  }
+  MBK_DEVICE T coefficient(const In* probabilities, Column j) const {
+    if constexpr (!Loss::kHasCoefficients) return 0;
     const T weight = a.class_weight ? ((const T*)a.class_weight)[j] : (T)1;
     T share = 0;
     if constexpr (!Loss::kHasIndex) share = (T)widen(probabilities[j * a.target_strides.column]);
@@ -113,11 +115,15 @@ struct TeamRows {
   // ---- a row ----
 
   struct Row {
-    Column target;
+    Column apart;  // whose term is kept out of the sums
     const In *logits, *probabilities;
     T max, factor, scale, at_target;  // of the gradient
     bool ignored;
   };
+
+  MBK_DEVICE T raw_logit(const Row& r, Column j) const {
+    return (T)widen(r.logits[j * a.input_strides.column]);
+  }
 
   MBK_DEVICE T maximum(Values& v, const Row& r) const {
     T m[kRuns];
@@ -152,8 +158,8 @@ struct TeamRows {
     return team.minimum(first);
   }
 
-  // The sums of the team's block without the term of the column `apart`. Terms take the place of
-  // the logits where they are kept.
+  // The sums of the team's block without the term and, where they are summed, the coefficient of
+  // the column `apart`. Terms take the place of the logits where they are kept.
   typedef typename Pick<Loss::kWideDistance, double, T>::type Distance;
   MBK_DEVICE void sum_block(Values& v, const Row& r, const Part& at, Column apart,
                             double (&sums)[3]) const {
@@ -171,7 +177,8 @@ struct TeamRows {
           const T q = coefficient(r.probabilities, at, s, k);
           const Distance d = at.has(s, k) ? (Distance)x[k] - (Distance)r.max : (Distance)0;
           distance[k] = Loss::add_distance(d, (Distance)q, distance[k]);
-          coefficients[k] = coefficients[k] + q;
+          const bool is_apart = Loss::kSums > 2 && spot == s * kGroup + k;
+          coefficients[k] = coefficients[k] + (is_apart ? (T)0 : q);
         }
         if constexpr (kKeepTerms) x[k] = e;
         rest[k] = rest[k] + (!kHidesTarget && spot == s * kGroup + k ? (T)0 : e);
@@ -198,7 +205,7 @@ struct TeamRows {
   template <class S>
   MBK_DEVICE void write_gradient(Values& v, const Row& r, const Part& at, S* grad,
                                  bool accumulate) const {
-    const int spot = at.left ? at.find(r.target, kRuns) : -1;
+    const int spot = at.left ? at.find(r.apart, kRuns) : -1;
     const int64_t stride = a.grad_strides.column;
     S* const to = grad + at.first * stride;
     T at_target = r.at_target;
@@ -209,7 +216,11 @@ struct TeamRows {
       for (int k = 0; k < kRuns; ++k) {
         const T e = kKeepTerms ? x[k] : Loss::term(x[k] - r.max);
         const T q = coefficient(r.probabilities, at, s, k);
-        g[k] = Loss::gradient(call(), e, x[k], q, r.factor, r.scale);
+        T slope = 0;
+        if constexpr (Loss::kHasSoftcap)
+          if (at.has(s, k))
+            slope = Loss::slope(call(), raw_logit(r, (Column)at.first + s * kGroup + k));
+        g[k] = Loss::gradient(e, slope, q, r.factor, r.scale);
         if (Loss::kHasSoftcap && r.ignored) g[k] = 0;  // 0 times a logit that is not finite
       }
       if constexpr (kResident) {
@@ -268,25 +279,30 @@ struct TeamRows {
     const int64_t target = task.target;
     ItemKind kind = task.kind;
     if (kind == ItemKind::bad && !a.from_state && team.speaks()) note_bad_target(p, i, target);
-    r.target = kind == ItemKind::plain ? (Column)target : -1;
+    r.apart = Loss::kHasIndex && kind == ItemKind::plain ? (Column)target : -1;
     r.ignored = kind == ItemKind::ignored;  // all terms will be 0
 
     Item item;
-    item.target_weight = 1;
+    item.target_weight = item.target_slope = 1;
     T target_logit = 0;
     if (Loss::kHasIndex && kind == ItemKind::plain) {
-      target_logit = logit((T)widen(r.logits[r.target * a.input_strides.column]), true);
-      if (a.class_weight) item.target_weight = (double)((const T*)a.class_weight)[r.target];
+      target_logit = logit(raw_logit(r, r.apart), true);
+      if (a.class_weight) item.target_weight = (double)((const T*)a.class_weight)[r.apart];
     }
 
-    Column apart = r.target;  // the column whose term is kept out of the sums
     if (a.from_state) {
       r.max = kind == ItemKind::ignored ? (T)__builtin_inff() : *row_state<T>(a, i, 0);
     } else {
       r.max = maximum(v, r);
-      if (kHidesTarget && r.target >= 0) r.max = max_or_nan(r.max, target_logit) + 0;
-      if constexpr (!Loss::kHasIndex) apart = (Column)first_maximum(v, r);
+      if (kHidesTarget && r.apart >= 0) r.max = max_or_nan(r.max, target_logit) + 0;
     }
+    if constexpr (!Loss::kHasIndex) {
+      const int64_t first = first_maximum(v, r);
+      r.apart = active && first < a.columns ? (Column)first : -1;
+      if (r.apart >= 0) item.target_weight = (double)coefficient(r.probabilities, r.apart);
+    }
+    if constexpr (Loss::kHasSoftcap)
+      if (r.apart >= 0) item.target_slope = (double)Loss::slope(call(), raw_logit(r, r.apart));
     // NaN anywhere, +inf, or no finite logit at all: torch's log_softmax is NaN throughout.
     if (kind == ItemKind::plain && !(abs(r.max) < (T)__builtin_inff())) kind = ItemKind::bad;
 
@@ -295,7 +311,7 @@ struct TeamRows {
       constexpr int kOrdered = Loss::kWideDistance ? Loss::kDistance : -1;
       if constexpr (kResident) {
         double sums[3];
-        sum_block(v, r, part(0), apart, sums);
+        sum_block(v, r, part(0), r.apart, sums);
         if (!a.from_state) {
           team.template join_wave<Loss::kSums, kOrdered>(sums);
           for (int k = 0; k < Loss::kSums; ++k) item.sums[k] = sums[k];
@@ -304,7 +320,7 @@ struct TeamRows {
         RowTotals totals;
         for (int64_t w = 0; w < waves(); ++w) {
           double sums[3];
-          sum_block(v, r, part(w), apart, sums);
+          sum_block(v, r, part(w), r.apart, sums);
           if (!a.from_state)
             team.template add_wave<Loss::kSums, kOrdered>(sums, totals, w + 1 == waves());
         }
@@ -329,12 +345,11 @@ struct TeamRows {
         Loss::factors(call(), item, call().z_loss != 0 ? Loss::log_sum(item) : 0.0);
     r.factor = (T)factors.all;
     r.scale = (T)item.scale;
-    r.at_target = 0;
-    if constexpr (Loss::kHasIndex) r.at_target = canonical((T)factors.target);
+    r.at_target = canonical((T)factors.target);
     bool finite = abs(r.factor) < (T)__builtin_inff() && abs(r.scale) < (T)__builtin_inff();
     if (kind == ItemKind::ignored) r.factor = r.scale = 0, finite = true;
     if (kind == ItemKind::bad)
-      r.factor = r.scale = canonical((T)__builtin_nanf("")), r.target = -1, finite = false;
+      r.factor = r.scale = canonical((T)__builtin_nanf("")), r.apart = -1, finite = false;
     // The gradient may lie over the logits, and every thread has read the target's. A row whose
     // sums several teams have joined has met barriers since.
     if (a.from_state || team.total() == 1) team.sync();

@@ -17,10 +17,17 @@ namespace mbk::MBK_ISA {
 //   class index t:   q_j = (1 - eps) w_t [j = t] + eps/C w_j
 //   probabilities p: q_j = w_j ((1 - eps) p_j + eps/C)
 //
-// With a class index the term of t is left out of the sum, R = S - e_t, because everything that is
-// small when t is nearly certain is a function of R: log S = log1p(R), and p_t - 1 = -R / S,
-// without cancellation however near p_t is to 1. With probabilities the first maximum is kept apart
-// instead: its term is exactly 1, so S - 1 = R there too.
+// The term of t is left out of the sum, R = S - e_t, because everything that is small when t is
+// nearly certain is a function of R: log S = log1p(R), and p_t - 1 = -R / S, without cancellation
+// however near p_t is to 1. With probabilities t is the first maximum, e_t = 1, whose q_t is left
+// out of Q as well, so that it is not taken from a sum that has it: with Q' = Q - q_t (for an
+// index: of the smoothing alone)
+//
+//   dloss/dc_t = ((Q' + 2 z lse) e_t - q_t R) / S
+//
+// The soft cap's slope dc_j/dx_j = 1 - tanh^2 is formed from x_j, not from c_j, whose digits do not
+// reach 1 - (c_j / cap)^2 where that is small: with E = exp(-2 |x_j| / cap) and w = 2 E / (1 + E),
+// which is 1 - |tanh|, it is 2 w - w^2.
 enum class Targets { kIndex, kSmoothedIndex, kProbabilities };
 
 template <Targets kTargets, bool kSoftcap>
@@ -28,7 +35,7 @@ struct SoftmaxCrossEntropy {
   static constexpr bool kHasIndex = kTargets != Targets::kProbabilities;
   static constexpr bool kHasSoftcap = kSoftcap;
   static constexpr bool kHasCoefficients = kTargets != Targets::kIndex;  // q_j of the classes but t
-  enum Sum { kRest, kDistance, kCoefficients };                          // R; sum q_j (m - c_j); Q
+  enum Sum { kRest, kDistance, kCoefficients };                          // R; sum q_j (m - c_j); Q'
   static constexpr int kSums = kTargets == Targets::kIndex ? 1 : kHasIndex ? 2 : 3;
   // Probabilities may have any sign and size, so their distances may cancel: added up in fp64.
   static constexpr bool kWideDistance = kTargets == Targets::kProbabilities;
@@ -36,12 +43,14 @@ struct SoftmaxCrossEntropy {
   // What is the same for every item of a call, in the type T of the element loops.
   template <class T>
   struct Call {
-    T cap, inverse_cap, keep, spread;  // keep = 1 - eps, spread = eps / C
+    T cap, inverse_cap, fall;  // fall = -2 / cap
+    T keep, spread;            // 1 - eps, eps / C
     double keep64, coefficients, z_loss;
 
     MBK_FN explicit Call(const RowArgs& a)
         : cap((T)a.softcap),
           inverse_cap((T)(1.0 / a.softcap)),
+          fall((T)-2 * inverse_cap),
           keep((T)(1.0 - a.label_smoothing)),
           spread((T)(a.label_smoothing / (double)a.columns)),
           keep64(1.0 - a.label_smoothing),
@@ -58,6 +67,25 @@ struct SoftmaxCrossEntropy {
     } else {
       return x;
     }
+  }
+
+  // dc/dx; of several vectors at once.
+  template <class V, int n>
+  MBK_FN static void slopes(const Call<Element<V>>& call, const V (&x)[n], V (&slope)[n]) {
+    V d[n], e[n];
+    for (int u = 0; u < n; ++u) d[u] = abs(x[u]) * call.fall;
+    exp_nonpositive(d, e);
+    for (int u = 0; u < n; ++u) {
+      const V w = (e[u] + e[u]) / (splat<V>(1) + e[u]);
+      slope[u] = multiply_add(-w, w, w + w);
+    }
+  }
+  template <class V>
+  MBK_FN static V slope(const Call<Element<V>>& call, V x) {
+    const V one[1] = {x};
+    V slope[1];
+    slopes(call, one, slope);
+    return slope[0];
   }
 
   // q_j of a class that is not the target index.
@@ -89,7 +117,10 @@ struct SoftmaxCrossEntropy {
   // The end of a row, in fp64: D is double, or a vector of them with an item in each lane.
   template <class D>
   struct Item {
-    D max, target_logit, target_term, target_weight, scale;
+    D max, target_logit, target_term;
+    D target_weight;  // w_t of an index, q_t of the first maximum
+    D target_slope;   // of the soft cap; of the gradient alone
+    D scale;
     D sums[3];
   };
   // log S. S - 1 is R, exactly, where the term kept apart is the maximum's.
@@ -98,7 +129,7 @@ struct SoftmaxCrossEntropy {
     const D one = splat<D>(1.0), rest = item.sums[kRest];
     return log1p(select(item.target_term == one, rest, (rest - 1.0) + item.target_term));
   }
-  // Q without the target's own share.
+  // Q'.
   template <class D, class T>
   MBK_FN static D others(const Call<T>& call, const Item<D>& item) {
     return kTargets == Targets::kProbabilities   ? item.sums[kCoefficients]
@@ -112,8 +143,11 @@ struct SoftmaxCrossEntropy {
     D loss = call.z_loss != 0 ? lse * lse * call.z_loss : splat<D>(0.0);
     if constexpr (kHasIndex)
       loss = item.target_weight * call.keep64 * ((item.max - item.target_logit) + log_s) + loss;
-    if constexpr (kHasCoefficients)
-      loss = (others(call, item) * log_s + item.sums[kDistance]) + loss;
+    if constexpr (kHasCoefficients) {
+      D q = others(call, item);
+      if constexpr (!kHasIndex) q = q + item.target_weight;
+      loss = (q * log_s + item.sums[kDistance]) + loss;
+    }
     return loss;
   }
   template <class D>
@@ -123,39 +157,30 @@ struct SoftmaxCrossEntropy {
   // log_s is used with a z-loss only: without it the gradient need not wait for the logarithm.
   template <class D, class T>
   MBK_FN static Factors<D> factors(const Call<T>& call, const Item<D>& item, D log_s) {
-    const D rest = item.sums[kRest], certain = item.target_weight * call.keep64;
+    const D rest = item.sums[kRest];
+    const D certain = kHasIndex ? item.target_weight * call.keep64 : item.target_weight;
     D pull = others(call, item);
     if (call.z_loss != 0) pull = pull + (item.max + log_s) * (2.0 * call.z_loss);
     const D unit = item.scale / (rest + item.target_term);
     Factors<D> f;
-    f.all = (kHasIndex ? certain + pull : pull) * unit;
-    if constexpr (kHasIndex) {
-      f.target = (pull * item.target_term - certain * rest) * unit;
-      if constexpr (kHasCoefficients)
-        f.target = f.target - item.scale * (item.target_weight * (double)call.spread);
-      if constexpr (kSoftcap) {
-        const double cap = (double)call.cap;
-        const D t = item.target_logit;
-        f.target = f.target * ((cap - t) * (cap + t) * (1.0 / (cap * cap)));
-      }
-    }
+    f.all = (certain + pull) * unit;
+    f.target = (pull * item.target_term - certain * rest) * unit;
+    if constexpr (kHasIndex && kHasCoefficients)
+      f.target = f.target - item.scale * (item.target_weight * (double)call.spread);
+    if constexpr (kSoftcap) f.target = f.target * item.target_slope;
     return f;
   }
 
-  // d(result)/d(x_j) for j other than t.
+  // d(result)/d(x_j) for j other than t. The slope is used with a soft cap only.
   template <class V>
-  MBK_FN static V gradient(const Call<Element<V>>& call, V term, V capped, V q, V factor, V scale) {
+  MBK_FN static V gradient(V term, V slope, V q, V factor, V scale) {
     V g;
     if constexpr (kHasCoefficients) {
       g = multiply_add(term, factor, -(q * scale));
     } else {
       g = term * factor;
     }
-    if constexpr (kSoftcap) {
-      // 1 - t^2, t = tanh(x / cap); of factors, so that it is 0 where t is 1, and never less.
-      const V cap = splat<V>(call.cap), inverse = splat<V>(call.inverse_cap);
-      g = g * (((cap - capped) * inverse) * ((cap + capped) * inverse));
-    }
+    if constexpr (kSoftcap) g = g * slope;
     return g;
   }
 };

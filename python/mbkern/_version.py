@@ -6,4 +6,4 @@ with it the golden digests. Equal numbers mean equal bits, whatever the release,
 """
 
 __version__ = "0.1.0"
-NUMERICS_VERSION = 7
+NUMERICS_VERSION = 8
