@@ -215,6 +215,15 @@ def test_updates_that_are_refused_and_keep_no_graph() -> None:
         scale.update([one], [1, 2], one, 3)
     with pytest.raises(TypeError, match=r"^mbkern: a squared norm is a tensor, not float"):
         scale.update([one, 1.0], [1, 2], one, 3)  # type: ignore[list-item]
+    for norms, total in (([torch.ones(2), one], one), ([one, one], torch.ones(2))):
+        with pytest.raises(ValueError, match=r"^mbkern: a squared norm is .* not \(2,\)"):
+            scale.update(norms, [1, 2], total, 3)
+    for count in ("1", None, -1, float("nan"), torch.ones(2)):
+        with pytest.raises(ValueError, match=r"^mbkern: count "):
+            scale.update([one, one], [count, 2], one, 3)  # type: ignore[list-item]
+        with pytest.raises(ValueError, match=r"^mbkern: total "):
+            scale.update([one, one], [1, 2], one, count)  # type: ignore[arg-type]
+    assert scale.noise_scale.isnan()
     with pytest.raises(TypeError, match=r"^mbkern: decay must be a number, not str"):
         mbkern.NoiseScale("0.9")  # type: ignore[arg-type]
     scale.update([one * 2, one * 3], [1, 2], one, 3)

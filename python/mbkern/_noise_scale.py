@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbkern._accumulator_counts import as_count
 from mbkern._arguments import Number
 from mbkern._losses import as_number
 from mbkern._tensors import describe
@@ -26,8 +27,21 @@ from mbkern._tensors import describe
 def _beside(like: Tensor, number: Number) -> Tensor:
     """A number as a 0-dim tensor; one of the host's is filled in, as a copy would be waited for."""
     if isinstance(number, Tensor) and not number.is_cpu:
-        return number.detach().to(like).reshape(())
+        return number.detach().to(like)
     return torch.full_like(like, float(number))
+
+
+def _as_number(number: Any, name: str) -> Number:
+    one = isinstance(number, Tensor) and number.numel() == 1
+    return as_count(number.detach().reshape(()) if one else number, name)
+
+
+def _as_square(norm: Any) -> Tensor:
+    if not isinstance(norm, Tensor):
+        raise TypeError(f"mbkern: a squared norm is a tensor, not {type(norm).__name__}")
+    if norm.numel() != 1 or norm.is_complex() or norm.is_meta:
+        raise ValueError(f"mbkern: a squared norm is a real 0-dim tensor, not {describe(norm)}")
+    return norm.detach().reshape(())
 
 
 def in_whole_items(scale: Tensor) -> Tensor:
@@ -59,7 +73,8 @@ class NoiseScale:
             total: items of the window.
 
         Raises:
-            ValueError: norms and counts of different numbers of micro-batches.
+            ValueError: norms and counts of different numbers of micro-batches, a norm that is not
+                one number, a count that is none.
             TypeError: a squared norm that is no tensor.
         """
         if len(squared_norms) != len(counts):
@@ -67,15 +82,14 @@ class NoiseScale:
                 f"mbkern: squared norms of {len(squared_norms)} micro-batches, and counts of "
                 f"{len(counts)}"
             )
-        for norm in (*squared_norms, total_squared_norm):
-            if not isinstance(norm, Tensor):
-                raise TypeError(f"mbkern: a squared norm is a tensor, not {type(norm).__name__}")
-        if not squared_norms:
+        like = _as_square(total_squared_norm).double()
+        squares = [_as_square(norm).to(like) for norm in squared_norms]
+        sizes = [_as_number(count, "count") for count in counts]
+        big = _beside(like, _as_number(total, "total"))
+        if not squares:
             return
-        like = total_squared_norm.detach().double()
-        small = torch.stack([s.detach().to(like).reshape(()) for s in squared_norms])
-        n = torch.stack([_beside(like, count) for count in counts])
-        big = _beside(like, total)
+        small = torch.stack(squares)
+        n = torch.stack([_beside(like, size) for size in sizes])
         there = n > 0
         inverse = torch.where(there, 1 / n, 0.0)
         number = there.sum()
