@@ -246,7 +246,7 @@ def _like_parameters(slots: list[Slot], dtype: torch.dtype, flat: bool) -> list[
     locals_ = [slot.local() for slot in slots]
     if not flat:
         return [torch.empty_like(like, dtype=dtype) for like in locals_]
-    unit = _ALIGNMENT // torch.empty((), dtype=dtype).element_size()
+    unit = _ALIGNMENT // torch.empty((), dtype=dtype, device="meta").element_size()
     sizes = [-(-like.numel() // unit) * unit for like in locals_]
     memory = torch.empty(sum(sizes), dtype=dtype, device=locals_[0].device)
     found, at = [], 0

@@ -41,7 +41,7 @@ from mbkern._tensors import (
 )
 
 _HUGE_PAGE_BYTES = 4 << 20  # below, the system call costs more than the page faults it saves
-_SCALARS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
+_SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 
 def read_torch(*, exchange: bool = True) -> bool:

@@ -32,7 +32,7 @@ def settle_heap() -> None:
     soon as twice that is free, until a block of up to 32 MiB was freed: then that is the threshold.
     Small micro-batches would seem slow, and large ones after them fast, for that reason alone.
     """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 
 
 def held(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from mbkern import _C
 
@@ -112,6 +113,16 @@ def is_differentiated(tensor: Tensor) -> bool:
             return False
         wrapped = torch._C._functorch.get_unwrapped(wrapped)
     return True
+
+
+def calls_are_watched() -> bool:
+    """Whether a mode sees torch's calls, and would not see a kernel. A default device
+    (``torch.set_default_device``, ``with torch.device(...)``) is a mode that need not.
+    """
+    if _dispatch_modes() > 0:
+        return True
+    function_mode = torch._C._get_function_stack_at
+    return any(type(function_mode(k)) is not DeviceContext for k in range(_function_modes()))
 
 
 def refuse_tracing(name: str) -> None:

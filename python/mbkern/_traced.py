@@ -23,7 +23,7 @@ from mbkern._arguments import (
 from mbkern._launch import RowOptions
 from mbkern._launch_tensors import Inputs, TensorOptions
 from mbkern._losses import Loss, find
-from mbkern._tensors import on_cuda
+from mbkern._tensors import calls_are_watched, on_cuda
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -41,8 +41,7 @@ def is_needed(input: Tensor, target: Tensor | None, third: Tensor | None = None)
         or (type(target) is not Tensor and type(target) is not Parameter and target is not None)
         or (third is not None and type(third) is not Tensor and type(third) is not Parameter)
         or not (input.is_cpu or on_cuda(input))
-        or _dispatch_modes() > 0
-        or _function_modes() > 0  # among them those of tracers before dispatch
+        or ((_dispatch_modes() > 0 or _function_modes() > 0) and calls_are_watched())
         or _functorch_active()
         or _jit_tracing() is not None
         or forward_ad._current_level >= 0
