@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,25 @@ def test_flush_does_not_overwrite_what_a_backward_outside_left(
     p.grad = None
     assert acc.flush().micro_batches == micro_batches
     assert (p.grad is None) == (micro_batches == 0)
+
+
+@pytest.mark.parametrize("what", ["load_state_dict", "keep_partial"])
+def test_nor_does_what_renews_a_streaming_gradient(what: str) -> None:
+    p = ones()
+    acc = GradAccumulator([p], mode="streaming")
+    acc.backward(p.sum(), 1)
+    state = acc.state_dict()
+    with suppress(KeyError), acc.micro_batch(1):
+        acc.buffer(p).add_(1.0)
+        raise KeyError
+    p.sum().backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="backward outside"):
+        getattr(acc, what)(*[state] * (what == "load_state_dict"))
+    assert p.grad is not None
+    assert p.grad.tolist() == [1, 1]
+    p.grad = None
+    getattr(acc, what)(*[state] * (what == "load_state_dict"))
+    assert p.grad.tolist() == [1, 1]  # the mean of one micro-batch, or of two
 
 
 def test_nor_that_of_a_parameter_unfrozen_since() -> None:

@@ -25,7 +25,7 @@ from mbkern._accumulator_end import (
     write_gradients,
 )
 from mbkern._accumulator_flush import WindowStats
-from mbkern._accumulator_hooks import release, unhook
+from mbkern._accumulator_hooks import release, require_none_stray, unhook
 from mbkern._accumulator_lend import lend, take_strays
 from mbkern._accumulator_members import Members
 from mbkern._accumulator_micro_batch import collect
@@ -371,6 +371,8 @@ class GradAccumulator:
         """Go on with a window whose last micro-batch failed: what of it had been added stays, and
         its items count."""
         self._require_closed("keep_partial()")
+        if self.mode == "streaming":
+            require_none_stray(self._members.all, self._into)
         failed = self._window.failed is not None
         self._window.keep_partial()
         if failed and self.mode == "streaming":
@@ -392,6 +394,8 @@ class GradAccumulator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned: the window goes on with the same bits."""
         self._require_closed("load_state_dict()")
+        if self.mode == "streaming":
+            require_none_stray(self._members.all, self._into)
         _accumulator_state.load(self, state)
         if self.mode == "streaming" and self._window.micro_batches:
             write_gradients(self, keep=True)

@@ -105,7 +105,7 @@ def require_none_stray(slots: list[Slot], into: str) -> None:
         if (slot.stray and not _is_anothers(slot, grad)) or (unseen and not _is_given(slot, grad)):
             raise RuntimeError(
                 f"mbkern: {slot.name} has a gradient of a backward outside a micro-batch, which "
-                "flush() would overwrite; run it in micro_batch(), or clear it first "
+                "would be overwritten; run it in micro_batch(), or clear it first "
                 "(optimizer.zero_grad(set_to_none=True))"
             )
 
