@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from mbkern.bench import cli, tables
 from mbkern.bench.measure import summarise
 from mbkern.bench.report import figures, pictures
 from mbkern.bench.report.write import report, tables_of
-from mbkern.bench.rows import Row, append
+from mbkern.bench.rows import Row, append, load
 
 CHROMIUM = next(
     (c for c in ("chromium", "chromium-browser", "google-chrome") if shutil.which(c)), None
@@ -305,6 +306,24 @@ def test_without_a_measured_row_there_is_no_report(tmp_path: Path) -> None:
         report([path], tmp_path, "t")
     with pytest.raises(SystemExit):
         cli.main(["report", str(path), "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("samples_s", "0.1"), ("samples_s", [0.1, None]), ("suite", ["s"]), ("interval_s", [0.1]),
+     ("peak_bytes", "x"), ("environment", True), ("median_s", []), ("limit", None),
+     ("extra", 1.5), ("threads", [1])],
+)  # fmt: skip
+def test_a_row_with_a_field_of_another_type_is_left_out(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    """It ended in a traceback of Python's."""
+    path = tmp_path / "rows.jsonl"
+    good, bad = _rows()[:2]
+    path.write_text(good.to_json() + "\n" + json.dumps(json.loads(bad.to_json()) | {field: value}))
+    found, warnings = load(path)
+    assert [row.key for row in found] == [good.key]
+    assert warnings == [f"{path}, line 2: not a row ({field} is {value!r}); left out"]
 
 
 def test_a_broken_command_line_needs_no_traceback() -> None:

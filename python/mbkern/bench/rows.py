@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,30 @@ class Row:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Row:
-        """The inverse; fields that this version does not know are ignored."""
-        return Row(**{k: v for k, v in data.items() if k in Row.__dataclass_fields__})
+        """The inverse; fields that this version does not know are ignored.
+
+        Raises TypeError where a field is missing or of another type, AttributeError for no object.
+        """
+        row = Row(**{k: v for k, v in data.items() if k in Row.__dataclass_fields__})
+        for known in fields(row):
+            value = getattr(row, known.name)
+            if not _is_of(value, str(known.type)):
+                raise TypeError(f"{known.name} is {value!r}")
+        if row.interval_s is not None and len(row.interval_s) != 2:
+            raise TypeError(f"interval_s is {row.interval_s!r}")
+        return row
+
+
+def _is_of(value: Any, type_name: str) -> bool:
+    """Whether a value read from JSON is what a field's type says: ``list[float] | None``."""
+    if type_name.endswith(" | None"):
+        return value is None or _is_of(value, type_name.removesuffix(" | None"))
+    if type_name.startswith("list["):
+        inner = type_name.removeprefix("list[").removesuffix("]")
+        return isinstance(value, list) and all(_is_of(entry, inner) for entry in value)
+    if type_name in ("int", "float"):  # a suite of one's own may count bytes in either
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, {"str": str, "bool": bool}.get(type_name, dict))
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

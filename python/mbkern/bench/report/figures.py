@@ -281,6 +281,7 @@ def _memory(suite: str, rows: Sequence[Row]) -> list[Figure]:
     for row in measured:
         if row.threads == threads and row.allocator == "default":
             line = lines.setdefault(row.provider, Line(row.provider, [], []))
+            line.limit = row.limit
             line.x = [*map(str, line.x), _label(row)]
             line.y.append((row.peak_bytes or 0) / 2**20)
     if not lines:
