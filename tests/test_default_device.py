@@ -1,4 +1,4 @@
-"""``torch.set_default_device`` and ``with torch.device(...)`` change nothing of what has tensors."""
+"""A default device, by a call or a block, changes nothing of what has tensors."""
 
 from __future__ import annotations
 
