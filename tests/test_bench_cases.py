@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +144,24 @@ def test_accumulation_and_flush_run_on_every_instruction_set() -> None:
             way.prepare()
             assert way.check(way.run()) <= problem.tolerance
             assert _C.isa() == used
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("y = 1", "has no SUITES, a dict of functions by name"),
+        ("SUITES = [1]", "has no SUITES, a dict of functions by name"),
+        ("SUITES = {'mine': 3}", "has no SUITES, a dict of functions by name"),
+        (
+            "SUITES = {'mine': lambda plan: None}",
+            "suite mine must return a list of Cases, not None",
+        ),
+        ("SUITES = {'mine': lambda plan: [3]}", "suite mine must return a list of Cases, not [3]"),
+    ],
+)
+def test_a_suite_file_that_is_none(text: str, message: str, tmp_path: Path) -> None:
+    """The messages were Python's, of code that is not the user's."""
+    file = tmp_path / "suites.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        suites.of(Plan(("mine",), suite_file=str(file)))

@@ -73,7 +73,8 @@ def report(
     every, found = found, list(rows.latest(found).values())
     machines = _machines(found)
     if not machines:
-        raise ValueError("no row in these files has been measured")
+        broken_lines = f"; {warnings[0]}" if warnings else ""
+        raise ValueError(f"no row in these files has been measured{broken_lines}")
     folder.mkdir(parents=True, exist_ok=True)
     notes = [
         *_of_several(machines, len(every) - len(found)),

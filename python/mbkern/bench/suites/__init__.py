@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mbkern.bench.problem import Case, Plan
@@ -45,9 +45,16 @@ def of(plan: Plan) -> tuple[list[Case], dict[str, str]]:
         if name not in suites:
             raise ValueError(f"mbkern bench: unknown suite {name!r}; there are {', '.join(suites)}")
         try:
-            cases += suites[name](plan)
+            made = suites[name](plan)
+            found = list(made) if isinstance(made, Iterable) else [made]
         except LookupError as unavailable:
             reasons[name] = str(unavailable.args[0])
+            continue
+        if not all(isinstance(case, Case) for case in found):
+            raise ValueError(
+                f"mbkern bench: suite {name} must return a list of Cases, not {made!r}"
+            )
+        cases += found
     wanted = [c for c in cases if not plan.directions or c.direction in plan.directions]
     return wanted, reasons
 
@@ -60,5 +67,7 @@ def _from_file(path: Path) -> dict[str, Suite]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses and pickle look for it
     spec.loader.exec_module(module)
-    suites: dict[str, Suite] = module.SUITES
-    return suites
+    suites = getattr(module, "SUITES", None)
+    if not isinstance(suites, Mapping) or not all(callable(suite) for suite in suites.values()):
+        raise ValueError(f"mbkern bench: {path} has no SUITES, a dict of functions by name")
+    return dict(suites)
