@@ -1,6 +1,13 @@
 """Batched losses and their gradients, fused, in place.
 
 The results are the same bits for every cut of a mini-batch.
+
+- :mod:`mbkern.functional`, :mod:`mbkern.nn`: losses with the names and arguments of torch's.
+- :class:`GradAccumulator`; :func:`accumulate_`, :func:`flush_`: exact mini-batches of micro-batches.
+- :func:`micro_batches`, :func:`plan`: a batch cut up, and how many items to compute at once.
+- :func:`loss_and_grad`, :class:`LossSum`: without autograd; the exact sum of losses.
+- :func:`patched`, :func:`patch`: torch's own functions and modules run on mbkern.
+- ``python -m mbkern``: what is installed, whether it works, how fast it is.
 """
 
 import torch  # noqa: F401  first: it loads the OpenMP runtime whose threads the kernels use
