@@ -3,7 +3,7 @@
 The results are the same bits for every cut of a mini-batch.
 
 - :mod:`mbkern.functional`, :mod:`mbkern.nn`: losses with the names and arguments of torch's.
-- :class:`GradAccumulator`; :func:`accumulate_`, :func:`flush_`: exact mini-batches of micro-batches.
+- :class:`GradAccumulator`, :func:`accumulate_`, :func:`flush_`: exact sums over micro-batches.
 - :func:`micro_batches`, :func:`plan`: a batch cut up, and how many items to compute at once.
 - :func:`loss_and_grad`, :class:`LossSum`: without autograd; the exact sum of losses.
 - :func:`patched`, :func:`patch`: torch's own functions and modules run on mbkern.
