@@ -223,3 +223,24 @@ def test_no_items_into_a_buffer_leave_what_was_saved() -> None:
     version = out._version
     mbkern.loss_and_grad("mse_loss", torch.zeros(0, 3), torch.zeros(0, 3), grad_out=out)
     assert out._version > version
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mse_loss"])
+def test_parts_of_a_tensor_with_a_graph_are_overwritten_under_no_grad(name: str) -> None:
+    """As views of it, which torch refuses to give the history of; and what was saved is missed."""
+    leaf = _random(6, 4).requires_grad_()
+    body = leaf.exp()
+    logits = body * 1
+    target = torch.arange(6) % 4 if name == "cross_entropy" else torch.zeros(6, 4)
+    want = mbkern.loss_and_grad(name, logits.detach().clone(), target, reduction="sum")[1]
+    kept = (logits**2).sum()
+    with torch.no_grad():
+        for part, labels in zip(logits.split(2), target.split(2), strict=True):
+            mbkern.loss_and_grad(name, part, labels, reduction="sum", grad_out=part)
+        assert torch.equal(logits, want)
+        mbkern.loss_and_grad(name, logits[:3], target[:3], reduction="sum", grad_out=logits[:3])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    logits.backward(want)
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, want * body.detach())

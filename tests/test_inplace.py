@@ -193,3 +193,21 @@ def test_peak_memory() -> None:
         # Stacks, page tables, the kernel's counters and first uses; a copy would be 64 MiB or more.
         assert int(line) <= promised + 6 * mib, f"{call}: {int(line) / mib:.1f} MiB"
         assert int(line) >= gradient - mib, f"{call}: the gradient is not in {int(line) / mib} MiB"
+
+
+@pytest.mark.parametrize("way", ["split", "chunk", "unbind"])
+@every_case
+def test_views_that_torch_lets_nobody_write_to(case: Case, way: str) -> None:
+    """Refused before anything is written; slices of the same memory are not."""
+    x, target = case.leaf(torch.float32, (12, 5))
+    logits = x * 1
+    before, labels = logits.detach().clone(), target[:6]
+    parts = {
+        "split": lambda: logits.split(6),
+        "chunk": lambda: logits.chunk(2),
+        "unbind": lambda: logits.view(2, 6, 5).unbind(0),
+    }[way]()
+    with pytest.raises(RuntimeError, match=r"overwrite a view .*MULTI_OUTPUT_NODE"):
+        case.function(parts[0], labels, inplace=True)
+    assert torch.equal(logits.detach(), before)
+    case.function(logits[:6], labels, inplace=True)

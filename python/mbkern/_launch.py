@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,8 +170,9 @@ def bump_version(tensor: Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
     if tensor._base is not None:
         # Reading it brings the history of a view up to date; torch crashes in a later
-        # register_hook otherwise.
-        _ = tensor.grad_fn
+        # register_hook otherwise. A view made under no_grad has none, and torch refuses to look.
+        with suppress(RuntimeError):
+            _ = tensor.grad_fn
 
 
 # ---- row losses ----------------------------------------------------------------------------------
