@@ -77,6 +77,21 @@ MBK_FN f16 narrow<f16>(float x) {
   return {(uint16_t)(h | (sign >> 16))};
 }
 
+// Rounding to odd keeps what a second rounding, to a 16-bit type, must know.
+MBK_FN float round_to_odd(double x) {
+  const float nearest = (float)x;
+  const double back = nearest;
+  if (back == x || x != x || bits(nearest) & 1) return nearest;
+  const bool outward = (back < x) == (x > 0);
+  return as_float((int32_t)(bits(nearest) + (outward ? 1 : -1)));
+}
+// x in the type that S is computed in, so that narrow<S>() rounds it once.
+template <class S, class T>
+MBK_FN Compute<S> computed_as(T x) {
+  if constexpr (sizeof(S) == 2 && sizeof(T) == 8) return round_to_odd(x);
+  return (Compute<S>)x;
+}
+
 #if defined(__AVX512BW__)
 typedef int16_t i16v __attribute__((vector_size(64)));
 MBK_FN __m512i odd_words() {  // k at 2 k + 1

@@ -6,15 +6,6 @@
 
 namespace mbk::MBK_ISA {
 
-// Rounding to odd keeps what a second rounding, to a 16-bit type, must know.
-MBK_FN float round_to_odd(double x) {
-  const float nearest = (float)x;
-  const double back = nearest;
-  if (back == x || x != x || bits(nearest) & 1) return nearest;
-  const bool outward = (back < x) == (x > 0);
-  return as_float((int32_t)(bits(nearest) + (outward ? 1 : -1)));
-}
-
 MBK_FN void store_rounded(void* to, DType dtype, double value) {
   value = canonical(value);
   switch (dtype) {

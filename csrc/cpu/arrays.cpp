@@ -50,7 +50,7 @@ void convert_array(const void* from, DType from_dtype, void* to, DType to_dtype,
       To* const target = static_cast<To*>(to);
       auto body = [=](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i)
-          target[i] = narrow<To>(canonical(static_cast<Compute<To>>(widen(source[i]))));
+          target[i] = narrow<To>(canonical(computed_as<To>(widen(source[i]))));
       };
       parallel_for(n, kElementsPerTask, threads, body);
     });

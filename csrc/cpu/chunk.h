@@ -75,7 +75,7 @@ MBK_PASS void write_as(const View& view, const Range& range, const T* values) {
       }
     }
     for (; k < run; ++k) {
-      Compute<S> v = (Compute<S>)values[first + k];
+      Compute<S> v = computed_as<S>(values[first + k]);
       if constexpr (kAccumulate) v = canonical((Compute<S>)(widen(to[k * stride]) + v));
       to[k * stride] = narrow<S>(v);
     }

@@ -1,5 +1,6 @@
 #include "cpu/multirow_call.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -45,6 +46,8 @@ double run(const Backend& backend, int loss, MultirowArgs a, const Result& resul
   const DefaultEnvironment environment;
   const MultirowTraits& traits = multirow_traits(loss);
   traits.prepare(a);
+  // Each thread has its scratch: no more of them than items.
+  a.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(a.items, a.threads)));
   RowArgs weighed = a;
   weighed.target_is_index = traits.target == ItemTarget::index && a.target;
   if (!traits.weighs_divisor) weighed.class_weight = nullptr;

@@ -387,9 +387,9 @@ struct Rows {
     item.scale = item_scale(a, at);
     item.target_weight = 1;
     if (Loss::kTarget == ItemTarget::number) {
-      RowOf<T> label;
+      RowOf<double> label;
       label.open(a.label, at, false);
-      item.label = (double)label.value(0);
+      item.label = label.value(0);
     }
     for (int k = 0; k < Loss::kMaxima; ++k)
       if (!maximum(k, item.max[k])) return same_for_all(canonical((T)__builtin_nanf("")));

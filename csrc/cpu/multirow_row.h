@@ -31,7 +31,7 @@ MBK_PASS void write_columns(S* to, int64_t stride, const T* from, int64_t n) {
     }
   }
   for (; j < n; ++j) {
-    Compute<S> v = (Compute<S>)from[j];
+    Compute<S> v = computed_as<S>(from[j]);
     if constexpr (kAccumulate) v = canonical((Compute<S>)(widen(to[j * stride]) + v));
     to[j * stride] = narrow<S>(v);
   }
@@ -99,7 +99,7 @@ struct RowOf {
   MBK_FN void put(int64_t j, T value, bool accumulate, T old) const {
     with_storage(dtype, [&](auto* type) {
       typedef StorageOf<decltype(type)> S;
-      Compute<S> v = (Compute<S>)value;
+      Compute<S> v = computed_as<S>(value);
       if (accumulate) v = (Compute<S>)old + v;
       ((S*)data)[j * stride] = narrow<S>(canonical(v));
     });

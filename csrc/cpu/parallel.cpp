@@ -50,16 +50,20 @@ void parallel_for(int64_t n, int64_t grain, int threads, void* context, Task tas
   const int64_t grains = (n + grain - 1) / grain;
   if (!has_openmp() || forked) threads = 1;
   threads = static_cast<int>(std::min<int64_t>(threads, grains));
+  // Exact sums carry at the end of a range; they hold 2^30 additions (core/exact_sum.h).
+  constexpr int64_t kMostAdditions = int64_t{1} << 30;
+  const int64_t longest = std::max<int64_t>(kMostAdditions / grain, 1) * grain;
   if (threads <= 1) {
     const DefaultEnvironment environment;
-    task(context, 0, n, 0);
+    for (int64_t begin = 0; begin < n; begin += longest)
+      task(context, begin, std::min(begin + longest, n), 0);
     return;
   }
   // A few ranges a thread: enough to even out rows that cost nothing and threads that were
   // descheduled.
   constexpr int kRangesPerThread = 8;
   const int64_t ranges = std::min<int64_t>(grains, int64_t{threads} * kRangesPerThread);
-  Loop loop{n, (grains + ranges - 1) / ranges * grain, context, task};
+  Loop loop{n, std::min((grains + ranges - 1) / ranges * grain, longest), context, task};
   GOMP_parallel([](void* p) { work(*static_cast<Loop*>(p), omp_get_thread_num()); }, &loop,
                 static_cast<unsigned>(threads), 0);
 }

@@ -1,5 +1,6 @@
 #include "cpu/row_call.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <limits>
@@ -110,6 +111,8 @@ struct Free {
 template <class T>
 double run(const Backend& backend, int loss, DType input, RowArgs a, const Result& result) {
   const DefaultEnvironment environment;
+  // Each thread has its scratch: no more of them than items.
+  a.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(a.items, a.threads)));
   const double weights = a.from_state ? 0 : check_and_weigh_as<T>(a);
   const double divisor = a.from_state ? read(a.denominator) : divisor_of(result, weights);
   a.denominator = {divisor, nullptr, DType::f64};

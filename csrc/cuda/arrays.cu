@@ -69,7 +69,7 @@ struct Convert {
 template <class From, class To>
 __global__ void __launch_bounds__(kArrayThreads)
     convert(const __grid_constant__ Convert<From, To> p) {
-  each(p.n, [&](int64_t i) { p.to[i] = narrow<To>(canonical((Compute<To>)widen(p.from[i]))); });
+  each(p.n, [&](int64_t i) { p.to[i] = narrow<To>(canonical(computed_as<To>(widen(p.from[i])))); });
 }
 
 // One thread's work; states are global memory, or copies in shared memory.

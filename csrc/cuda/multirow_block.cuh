@@ -408,7 +408,7 @@ struct MultirowBlock {
     item.scale = shared.item_scale(a, at);
     item.target_weight = 1;
     if (Loss::kTarget == ItemTarget::number)
-      item.label = (double)read_column<T>(a.label, at.offset(a.label.strides));
+      item.label = read_column<double>(a.label, at.offset(a.label.strides));
     if constexpr (kApart) {
       item.target_logit = (double)logit;
       if (a.class_weight) item.target_weight = (double)((const T*)a.class_weight)[target];

@@ -34,7 +34,7 @@ MBK_DEVICE T read_column(const RowTensor& t, int64_t offset) {
 // A gradient, or old + gradient, as on the CPU.
 template <class S, class T>
 MBK_DEVICE void write_element(S* to, T g, bool accumulate) {
-  Compute<S> v = (Compute<S>)g;
+  Compute<S> v = computed_as<S>(g);
   if (accumulate) v = widened(*to) + v;
   *to = narrowed<S>(v);
 }

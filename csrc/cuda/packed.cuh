@@ -27,7 +27,7 @@ MBK_FN void with_type(DType dtype, F f) {
 // A canonical number as the type that S is computed in: a GPU's conversion makes a NaN of its own.
 template <class S, class T>
 MBK_FN Compute<S> converted(T x) {
-  if constexpr (sizeof(T) != sizeof(Compute<S>)) return canonical((Compute<S>)x);
+  if constexpr (sizeof(T) != sizeof(Compute<S>)) return canonical(computed_as<S>(x));
   return (Compute<S>)x;
 }
 

@@ -64,6 +64,7 @@ py::object scalar_value(const py::object& object) {
   int device = kNoDevice;
   const Tensor t(object.ptr(), device);
   if (device != kHost || t.kind != Tensor::Kind::floating || t.dims != 0) return py::none();
+  const DefaultEnvironment environment;  // or a denormal float, and every small half, is 0
   return py::float_(read_scalar({0, t.data, t.dtype}));
 }
 
@@ -76,7 +77,11 @@ void add_arrays(py::module_& m) {
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
 
   m.def(
-      "exact_value", [](Address s) { return mbk::exact_value(*at<ExactSumState>(s)); },
+      "exact_value",
+      [](Address s) {
+        const DefaultEnvironment environment;
+        return mbk::exact_value(*at<ExactSumState>(s));
+      },
       py::arg("state"));
   m.def("exact_result", &exact_result, py::arg("state"), py::arg("fields"));
   m.def(
@@ -98,6 +103,7 @@ void add_arrays(py::module_& m) {
       "scale_array",
       [](Address x, int dtype, std::int64_t n, double factor, int threads) {
         const py::gil_scoped_release release;
+        const DefaultEnvironment environment;
         mbk::scale_array(at<void>(x), static_cast<DType>(dtype), n, factor, threads);
       },
       py::arg("x"), py::arg("dtype"), py::arg("n"), py::arg("factor"), py::arg("threads"));

@@ -21,7 +21,11 @@ class Fields {
     if (next_ != PyTuple_GET_SIZE(fields_.ptr()))
       throw std::invalid_argument("mbkern._C: wrong number of fields; the callers differ");
   }
-  std::int64_t integer() { return PyLong_AsLongLong(get()); }
+  std::int64_t integer() {
+    const std::int64_t value = PyLong_AsLongLong(get());
+    if (value == -1) check();
+    return value;
+  }
   double number() { return as_number(get()); }
   // A number; None: absent.
   double number(bool& present) {
@@ -40,17 +44,23 @@ class Fields {
   // False if a number was given as a tensor: Python would read it, and lose its derivative.
   bool numbers() const { return numbers_; }
   bool boolean() { return integer() != 0; }
-  void* address() { return PyLong_AsVoidPtr(get()); }
+  void* address() {
+    void* const value = PyLong_AsVoidPtr(get());
+    if (!value) check();
+    return value;
+  }
   // The first tensor must not be a scalar's: it sets the device of the call.
   Tensor tensor() { return Tensor(get(), device_); }
-  Tensor output() { return Tensor(get(), device_, true); }
+  Tensor output() { return Tensor(get(), device_, Tensor::Negated::no); }
   // A list of tensors: calls f(position, tensor) for each, and returns how many there are.
   template <class F>
   std::int64_t tensors(bool are_outputs, F f) {
+    const Tensor::Negated negated =
+        are_outputs ? Tensor::Negated::ask_if_strided : Tensor::Negated::ask;
     PyObject* list = get();
     if (!PyList_CheckExact(list)) throw std::invalid_argument("mbkern._C: not a list of tensors");
     for (Py_ssize_t k = 0; k < PyList_GET_SIZE(list); ++k)
-      f(k, Tensor(PyList_GET_ITEM(list, k), device_, are_outputs));
+      f(k, Tensor(PyList_GET_ITEM(list, k), device_, negated));
     return PyList_GET_SIZE(list);
   }
   // The same, or None: -1.
@@ -89,7 +99,7 @@ class Fields {
     present = field != Py_None;
     if (!present) return true;
     if (PyFloat_CheckExact(field) || PyLong_CheckExact(field)) {
-      s = {PyFloat_AsDouble(field), nullptr, DType::f64};
+      s = {as_number(field), nullptr, DType::f64};
       return true;
     }
     int device = kNoDevice;
@@ -129,10 +139,18 @@ class Fields {
   }
 
  private:
+  // At once: reading a tensor clears an error that is pending.
+  static void check() {
+    if (PyErr_Occurred()) throw pybind11::error_already_set();
+  }
   double as_number(PyObject* field) {
-    if (!is_tensor(field)) return PyFloat_AsDouble(field);
-    numbers_ = false;
-    return 0;
+    if (is_tensor(field)) {
+      numbers_ = false;
+      return 0;
+    }
+    const double value = PyFloat_AsDouble(field);
+    if (value == -1) check();
+    return value;
   }
   PyObject* get() {
     if (next_ < PyTuple_GET_SIZE(fields_.ptr())) return PyTuple_GET_ITEM(fields_.ptr(), next_++);
@@ -145,12 +163,13 @@ class Fields {
   bool numbers_ = true;
 };
 
-// Lets other Python threads run, where that is worth its time.
+// Lets other Python threads run, where that is worth its time; on a device always: a launch waits
+// while the queue is full, perhaps for a callback that wants to run.
 class Unlocked {
  public:
-  explicit Unlocked(std::int64_t elements) {
+  explicit Unlocked(std::int64_t elements, bool on_host = true) {
     constexpr std::int64_t kWorthwhile = 4096;
-    if (elements >= kWorthwhile) release_.emplace();
+    if (elements >= kWorthwhile || !on_host) release_.emplace();
   }
 
  private:

@@ -51,7 +51,7 @@ py::object product(const py::tuple& fields) {
   p.scratch = static_cast<char*>(scratch.data);
   bool done;
   {
-    const Unlocked unlocked(p.depth * p.rows * p.columns);
+    const Unlocked unlocked(p.depth * p.rows * p.columns, f.on_host());
     done = f.on_host() ? current_backend().product(p) : cuda::run_product(queue, p);
   }
   return done ? py::object(py::bool_(true)) : py::object(py::none());

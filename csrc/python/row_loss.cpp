@@ -1,6 +1,7 @@
 // From tensors to a call of a row loss, on every device.
 #include <pybind11/pybind11.h>
 
+#include <cfloat>
 #include <cmath>
 
 #include "core/row_items.h"
@@ -76,6 +77,7 @@ py::object row_loss(const py::tuple& fields) {
          (!r.loss_sum || !in_double);
   good = good && a.label_smoothing >= 0 && a.label_smoothing <= 1 &&
          (!capped || (a.softcap > 0 && a.softcap < HUGE_VAL));
+  if (!in_double && a.softcap > FLT_MAX) a.softcap = 0;  // infinite in fp32: it caps nothing
   if (!good || f.overwrites(grad, a.scale, r.denominator)) return py::none();
 
   if (!f.on_host()) {

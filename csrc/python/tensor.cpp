@@ -66,7 +66,7 @@ PyCFunction function_of(PyObject* method) {
 bool is_negated(PyObject* tensor) {
   const py::object negated = steal(torch.is_neg_itself ? torch.is_neg_itself(tensor, nullptr)
                                                        : PyObject_CallOneArg(torch.is_neg, tensor));
-  PyErr_Clear();
+  if (!negated) PyErr_Clear();
   return negated.ptr() != Py_False;
 }
 
@@ -100,7 +100,7 @@ bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object
 void switch_shim(bool on) { shimmed = kShim && on; }
 bool shim_is_on() { return shimmed; }
 
-Tensor::Tensor(PyObject* object, int& device, bool is_output) {
+Tensor::Tensor(PyObject* object, int& device, Negated negated) {
   if (object == Py_None) {
     kind = Kind::absent;
     return;
@@ -115,7 +115,16 @@ Tensor::Tensor(PyObject* object, int& device, bool is_output) {
   if (device != device_) kind = Kind::unsuited;
   // Freed storage, and zero tensors, which never had one.
   if (!data && numel()) kind = Kind::unsuited;
-  if (kind == Kind::floating && !is_output && is_negated(object)) kind = Kind::unsuited;
+  if (kind != Kind::floating || negated == Negated::no) return;
+  if (negated == Negated::ask_if_strided && !may_be_imaginary()) return;
+  if (is_negated(object)) kind = Kind::unsuited;
+}
+
+// Every second number of its memory, at most.
+bool Tensor::may_be_imaginary() const {
+  for (int d = 0; d < dims; ++d)
+    if (shape[d] > 1 && strides[d] % 2) return false;
+  return true;
 }
 
 bool Tensor::set_dtype(int position) {

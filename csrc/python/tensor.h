@@ -45,9 +45,13 @@ class Tensor {
   // None: absent. Unsuited is what no pointer may be taken of (a fake, functorch-wrapped, sparse,
   // negated ... tensor, or a subclass), what lies on a device without kernels in this build, and
   // other dtypes. All tensors of a call lie on one device: the first one that is read sets it
-  // (from kNoDevice), and one that lies elsewhere is unsuited. Whether a tensor is negated costs as
-  // much as all the rest; an output is not, or Python's check_output refused it.
-  Tensor(PyObject* object, int& device, bool is_output = false);
+  // (from kNoDevice), and one that lies elsewhere is unsuited.
+  enum class Negated {
+    ask,             // costs as much as all the rest
+    ask_if_strided,  // as negated views are: they are imaginary parts of conjugated tensors
+    no,              // Python's check_output has asked
+  };
+  Tensor(PyObject* object, int& device, Negated negated = Negated::ask);
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
@@ -67,6 +71,7 @@ class Tensor {
   bool spans(const void* address) const;
 
  private:
+  bool may_be_imaginary() const;
   bool read_table(PyObject* object);
   bool read_attributes(PyObject* object);
   bool set_device(std::int32_t type, int index);

@@ -65,7 +65,6 @@ class List {
     }
     std::int64_t last = 0;
     for (int d = 0; d < dims; ++d) last += (x.shape[d] - 1) * x.strides[d];
-    constexpr std::int64_t kBytes[kDTypes] = {4, 2, 2, 8};
     const char* const first = static_cast<const char*>(x.data);
     const Bytes bytes{first, first + (last + 1) * kBytes[static_cast<int>(x.dtype)], written};
     if (view == kBuffer) {
@@ -79,7 +78,7 @@ class List {
   // A number that the device reads while it writes.
   void add_read(const Scalar& s) {
     const char* const at = static_cast<const char*>(s.pointer);
-    if (at) others_.push_back({at, at + sizeof(double), false});
+    if (at) others_.push_back({at, at + kBytes[static_cast<int>(s.dtype)], false});
   }
 
   // Once all views are there. False for what is not suited.
@@ -102,6 +101,7 @@ class List {
   std::vector<ListTensor>& tensors() { return tensors_; }
 
  private:
+  static constexpr std::int64_t kBytes[kDTypes] = {4, 2, 2, 8};
   void refuse() { good = false; }
 
   // Whether two elements of a view may share memory.
@@ -197,13 +197,15 @@ py::object accumulate(const py::tuple& fields) {
   for (const ListTensor& t : list.tensors())
     if (!takes(t, by_chance)) return py::none();
   a.list = list.get();
-  const Unlocked unlocked(list.elements());
-  if (f.on_host()) {
-    run_accumulate(current_backend(), a, sums);
-  } else {
-    if (sums && workspace_bytes < cuda::list_workspace_bytes(a.list.count, a.list.blocks))
-      throw std::invalid_argument("mbkern._C: the workspace is too small; the callers differ");
-    cuda::run_accumulate(queue, a, sums);
+  {
+    const Unlocked unlocked(list.elements(), f.on_host());
+    if (f.on_host()) {
+      run_accumulate(current_backend(), a, sums);
+    } else {
+      if (sums && workspace_bytes < cuda::list_workspace_bytes(a.list.count, a.list.blocks))
+        throw std::invalid_argument("mbkern._C: the workspace is too small; the callers differ");
+      cuda::run_accumulate(queue, a, sums);
+    }
   }
   return py::bool_(true);
 }
@@ -248,13 +250,15 @@ py::object flush(const py::tuple& fields) {
     if (t.size && (t.l1 != 0 || t.l2 != 0) && !t.views[kListParameter].data) return py::none();
   }
   a.list = list.get();
-  const Unlocked unlocked(list.elements());
-  if (f.on_host()) {
-    run_flush(current_backend(), a, max_norm, results, sums);
-  } else {
-    if (workspace_bytes < cuda::list_workspace_bytes(a.list.count, a.list.blocks))
-      throw std::invalid_argument("mbkern._C: the workspace is too small; the callers differ");
-    cuda::run_flush(queue, a, max_norm, results, sums);
+  {
+    const Unlocked unlocked(list.elements(), f.on_host());
+    if (f.on_host()) {
+      run_flush(current_backend(), a, max_norm, results, sums);
+    } else {
+      if (workspace_bytes < cuda::list_workspace_bytes(a.list.count, a.list.blocks))
+        throw std::invalid_argument("mbkern._C: the workspace is too small; the callers differ");
+      cuda::run_flush(queue, a, max_norm, results, sums);
+    }
   }
   return py::bool_(true);
 }

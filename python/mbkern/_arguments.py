@@ -239,11 +239,13 @@ def check_row_options(label_smoothing: float, z_loss: float, softcap: float | No
 
 
 def check_index(index: object, name: str) -> None:
-    """Refuse what is no integer."""
+    """Refuse what is no integer of 64 bits."""
     try:
-        operator.index(index)  # type: ignore[arg-type]
+        value = operator.index(index)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"mbkern: {name} must be an integer, not {type(index).__name__}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"mbkern: {name} must have 64 bits, it is {index}")
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:

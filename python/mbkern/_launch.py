@@ -303,7 +303,7 @@ class RowCall:
         )  # fmt: skip
         try:
             done: float | Tensor | None = kernel(fields)
-        except TypeError:  # of a number that is none
+        except (TypeError, OverflowError):  # of a number that is none, or has no end
             self.explain()
             raise
         if done is None:

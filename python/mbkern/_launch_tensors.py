@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,9 @@ class TensorCall:
         kernel, workspace, stream = self._kernel(), None, 0
         if CUDA_BUILT and on_cuda(input):
             kernel = _cuda.on_device_of(input, kernel)
-            workspace = _cuda.new_workspace(input, input.numel(), self.compute is torch.float64)
+            workspace = _cuda.new_workspace(
+                input, math.prod(self.shape), self.compute is torch.float64
+            )
             stream = _cuda.current_stream(input)
         losses = loss = None
         if want_loss:
@@ -178,7 +181,7 @@ class TensorCall:
         )  # fmt: skip
         try:
             done: float | Tensor | None = kernel((self.loss.number, *self.inputs, *fields, *rest))
-        except TypeError:
+        except (TypeError, OverflowError):
             check_index(o.ignore_index, "ignore_index")
             raise
         if done is None:
