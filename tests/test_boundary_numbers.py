@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mbkern
 from mbkern import functional as F
@@ -39,6 +40,30 @@ def test_a_bad_class_is_refused_beside_a_number_on_its_device(bad: Any, beside: 
 def test_a_bad_number_is_refused_beside_a_number_on_its_device(bad: Any) -> None:
     with pytest.raises((TypeError, OverflowError, ValueError)):
         F.cross_entropy(LOGITS, CLASSES.abs(), z_loss=bad, denominator=torch.tensor(4.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("z_loss", lambda big: F.cross_entropy(LOGITS, CLASSES.abs(), z_loss=big)),
+        ("delta", lambda big: F.huber_loss(LOGITS, LOGITS, delta=big)),
+        ("denominator", lambda big: F.mse_loss(LOGITS, LOGITS, denominator=big)),
+        ("alpha", lambda big: mbkern.accumulate_([LOGITS.clone()], [LOGITS], alpha=big)),
+        ("ignore_index", lambda big: F.cross_entropy(LOGITS, CLASSES, ignore_index=big)),
+        ("ignore_index", lambda big: F.nll_loss(LOGITS, CLASSES, ignore_index=big)),
+    ],
+)
+def test_integers_without_end_are_refused_by_name(name: str, call: Any) -> None:
+    with pytest.raises(ValueError, match=f"mbkern: {name} (is too large|must have 64 bits)"):
+        call(10**5000 if name != "ignore_index" else 2**64)
+
+
+def test_nothing_is_computed_of_fake_tensors() -> None:
+    with FakeTensorMode():
+        x = torch.randn(3, 4)
+        for name, target in (("mse_loss", x), ("cross_entropy", torch.zeros(3, dtype=torch.int64))):
+            with pytest.raises(NotImplementedError, match="under FakeTensorMode"):
+                mbkern.loss_and_grad(name, x, target)
 
 
 @pytest.mark.usefixtures("flush_denormals")

@@ -228,7 +228,7 @@ def check_row_options(label_smoothing: float, z_loss: float, softcap: float | No
             raise TypeError(
                 f"mbkern: {name} must be a number, not a tensor, of which no gradient is computed"
             )
-        if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)) and (
+        if not isinstance(number, (float, torch.SymInt, torch.SymFloat)) and (
             number is not None or name != "softcap"
         ):
             as_number(number, name)

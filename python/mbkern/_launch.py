@@ -59,8 +59,8 @@ def scalar_argument(value: Number | None, name: str) -> float | Tensor:
     if value is None:
         return 1.0
     if not isinstance(value, Tensor):
-        if isinstance(value, (int, float)):
-            return float(value)
+        if type(value) is float:
+            return value
         return as_number(value, name, " or a 0-dim tensor")
     tensor = require_plain(value.detach(), name)
     if tensor.dim() != 0:

@@ -26,6 +26,8 @@ def as_number(value: Any, name: str, or_tensor: str = "") -> float:
         raise TypeError(
             f"mbkern: {name} must be a number{or_tensor}, not {type(value).__name__}"
         ) from None
+    except OverflowError:
+        raise ValueError(f"mbkern: {name} is too large for a float") from None
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,6 @@ class Parameter:
             return float(bool(value))
         if type(value) is float:  # asked first: it is what nearly every call has
             number = value
-        elif type(value) is int:
-            number = float(value)
         elif isinstance(value, Tensor):
             raise TypeError(
                 f"mbkern: {name} must be a number, not a tensor, of which no gradient is computed"

@@ -129,8 +129,14 @@ def refuse_tracing(name: str) -> None:
     """Refuse to be traced: a tracer would record the allocation of results, and not the kernel."""
     if _jit_tracing() is None and not _dispatch_modes() and not _function_modes():
         return
+    from torch._guards import detect_fake_mode
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+    if detect_fake_mode() is not None:
+        raise NotImplementedError(
+            f"mbkern: {name} computes nothing under FakeTensorMode; mbkern.functional and "
+            "mbkern.nn do"
+        )
     if _jit_tracing() is not None or get_proxy_mode() is not None:
         raise NotImplementedError(
             f"mbkern: {name} cannot be traced (make_fx, torch.jit.trace, torch.export); "
