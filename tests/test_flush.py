@@ -136,6 +136,21 @@ def test_not_finite(bad: float, max_norm: float | None) -> None:
         assert not grads[7][at].isfinite()
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_infinite_scale(dtype: torch.dtype, l2: float) -> None:
+    """The norm is infinite, no NaN of what lies past the last element."""
+    for size in (1, 2, 31, 32, 33, 70):
+        buffers, grads = torch.ones(size), torch.zeros(size, dtype=dtype)
+        stats = mbkern.flush_(
+            grads, buffers if dtype is not torch.float64 else buffers.double(), grad_scale=0.0,
+            parameters=[torch.ones(size, dtype=dtype)], l2=l2,
+        )  # fmt: skip
+        assert stats.norm == torch.inf
+        assert stats.found_inf == 1
+        assert (grads == torch.inf).all()
+
+
 def test_measures_without_writing() -> None:
     _, buffers, _ = make(torch.float32, torch.float32)
     stats = mbkern.flush_(None, buffers, max_norm=1.0)

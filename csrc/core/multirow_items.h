@@ -47,7 +47,7 @@ inline constexpr int kMaxSums = 5, kMaxKept = 2;
 
 // What the columns of a row share: numbers, or one in each lane where lanes are items. Read by
 // constant<V>(c, k).
-inline constexpr int kMaxConstants = 13;
+inline constexpr int kMaxConstants = 15;
 struct Constants {
   double value[kMaxConstants];
 };

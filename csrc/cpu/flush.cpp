@@ -15,10 +15,12 @@ struct Sums {
 };
 
 // Whole groups of lanes, from and to memory as it is. parameter: null without a penalty. grad: null
-// where nothing is written.
+// where nothing is written. present: of a group that has padding whose product with the scale would
+// be NaN, 1 for each element; else null.
 template <bool kMeasures, Penalty kPenalty, class T, class S, class P>
 MBK_FN void flush_groups(const Flush<T>& item, const ListTensor& t, const T* buffer,
-                         const P* parameter, S* grad, int64_t count, Sums& sums) {
+                         const P* parameter, S* grad, int64_t count, Sums& sums,
+                         const T* present = nullptr) {
   typedef Vector<T> V;
   const Flush<T> by = item;  // nothing that is written may be it
   const double l1 = t.l1, l2 = t.l2;
@@ -33,6 +35,7 @@ MBK_FN void flush_groups(const Flush<T>& item, const ListTensor& t, const T* buf
       } else {
         v = by.scaled(v);
       }
+      if (present) v = select(load<V>(present + k) != V{}, v, V{});
       if (grad) store(grad + i + k, by.clipped(v));
       if constexpr (kMeasures) {
         for (int part = 0; part < kParts<V>; ++part) {
@@ -57,15 +60,23 @@ MBK_PASS void flush_segment(const Flush<T>& item, const ListTensor& t, int64_t b
                             bool write, Sums& sums) {
   alignas(64) T buffer[kSegment], parameter[kSegment], grad[kSegment];
   const Range range{t, begin, count};
-  const int whole = (count + kSumLanes - 1) / kSumLanes * kSumLanes;
+  // Padding is 0 times the scale.
+  const bool pads = abs(item.scale) < (T)__builtin_inff();
+  const int whole = (pads ? count + kSumLanes - 1 : count) / kSumLanes * kSumLanes;
   read_segment(t.views[kBuffer], range, buffer);
   if (t.views[kListLow].data) {  // of a buffer of bf16: the sum is a pair
     read_segment(t.views[kListLow], range, grad);
-    for (int k = 0; k < whole; ++k) buffer[k] += grad[k];
+    for (int k = 0; k < count; ++k) buffer[k] += grad[k];
   }
   if constexpr (kPenalty != Penalty::none) read_segment(t.views[kListParameter], range, parameter);
   flush_groups<kMeasures, kPenalty>(item, t, buffer, parameter, write ? grad : nullptr, whole,
                                     sums);
+  if (whole < count) {
+    T present[kSumLanes] = {};
+    for (int k = 0; k < count - whole; ++k) present[k] = 1;
+    flush_groups<kMeasures, kPenalty>(item, t, buffer + whole, parameter + whole,
+                                      write ? grad + whole : nullptr, kSumLanes, sums, present);
+  }
   if (write) write_chunk<false>(t.views[kListGrad], range, grad);
 }
 

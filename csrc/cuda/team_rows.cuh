@@ -279,7 +279,7 @@ struct TeamRows {
     const int64_t target = task.target;
     ItemKind kind = task.kind;
     if (kind == ItemKind::bad && !a.from_state && team.speaks()) note_bad_target(p, i, target);
-    r.apart = Loss::kHasIndex && kind == ItemKind::plain ? (Column)target : -1;
+    r.apart = kind == ItemKind::plain ? (Column)target : -1;
     r.ignored = kind == ItemKind::ignored;  // all terms will be 0
 
     Item item;

@@ -6,15 +6,16 @@ namespace mbk::MBK_ISA {
 // loss = 1 - (2 sum p t + s) / (sum p + sum t + s) = D / U, with
 //   D = sum p (1 - t) + t (1 - p), no term of which is negative for p and t in [0, 1],
 //   U = sum (p + t) + s;   dloss/dp = (O - 2 t) / U, and the same for t, with
-//   O = (2 sum p t + s) / U, which is 1 - loss, but with all digits where they hardly overlap.
+//   O = (2 sum p t + s) / U, which is 1 - loss, but with all digits where they hardly overlap;
+//   there the loss is 1 - O, as D's own last places are more than O's.
 struct DiceLoss : MultirowLoss {
   static constexpr const char* name = "dice_loss";
   static constexpr int kInputs = 2, kGradients = 2, kSums = 3, kConstants = 2;
   enum { kOverlap, kFactor };  // O, 1 / U
   MBK_FN static void finish(const MultirowArgs& a, MultirowItem& item) {
     item.own[0] = item.first[1] + a.parameters[0];
-    item.own[1] = item.first[0] / item.own[0];
     item.own[2] = (2 * item.first[2] + a.parameters[0]) / item.own[0];
+    item.own[1] = item.own[2] < 0.5 ? 1 - item.own[2] : item.first[0] / item.own[0];
   }
   MBK_FN static double loss(const MultirowArgs&, const MultirowItem& item) { return item.own[1]; }
   MBK_FN static double factors(const MultirowArgs&, const MultirowItem& item, Constants& c) {

@@ -11,25 +11,46 @@ namespace mbk::MBK_ISA {
 // A class index, where there is one, only says which items are ignored. Near the smallest loss the
 // distances are sums of small terms of one sign, never differences of large ones.
 //
-// Where one class is nearly certain on both sides, all that is small is a function of the other
-// classes' terms: of a column at both maxima, which adds nothing to the sum of differences,
-//   p - t = (F - S) / (S F),  F - S = sum (f - e)
+// p - t is no difference of two rounded quotients, which would lose what columns that are alike on
+// both sides have left: of a class that is nearly certain in both, of all but one where only that
+// one differs. With D = F - S = sum (f - e), of which nothing cancels but what is alike,
+//   p - t = (e - f) / F + e D / (S F) where F >= S, else (e - f) / S + f D / (S F)
 struct SoftmaxDistance : MultirowLoss {
   static constexpr ItemTarget kTarget = ItemTarget::index;
   static constexpr int kInputs = 2, kGradients = 2, kMaxima = 2, kKept = 2, kLevels = 2, kSums = 3,
                        kSecondSums = 2, kScaleParameter = 0;
   enum { kSumX, kSumY, kDifference };  // S, F, F - S
-  enum { kMaxX, kMaxY, kScale, kOverS, kOverF, kFactorX, kFactorY, kOwn, kOwnConstants };
+  enum {
+    kMaxX,
+    kMaxY,
+    kScale,
+    kOverS,
+    kOverF,
+    kOverLarger,
+    kShareX,
+    kShareY,
+    kFactorX,
+    kFactorY,
+    kOwn,
+    kOwnConstants
+  };
   MBK_FN static double inverse_temperature(const MultirowArgs& a) { return a.parameters[0]; }
   MBK_FN static void begin(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     c.value[kMaxX] = item.max[0], c.value[kMaxY] = item.max[1];
     c.value[kScale] = inverse_temperature(a);
   }
   MBK_FN static void between(const MultirowArgs&, const MultirowItem& item, Constants& c) {
-    c.value[kOverS] = 1 / item.first[kSumX], c.value[kOverF] = 1 / item.first[kSumY];
+    const double S = item.first[kSumX], F = item.first[kSumY];
+    const double share = item.first[kDifference] / (S * F);
+    c.value[kOverS] = 1 / S, c.value[kOverF] = 1 / F;
+    c.value[kOverLarger] = F >= S ? c.value[kOverF] : c.value[kOverS];
+    c.value[kShareX] = F >= S ? share : 0, c.value[kShareY] = F >= S ? 0 : share;
   }
-  MBK_FN static double top_difference(const MultirowItem& item) {  // p - t at both maxima
-    return item.first[kDifference] / (item.first[kSumX] * item.first[kSumY]);
+  template <class V, class C>
+  MBK_FN static V difference(const C& c, const V* kept) {  // p - t
+    const V shared =
+        multiply_add(kept[0], constant<V>(c, kShareX), kept[1] * constant<V>(c, kShareY));
+    return multiply_add(kept[0] - kept[1], constant<V>(c, kOverLarger), shared);
   }
   // log(1 + r) of a ratio whose r = ratio - 1 is known better, where it is small.
   MBK_FN static double log_near_one(double r, double ratio) {
@@ -64,8 +85,8 @@ struct SoftmaxDistance : MultirowLoss {
 //   dloss/dx = c s (p - t),  dloss/dy = c s t (u - loss / c)
 struct KlDivWithLogits : SoftmaxDistance {
   static constexpr const char* name = "kl_div_with_logits";
-  static constexpr int kFusedLevel = 2, kConstants = kOwnConstants + 5;
-  enum { kFromX = kOwnConstants, kFromY, kLogRatio, kTopX, kTopY };
+  static constexpr int kFusedLevel = 2, kConstants = kOwnConstants + 4;
+  enum { kFromX = kOwnConstants, kFromY, kLogRatio, kTopY };
   MBK_FN static void prepare(MultirowArgs& a) {
     if (a.parameters[1] == 0) return;
     const RowTensor input = a.inputs[0], grad = a.grads[0];
@@ -78,9 +99,8 @@ struct KlDivWithLogits : SoftmaxDistance {
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     const double f = a.parameters[2] * inverse_temperature(a) * item.scale;
-    c.value[kFactorX] = f / item.first[kSumX], c.value[kFactorY] = f / item.first[kSumY];
+    c.value[kFactorX] = f, c.value[kFactorY] = f / item.first[kSumY];
     c.value[kOwn] = item.second[0];
-    c.value[kTopX] = f * top_difference(item);
     c.value[kTopY] = c.value[kFactorY] * (log_sums(item) - item.second[0]);
     return 0;
   }
@@ -127,11 +147,10 @@ struct KlDivWithLogits : SoftmaxDistance {
   template <class V, class C>
   MBK_FN static void gradient(const C& c, const V* x, V, const V* kept, V* g) {
     const V t = kept[1] * constant<V>(c, kFactorY);
-    const V by_student = kept[0] * constant<V>(c, kFactorX) - t;
     const V by_teacher = select(kept[1] == V{}, V{}, t * (log_ratio(c, x) - constant<V>(c, kOwn)));
-    const auto top = at_both_maxima(kept);
-    g[0] = select(top, constant<V>(c, kTopX), by_student);
-    g[1] = select(top, constant<V>(c, kTopY), by_teacher);
+    g[0] = difference(c, kept) * constant<V>(c, kFactorX);
+    // At both maxima u is log(S / F), without the rounding of y - x.
+    g[1] = select(at_both_maxima(kept), constant<V>(c, kTopY), by_teacher);
   }
 };
 
@@ -141,8 +160,8 @@ struct KlDivWithLogits : SoftmaxDistance {
 //   dloss/dy = c s beta t (log(t / m) - KL(t | m)),  dloss/dx = c s (1 - beta) p (log(p / m) - ...)
 struct JsDivWithLogits : SoftmaxDistance {
   static constexpr const char* name = "js_div_with_logits";
-  static constexpr int kConstants = kOwnConstants + 4;
-  enum { kOwnX = kOwn, kOwnY = kOwnConstants, kBeta, kTopX, kTopY };
+  static constexpr int kConstants = kOwnConstants + 2;
+  enum { kOwnX = kOwn, kOwnY = kOwnConstants, kBeta };
   MBK_FN static void between(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     SoftmaxDistance::between(a, item, c);
     c.value[kBeta] = a.parameters[1];
@@ -153,13 +172,9 @@ struct JsDivWithLogits : SoftmaxDistance {
   }
   MBK_FN static double factors(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
     const double f = a.parameters[2] * inverse_temperature(a) * item.scale;
-    const double beta = a.parameters[1], p = 1 / item.first[kSumX], t = 1 / item.first[kSumY];
+    const double beta = a.parameters[1];
     c.value[kFactorX] = f * (1 - beta), c.value[kFactorY] = f * beta;
     c.value[kOwnX] = item.second[0], c.value[kOwnY] = item.second[1];
-    const double m = beta * t + (1 - beta) * p, d = -top_difference(item) / m;
-    const double x = log_near_one(-beta * d, p / m), y = log_near_one((1 - beta) * d, t / m);
-    c.value[kTopX] = c.value[kFactorX] * p * (x - item.second[0]);
-    c.value[kTopY] = c.value[kFactorY] * t * (y - item.second[1]);
     return 0;
   }
   template <class V>
@@ -172,8 +187,11 @@ struct JsDivWithLogits : SoftmaxDistance {
     const V beta = constant<V>(c, kBeta), one = splat<V>(1);
     r.p = kept[0] * constant<V>(c, kOverS), r.t = kept[1] * constant<V>(c, kOverF);
     r.m = beta * r.t + (one - beta) * r.p;
-    const V d = select(r.m == V{}, V{}, (r.t - r.p) / r.m);
-    r.x = -(beta * d), r.y = (one - beta) * d;
+    // Far from each other, p and t must agree with their difference: 1 + r is p / m.
+    const V apart = r.p - r.t;
+    const auto near = abs(apart) < splat<V>((Element<V>)0.25) * (r.p + r.t);
+    const V d = select(r.m == V{}, V{}, select(near, difference(c, kept), apart) / r.m);
+    r.x = beta * d, r.y = (beta - one) * d;
     return r;
   }
   // (1 + r) log(1 + r) - r, r >= -1. With r = 2 z / (1 - z) near 0 it is
@@ -205,11 +223,8 @@ struct JsDivWithLogits : SoftmaxDistance {
   MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
     const Mixture<V> r = mixture(c, kept);
     const V zero = V{}, x = constant<V>(c, kFactorX) * r.p, y = constant<V>(c, kFactorY) * r.t;
-    const auto top = at_both_maxima(kept);
     g[0] = select(r.p == zero, zero, x * (log_ratio(r.x, r.p, r.m) - constant<V>(c, kOwnX)));
     g[1] = select(r.t == zero, zero, y * (log_ratio(r.y, r.t, r.m) - constant<V>(c, kOwnY)));
-    g[0] = select(top, constant<V>(c, kTopX), g[0]);
-    g[1] = select(top, constant<V>(c, kTopY), g[1]);
   }
   // log(p / m) = log(1 + r): of the quotient where r is far from 0, as there 1 + r may round to 0.
   template <class V>
@@ -226,12 +241,8 @@ struct JsDivWithLogits : SoftmaxDistance {
 // of p.
 struct TvDistanceWithLogits : SoftmaxDistance {
   static constexpr const char* name = "tv_distance_with_logits";
-  static constexpr int kSecondSums = 5, kConstants = kOwnConstants + 4;
-  enum { kAboveX = kOwn, kBelowX, kAboveY, kBelowY, kTopDifference };  // A and B, of p and of t
-  MBK_FN static void between(const MultirowArgs& a, const MultirowItem& item, Constants& c) {
-    SoftmaxDistance::between(a, item, c);
-    c.value[kTopDifference] = top_difference(item);
-  }
+  static constexpr int kSecondSums = 5, kConstants = kOwnConstants + 3;
+  enum { kAboveX = kOwn, kBelowX, kAboveY, kBelowY };  // A and B, of p and of t
   MBK_FN static double loss(const MultirowArgs& a, const MultirowItem& item) {
     return a.parameters[2] * 0.5 * item.second[0];
   }
@@ -242,13 +253,9 @@ struct TvDistanceWithLogits : SoftmaxDistance {
     return 0;
   }
   template <class V, class C>
-  MBK_FN static V difference(const C& c, const V* kept, V p, V t) {
-    return select(at_both_maxima(kept), constant<V>(c, kTopDifference), p - t);
-  }
-  template <class V, class C>
   MBK_FN static void sums2(const C& c, const V*, V, const V* kept, V* term) {
     const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF),
-            d = difference(c, kept, p, t), zero = V{};
+            d = difference(c, kept), zero = V{};
     const auto above = d > zero, below = d < zero;
     term[0] = abs(d);
     term[1] = select(above, zero, select(below, p + p, p));
@@ -259,7 +266,7 @@ struct TvDistanceWithLogits : SoftmaxDistance {
   template <class V, class C>
   MBK_FN static void gradient(const C& c, const V*, V, const V* kept, V* g) {
     const V p = kept[0] * constant<V>(c, kOverS), t = kept[1] * constant<V>(c, kOverF),
-            d = difference(c, kept, p, t), zero = V{};
+            d = difference(c, kept), zero = V{};
     const auto above = d > zero, below = d < zero;
     const auto bracket = [&](int first) {
       const V a = constant<V>(c, first), b = constant<V>(c, first + 1);
