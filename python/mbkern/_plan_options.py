@@ -62,17 +62,10 @@ def _items(batch_size: Any) -> int:
 
 
 def _finite(value: Any, name: str) -> float:
-    number = _number(value, name)
+    number = as_number(value, name)
     if not 0 <= number < math.inf:
         raise ValueError(f"mbkern: {name} is {number:g}; it must be finite and at least 0")
     return number
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        return as_number(value, name)
-    except OverflowError:  # an integer
-        return math.inf if value > 0 else -math.inf
 
 
 class Noise:
@@ -92,7 +85,7 @@ class Noise:
         if isinstance(given, str):
             raise ValueError(f"mbkern: noise_scale is {given!r}; it must be a number")
         estimate = given.noise_scale if isinstance(given, NoiseScale) else given
-        value = _number(estimate, "noise_scale")
+        value = as_number(estimate, "noise_scale")
         if value > 0 and math.isfinite(value):
             self.scale = value
         elif isinstance(given, NoiseScale | Tensor) or math.isnan(value):

@@ -58,7 +58,7 @@ from mbkern._losses import Loss
 
 __all__ = ["Request", "RowLoss", "RowOptions", "TensorLoss", "TensorOptions"]
 
-_creation, _CreationMeta = torch._C._autograd._get_creation_meta, torch._C._autograd.CreationMeta
+_creation = getattr(torch._C._autograd, "_get_creation_meta", lambda _: None)
 _DOUBLE_BACKWARD = (
     "mbkern: {name} was asked for a gradient that can itself be differentiated "
     "(create_graph=True), which it does not support, or not with inplace=True, which overwrites "
@@ -105,10 +105,11 @@ def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...]) -> None:
             "mbkern: inplace=True would overwrite a leaf that requires grad, or a view of one; "
             "pass the result of a computation, or a copy"
         )
-    if base is not None and _creation(input) != _CreationMeta.DEFAULT:
+    kind = "DEFAULT" if base is None else getattr(_creation(input), "name", "DEFAULT")
+    if kind != "DEFAULT":
         raise RuntimeError(
             "mbkern: inplace=True would overwrite a view of a kind that torch lets nobody write to "
-            f"({_creation(input).name}: of split, chunk, unbind, ...); pass a slice, or a copy"
+            f"({kind}: of split, chunk, unbind, ...); pass a slice, or a copy"
         )
     check_output(input, "input (inplace=True)", input.detach(), False, others)
 
