@@ -245,7 +245,7 @@ def check_index(index: object, name: str) -> None:
     except TypeError:
         raise TypeError(f"mbkern: {name} must be an integer, not {type(index).__name__}") from None
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"mbkern: {name} must have 64 bits, it is {index}")
+        raise ValueError(f"mbkern: {name} must have 64 bits, not {value.bit_length() + 1}")
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:

@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbkern._arguments import Number, check_reduction, check_row_options, result_dtype
+from mbkern._arguments import (
+    Number,
+    check_index,
+    check_reduction,
+    check_row_options,
+    result_dtype,
+)
 from mbkern._launch import RowOptions
 from mbkern._linear_rows import LinearOptions
 from mbkern._losses import as_number
@@ -146,8 +152,8 @@ def linear_options(
             raise TypeError(f"mbkern: {name} must be an integer, not {number!r}")
     if shift is None:
         raise TypeError("mbkern: shift must be an integer, not None")
-    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"mbkern: ignore_index must have 64 bits, it is {ignore_index}")
+    if isinstance(ignore_index, int):
+        check_index(ignore_index, "ignore_index")
     places = int(shift)
     if places < 0 or (places and (not batch or places > batch[-1])):
         raise ValueError(
