@@ -113,9 +113,15 @@ def require_none_stray(slots: list[Slot], into: str) -> None:
 def _is_anothers(slot: Slot, grad: Tensor) -> bool:
     """Whether another accumulator has handed out the gradient, and nothing was added to it: what it
     collected was seen here, too."""
-    hooks = getattr(slot.parameter, "_post_accumulate_grad_hooks", None) or {}
-    others = [hook._slot() for hook in hooks.values() if isinstance(hook, _Hook)]
-    return any(o is not None and _is_given(o, grad) and not o.stray for o in others)
+    return any(_is_given(other, grad) and not stray for other, stray in strays_of(slot.parameter))
+
+
+def strays_of(parameter: Tensor) -> list[tuple[Slot, bool]]:
+    """What accumulators have of a parameter, and whether a backward outside has given it a
+    gradient."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    slots = [hook._slot() for hook in hooks.values() if isinstance(hook, _Hook)]
+    return [(slot, slot.stray) for slot in slots if slot is not None]
 
 
 def require_known(modules: list[torch.nn.Module], slots: list[Slot]) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mbkern import _plan_memory
+from mbkern._accumulator_hooks import strays_of
+from mbkern._accumulator_parameters import Slot
 from mbkern._micro_batches import micro_batches, renewed, tensors_in
 from mbkern._plan_fit import Probe
 from mbkern.bench.timing import Way, once
@@ -123,6 +125,7 @@ class Meter:
         self._step, self._source, self._ranks = step, source, ranks
         self._differentiate = True
         self._gradients: dict[Tensor, Tensor | None] = {}
+        self._strays: list[tuple[Slot, bool]] = []
         self._times: dict[int, tuple[list[float], list[float]]] = {}
         self._aside = 0.0  # seconds of a pass that are ours
         self.device = torch.device("cpu")
@@ -143,6 +146,8 @@ class Meter:
                 np.random.set_state(numbers[1])  # noqa: NPY002
                 for parameter, gradient in self._gradients.items():
                     parameter.grad = gradient
+                for slot, stray in self._strays:  # an accumulator's hook has seen our backwards
+                    slot.stray = stray
 
     def open(self, items: int) -> None:
         """Run the step for the first time, and find out where, and which gradients it has."""
@@ -169,6 +174,7 @@ class Meter:
         for parameter in leaves(loss):
             if parameter not in self._gradients:
                 self._gradients[parameter] = parameter.grad
+                self._strays += strays_of(parameter)
                 parameter.grad = None
         self._aside += time.perf_counter() - start
 
