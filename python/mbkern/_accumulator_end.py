@@ -45,7 +45,7 @@ def scale_of(acc: GradAccumulator, scaler: Any, optimizer: Any) -> Number:
 def check_kept(acc: GradAccumulator) -> None:
     """Raise where FSDP keeps what is not this window's."""
     # Also on a rank without a micro-batch: buffers are all-reduced.
-    acc._members.thaw_unfrozen()
+    acc._members.update()
     if acc._shards is not None:
         acc._window.require_divisor(acc._shards.divisor())
         acc._shards.require_own(acc._window.kept)

@@ -11,7 +11,7 @@ from mbkern._accumulate import accumulate_
 from mbkern._accumulator_collect import Measurement
 from mbkern._accumulator_counts import reciprocal
 from mbkern._accumulator_hooks import set_gradient
-from mbkern._accumulator_parameters import Slot
+from mbkern._accumulator_parameters import Slot, lies_like
 from mbkern._accumulator_rounding import low_parts
 from mbkern._accumulator_sharded import Shards
 from mbkern._arguments import Number
@@ -210,6 +210,7 @@ def write(
         stats = stats._replace(clip_factor=clip, found_inf=torch.maximum(stats.found_inf, over))
     for slot in slots:
         set_gradient(slot, None, options.into)
+    prepare(list(sums), options.into)  # of another dtype now, perhaps
     for slot, grad in zip(sums, grads, strict=True):
         set_gradient(slot, grad, options.into)
     norms = {slot.name: stats.squared_norms[k] for k, slot in enumerate(sums)}
@@ -220,10 +221,12 @@ def _target(slot: Slot, buffer: Tensor, options: FlushOptions) -> Tensor:
     """The sums' own memory if that may hold the gradient, else new memory."""
     wanted = slot.parameter.dtype if options.into == "grad" else buffer.dtype
     needed = options.keep and buffer is slot.buffers[0]
-    if wanted == buffer.dtype and not needed:
-        return buffer
+    like = slot.local()
     with torch.inference_mode(False):  # the optimizer may write to it
-        return torch.empty_like(buffer, dtype=wanted)
+        if wanted == buffer.dtype and not needed and lies_like(buffer, like):
+            # Another object than the buffer: of .grad, module.to(...) exchanges the memory.
+            return buffer.detach()
+        return torch.empty_like(like, dtype=wanted)
 
 
 def prepare(slots: list[Slot], into: str) -> None:
@@ -231,11 +234,12 @@ def prepare(slots: list[Slot], into: str) -> None:
     if into != "fp32_grad":
         return
     for slot in slots:
-        if slot.parameter.dtype == slot.buffers[0].dtype:
+        wanted = slot.buffers[0].dtype
+        if getattr(slot.parameter, "grad_dtype", slot.parameter.dtype) == wanted:
             continue
         if not hasattr(slot.parameter, "grad_dtype"):
             raise NotImplementedError(
                 'mbkern: into="fp32_grad" needs Tensor.grad_dtype, which torch '
                 f'{torch.__version__} lacks; use "main_grad" or "grad"'
             )
-        slot.parameter.grad_dtype = slot.buffers[0].dtype
+        slot.parameter.grad_dtype = wanted

@@ -34,6 +34,8 @@ def lend(acc: GradAccumulator, parameter: Tensor, denominator: str) -> Tensor:
                     f"mbkern: {slot.name} is sharded; FSDP reduces its gradient, so no kernel "
                     "can add it to the buffer of a shard"
                 )
+            if slot.made_for != slot.likeness:
+                acc._members.renew([slot])
             if not slot.received[which]:
                 release([slot], acc._into)
                 # Not a kernel's doing: views of one allocation share their version.

@@ -20,6 +20,7 @@ from mbkern._accumulator_parameters import (
     check_parameters,
     read_parameters,
 )
+from mbkern._tensors import describe
 
 if TYPE_CHECKING:
     from mbkern._accumulator import GradAccumulator
@@ -86,22 +87,51 @@ class Members:
         slots = list(frozen)
         if not slots:
             return
+        check_parameters(slots, self.slots)
+        self._allocate(slots, together=together)
+        self.frozen = [slot for slot in self.frozen if slot not in slots]
+        self.slots = sorted(self.slots + slots, key=lambda slot: slot.number)
+        put_hooks(slots, self._owner)
+
+    def update(self) -> None:
+        """Follow the parameters: give those buffers that have come to require grad, and others to
+        those that have changed, as by ``module.to(...)``.
+
+        Sums of this window stay where they are; the gradient gets the parameter's new dtype.
+        """
+        changed = [slot for slot in self.slots if slot.made_for != slot.likeness]
+        if changed:
+            self.renew(changed)
+        self.thaw(slot for slot in self.frozen if slot.parameter.requires_grad)
+
+    def renew(self, changed: list[Slot]) -> None:
+        """Give other buffers to parameters that have changed; raise for one whose sums of this
+        window cannot serve it any more."""
+        owner = self._owner()
+        alone = owner is None or owner._group is None
+        unused = [slot for slot in changed if not (slot.lent or any(slot.received))]
+        for slot in changed:
+            like, buffer = slot.local(), slot.buffers[0]
+            serves = alone and (like.shape, like.device) == (buffer.shape, buffer.device)
+            if slot not in unused and not serves:
+                raise RuntimeError(
+                    f"mbkern: {slot.name} is {describe(like)} now, and sums of it are in this "
+                    f"window, {describe(buffer)}; change parameters between windows: reset() "
+                    "drops this one"
+                )
+        if unused:
+            check_parameters(unused, [slot for slot in self.slots if slot not in unused])
+            self._allocate(unused, together=False)
+
+    def _allocate(self, slots: list[Slot], *, together: bool) -> None:
         options, owner = self._options, self._owner()
         together |= owner is None or owner._group is None
-        check_parameters(slots, self.slots)
         check_into(slots, options.dtype, options.into)
         flat = options.layout == "flat" and together
         low = options.compensation == "kahan"
         with torch.inference_mode(False):  # they may be needed after that mode
             allocate(slots, options.dtype, flat=flat, sets=options.sets, low=low)
         prepare(slots, options.into)
-        self.frozen = [slot for slot in self.frozen if slot not in slots]
-        self.slots = sorted(self.slots + slots, key=lambda slot: slot.number)
-        put_hooks(slots, self._owner)
-
-    def thaw_unfrozen(self) -> None:
-        """The same for those that have come to require grad."""
-        self.thaw(slot for slot in self.frozen if slot.parameter.requires_grad)
 
     def _retire(self, module: torch.nn.Module) -> None:
         """Give up parameters that the module has replaced by others of their names."""

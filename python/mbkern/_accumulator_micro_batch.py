@@ -34,7 +34,7 @@ def collect(acc: GradAccumulator, count: Number | None, denominator: str) -> Ite
     alpha = window.factor(denominator, acc._options)
     if not window.micro_batches:
         acc._members.require_known()
-    acc._members.thaw_unfrozen()
+    acc._members.update()
     acc._members.hook()
     require_no_gradients(acc._members.all)
     if acc._shards is not None:

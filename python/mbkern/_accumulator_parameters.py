@@ -43,6 +43,7 @@ class Slot:
         name: for messages.
         l1, l2: its penalties.
         number: its place among all: norms are summed in this order.
+        made_for: what the parameter was like when it got its buffers.
         buffers: its sums, one for each set of buffers.
         low: of each buffer, what it cannot hold; None where nothing is kept.
         additions: how many gradients were added so far, where chance depends on it.
@@ -59,6 +60,7 @@ class Slot:
     l1: float
     l2: float
     number: int = 0
+    made_for: tuple[Any, ...] | None = None
     buffers: list[Tensor] = field(default_factory=list)
     low: list[Tensor | None] = field(default_factory=list)
     additions: int = 0
@@ -72,6 +74,12 @@ class Slot:
     def mesh(self) -> Any:
         """The device mesh of a DTensor; None of a plain parameter."""
         return getattr(self.parameter, "device_mesh", None)
+
+    @property
+    def likeness(self) -> tuple[Any, ...]:
+        """What of the parameter its buffers depend on; ``module.to(...)`` changes it in place."""
+        p = self.parameter
+        return p.dtype, p.device, p.shape, p.stride()
 
     @property
     def placements(self) -> tuple[Any, ...]:
@@ -231,6 +239,7 @@ def allocate(slots: list[Slot], dtype: torch.dtype, *, flat: bool, sets: int, lo
         wide = torch.float64 if slot.parameter.dtype == torch.float64 else dtype
         members_of.setdefault(wide, []).append(slot)
         slot.buffers, slot.low, slot.received = [], [], [False] * sets
+        slot.made_for = slot.likeness
     for wide, members in members_of.items():
         for _ in range(sets):
             kept = low and wide == torch.bfloat16
@@ -239,6 +248,15 @@ def allocate(slots: list[Slot], dtype: torch.dtype, *, flat: bool, sets: int, lo
             for slot, buffer, low_part in zip(members, buffers, lows, strict=True):
                 slot.buffers.append(buffer)
                 slot.low.append(low_part)
+
+
+def lies_like(buffer: Tensor, parameter: Tensor) -> bool:
+    """Whether a buffer has the strides that a gradient of the parameter should have: optimizers
+    with ``fused=True`` take the two for alike, without looking."""
+    strides = buffer.stride()
+    if strides == parameter.stride():
+        return True
+    return strides == torch.empty_like(parameter, device="meta").stride()
 
 
 def _like_parameters(slots: list[Slot], dtype: torch.dtype, flat: bool) -> list[Tensor]:

@@ -125,6 +125,7 @@ def load(accumulator: GradAccumulator, state: Mapping[str, Any]) -> None:
     sums = {name: saved or none for name, saved in state["sums"].items()}  # []: it was frozen
     low_parts = {name: saved or none for name, saved in state["low"].items()}
     members = accumulator._members
+    members.update()
     names = {slot.name for slot in members.all}
     if names != set(sums):
         raise ValueError(
