@@ -41,6 +41,10 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
         ["-DMBKERN_CUDA=ON", "-DMBKERN_CUDA_SHIM=ON"], {},
         "mbkern: MBKERN_CUDA_SHIM needs MBKERN_CUDA=OFF; found is ON",
     ),
+    "no objects": (
+        ["-DMBKERN_CPU_OBJECTS=/nowhere/build"], {},
+        "mbkern: found no CPU tiers in MBKERN_CPU_OBJECTS=/nowhere/build; needed is the folder of",
+    ),
     "fast-math": (
         [], {"CXXFLAGS": "-O2 -ffast-math"},
         "mbkern: found -ffast-math in the compiler flags; remove it",
