@@ -20,6 +20,32 @@ from mbkern._launch_tensors import Inputs, TensorOptions
 from mbkern._losses import Loss
 
 
+#: ``reduction="none"`` of torch's operations. Not those of ``torch.nn.functional``: inside
+#: ``mbkern.patched()`` its losses come back here.
+_NONE = 0
+
+
+def gradients(
+    formula: Callable[..., Tensor],
+    tensors: tuple[Tensor | None, ...],
+    incoming: Tensor,
+    create_graph: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a formula of tensors, of those that require grad.
+
+    By views of them: one tensor may be two arguments, or one argument be computed from another
+    (tied weights), and its whole derivative, which autograd would add up again, is not asked for.
+    """
+    parts = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
+    needed = [t for t in parts if t is not None and t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            formula(*parts), needed, incoming, create_graph=create_graph, allow_unused=True
+        )
+    )
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in parts)
+
+
 def _compute(tensor: Tensor) -> Tensor:
     if forward_ad._current_level >= 0:
         tensor = tensor.resolve_neg()  # torch's movedim of a negated view has no tangent
@@ -166,7 +192,7 @@ def _gaussian(x: Tensor, y: Tensor, var: Tensor, full: float, eps: float) -> Ten
 
 
 def _poisson(x: Tensor, y: Tensor, log_input: float, full: float, eps: float) -> Tensor:
-    loss = F.poisson_nll_loss(x, y, bool(log_input), False, eps=eps, reduction="none")
+    loss = torch.poisson_nll_loss(x, y, bool(log_input), False, eps, _NONE)
     if not full:
         return loss
     some = torch.where(y > 1, y, 1.0)  # torch's own has NaN in the derivative by a target of 0
@@ -184,7 +210,7 @@ def _log_probability(p: Tensor) -> Tensor:
 
 def _binary(x: Tensor, y: Tensor) -> Tensor:
     """Torch's, whose derivative by the target is infinite at 0 and 1, where the loss's is not."""
-    loss = F.binary_cross_entropy(x, y.detach(), reduction="none")
+    loss = torch._C._nn.binary_cross_entropy(x, y.detach(), None, _NONE)
     return loss + (y - y.detach()) * (_log_probability(1 - x) - _log_probability(x))
 
 
@@ -192,13 +218,13 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     "mse_loss": lambda x, y: (x - y).square(),
     "half_squared_error": lambda x, y: (x - y).square() / 2,
     "l1_loss": lambda x, y: (x - y).abs(),
-    "smooth_l1_loss": lambda x, y, beta: F.smooth_l1_loss(x, y, reduction="none", beta=beta),
-    "huber_loss": lambda x, y, delta: F.huber_loss(x, y, "none", delta),
+    "smooth_l1_loss": lambda x, y, beta: torch._C._nn.smooth_l1_loss(x, y, _NONE, beta),
+    "huber_loss": lambda x, y, delta: torch._C._nn.huber_loss(x, y, _NONE, delta),
     "log_cosh_loss": _log_cosh,
     "quantile_loss": _quantile,
     "binary_cross_entropy": _binary,
     "binary_cross_entropy_with_logits": lambda x, y, pos_weight=None: (
-        F.binary_cross_entropy_with_logits(x, y, reduction="none", pos_weight=pos_weight)
+        torch.binary_cross_entropy_with_logits(x, y, None, pos_weight, _NONE)
     ),
     "sigmoid_focal_loss": _sigmoid_focal,
     "soft_margin_loss": lambda x, y: _softplus(-y * x),
@@ -208,9 +234,7 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     "hinge_loss": lambda x, y, margin: _ramp(margin - y * x),
     "squared_hinge_loss": lambda x, y, margin: _ramp(margin - y * x).square(),
     "margin_ranking_loss": lambda x, y, t, margin: _ramp(margin - t * (x - y)),
-    "kl_div": lambda x, y, log_target: F.kl_div(
-        x, y, reduction="none", log_target=bool(log_target)
-    ),
+    "kl_div": lambda x, y, log_target: torch.kl_div(x, y, _NONE, log_target=bool(log_target)),
     "poisson_nll_loss": _poisson,
     "gaussian_nll_loss": _gaussian,
     "tweedie_nll_loss": _tweedie,

@@ -117,14 +117,11 @@ def _by_formula(
     """The gradients of the formula: for create_graph, or many incoming gradients at once."""
     # Under autocast the product would not have the dtype that it had in forward.
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        value = _formula(request, divisor, tensors)
-        needed = [t for t in tensors if t is not None and t.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                value, needed, incoming, create_graph=create_graph, allow_unused=True
-            )
-        )
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
+
+        def value(*parts: Any) -> Tensor:
+            return _formula(request, divisor, parts)
+
+        return _composite.gradients(value, tensors, incoming, create_graph)
 
 
 class LinearLoss(torch.autograd.Function):

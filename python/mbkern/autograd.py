@@ -85,10 +85,11 @@ def _differentiable(
     options = request.options
     if isinstance(options.denominator, Tensor):  # as it was in forward
         options = replace(options, denominator=divisor)
-    value = formula(request.loss, *tensors, options, dtype)
-    needed = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(value, needed, incoming, create_graph=True, allow_unused=True))
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
+
+    def value(*parts: Tensor | None) -> Tensor:
+        return formula(request.loss, *parts, options, dtype)
+
+    return _composite.gradients(value, tensors, incoming, create_graph=True)
 
 
 def _new_version(written: Tensor) -> int:
