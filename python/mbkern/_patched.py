@@ -18,6 +18,13 @@ differs; but enter outside the compiled function: inside, there is a graph break
 torch.func transforms there. Compiled calls are not counted in reports. A wrapper that was taken out
 of ``torch.nn.functional`` and kept runs torch outside, and can be pickled inside only; torch's own
 function, outside only. Warnings of torch's functions name this file as the caller.
+
+Other people's functions. One that has torch's place in ``torch.nn.functional`` stays there, and
+that loss is not taken until torch's own is back; a mode then sees it called twice, as all modes do,
+if it came before the first block. A function mode of somebody else, and ``__torch_function__`` of a
+tensor, are asked first, and handed torch's own function, by which tables made beforehand know it;
+``func is torch.nn.functional.mse_loss`` asks for the wrapper inside. What they call then is
+torch's. A function that was imported by name hands them the wrapper inside.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import threading
 import types
 from collections import Counter
@@ -36,11 +44,13 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from mbkern._patched_calls import Entry, entries, refusal
+from mbkern._patched_calls import Entry, as_handed_on, entries, refusal
 
 __all__ = ["PatchReport", "patch", "patched", "unpatch"]
 
 _is_compiling = torch.compiler.is_compiling
+_function_modes = torch._C._len_torch_function_stack
+_function_mode = torch._C._get_function_stack_at
 
 
 # ---- counts --------------------------------------------------------------------------------------
@@ -91,12 +101,13 @@ class _Thread(threading.local):
 
 
 class _Process:
-    """The switch of ``patch``, and how many want wrappers installed, and which."""
+    """The switch of ``patch``, how many want wrappers installed, and the wrappers by name."""
 
     on = False
     patches = 0
-    users = 0
-    wanted: ClassVar[Counter[str]] = Counter()
+    users = 0  # modes among them
+    modes = 0
+    table: ClassVar[dict[str, tuple[Entry, Callable[..., Tensor]]]] = {}
 
 
 _thread = _Thread()
@@ -106,14 +117,24 @@ _REFUSED = (ValueError, TypeError, IndexError, NotImplementedError)
 
 
 def _count(name: str, reason: str | None) -> None:
-    for report in _thread.reports:
+    for report in set(_thread.reports):  # a block may be entered inside itself
         report._add(name, reason)
+
+
+def _is_watched() -> bool:
+    """Whether a function mode of somebody else is to see torch's function called. torch's own, as
+    that of a default device and those of tracers, need not. Compiled code has its own modes.
+    """
+    if _is_compiling() or not _function_modes():
+        return False
+    modes = (type(_function_mode(k)) for k in range(_function_modes()))
+    return any(m is not _Mode and m.__module__.partition(".")[0] != "torch" for m in modes)
 
 
 def _compute(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Run the call here or on torch."""
     counted = not _is_compiling() and bool(_thread.reports)
-    reason = refusal(entry, args, kwargs)
+    reason = "a function mode" if _is_watched() else refusal(entry, args, kwargs)
     if reason is None:
         try:
             result = entry.function(*args, **kwargs)
@@ -129,12 +150,19 @@ def _compute(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 
 def _call_torch(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Call torch's function; overrides are handed that function, not what is installed for it."""
+    """Call torch's function; overrides are handed that function, not what is installed for it, and
+    the arguments as it hands them on itself.
+    """
     if not _is_compiling():
         relevant = (*args, *kwargs.values())
         if has_torch_function(relevant):
-            result: Tensor = handle_torch_function(entry.original, relevant, *args, **kwargs)
-            return result
+            given = as_handed_on(entry, args, kwargs)
+            if given is not None:  # else torch's function says what is wrong
+                tensors, options = given
+                overridden: Tensor = handle_torch_function(
+                    entry.original, relevant, *tensors, **options
+                )
+                return overridden
     return entry.original(*args, **kwargs)
 
 
@@ -168,6 +196,8 @@ class _Mode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         entry = self.entries.get(func)
+        if entry is None and type(func) not in _BUILT_IN:
+            entry = _replaced_by(func)
         if entry is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         return _compute(entry, args, kwargs or {})
@@ -176,28 +206,54 @@ class _Mode(TorchFunctionMode):
 # ---- on and off ----------------------------------------------------------------------------------
 
 
-@functools.cache
-def _table() -> tuple[tuple[Entry, Callable[..., Tensor]], ...]:
-    """Every loss of both libraries, with its wrapper."""
-    # Lists of torch's functions that are made once, and must not be made of wrappers: Dynamo's (at
-    # its import, which making an optimizer does, too), and that of what modes can override.
-    importlib.import_module("torch._dynamo")
-    torch.overrides.get_overridable_functions()
-    return tuple((entry, _wrap(entry)) for entry in entries())
+def _table() -> Iterable[tuple[Entry, Callable[..., Tensor]]]:
+    """Every loss of both libraries, with its wrapper; under the lock.
+
+    A loss whose function somebody had replaced comes in once torch's own is back.
+    """
+    table = _Process.table
+    if not table:
+        # Lists of torch's functions that are made once, and must not be made of wrappers: Dynamo's
+        # (at its import, which making an optimizer does, too), and that of what modes can override.
+        importlib.import_module("torch._dynamo")
+        torch.overrides.get_overridable_functions()
+    table.update({entry.name: (entry, _wrap(entry)) for entry in entries(besides=table)})
+    return table.values()
 
 
 def _entries_by_function() -> dict[Any, Entry]:
     """The entries by torch's functions, and by the wrappers that another thread may install."""
     with _lock:
-        functions = {entry.original: entry for entry, _ in _table()}
+        table = _table()
+        functions = {entry.original: entry for entry, _ in table}
         # A wrapper is what torch's own function takes for itself when it asks a mode.
-        whole = [(entry, wrapper) for entry, wrapper in _table() if entry.name not in _INCOMPLETE]
+        whole = [(entry, wrapper) for entry, wrapper in table if entry.name not in _INCOMPLETE]
         return functions | {wrapper: entry for entry, wrapper in whole}
+
+
+def _replaced_by(function: Any) -> Entry | None:
+    """The loss whose place in ``torch.nn.functional`` somebody else's function has: what torch's
+    own, which that one calls, takes for itself when it asks a mode.
+    """
+    for entry, wrapper in tuple(_Process.table.values()):
+        if getattr(torch_functional, entry.name) is function and function is not wrapper:
+            return entry
+    return None
 
 
 #: torch's function does not hand all its arguments (here the weight) to a function mode, and loses
 #: them there; the wrapper does.
 _INCOMPLETE = ("l1_loss",)
+#: The types of nearly all that a mode is handed.
+_BUILT_IN = (
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType,
+    types.WrapperDescriptorType,
+)  # fmt: skip
+
+
+def _is_wanted(entry: Entry) -> bool:
+    """Whether there is a user of the wrapper: a mode is one of those that it cannot do without."""
+    return _Process.users > (0 if entry.name in _INCOMPLETE else _Process.modes)
 
 
 def _replace(name: str, old: Callable[..., Tensor], new: Callable[..., Tensor]) -> None:
@@ -207,24 +263,22 @@ def _replace(name: str, old: Callable[..., Tensor], new: Callable[..., Tensor]) 
 
 
 def _install(*, for_mode: bool = False) -> None:
-    """Install the wrappers; for a mode those that it cannot do without."""
+    """Install the wrappers; also those that somebody else's function was in the way of before."""
     with _lock:
-        for entry, wrapper in _table():
-            if not for_mode or entry.name in _INCOMPLETE:
-                if _Process.wanted[entry.name] == 0:
-                    _replace(entry.name, entry.original, wrapper)
-                _Process.wanted[entry.name] += 1
         _Process.users += 1
+        _Process.modes += for_mode
+        for entry, wrapper in _table():
+            if _is_wanted(entry):
+                _replace(entry.name, entry.original, wrapper)
 
 
 def _uninstall(*, for_mode: bool = False) -> None:
     with _lock:
         _Process.users -= 1
-        for entry, wrapper in _table():
-            if not for_mode or entry.name in _INCOMPLETE:
-                _Process.wanted[entry.name] -= 1
-                if _Process.wanted[entry.name] == 0:
-                    _replace(entry.name, wrapper, entry.original)
+        _Process.modes -= for_mode
+        for entry, wrapper in _Process.table.values():
+            if not _is_wanted(entry):
+                _replace(entry.name, wrapper, entry.original)
 
 
 def patch() -> None:
@@ -250,6 +304,19 @@ class _Patched(contextlib.ContextDecorator):
         self.mode = mode
         self.report = PatchReport() if report else None
 
+    def __call__(self, function: Any) -> Any:
+        """Decorate a function; refuse what would be run after the block was left."""
+        kinds = (
+            inspect.isclass, inspect.isgeneratorfunction, inspect.iscoroutinefunction,
+            inspect.isasyncgenfunction,
+        )  # fmt: skip
+        if any(is_kind(function) for is_kind in kinds):
+            raise TypeError(
+                "mbkern: patched() decorates functions, not generators, coroutines and classes: "
+                "these would run outside it; use a with block inside"
+            )
+        return super().__call__(function)
+
     def __enter__(self) -> PatchReport | None:
         if self.mode:
             mode = _Mode()
@@ -270,7 +337,8 @@ class _Patched(contextlib.ContextDecorator):
         error: BaseException | None,
         traceback: types.TracebackType | None,
     ) -> None:
-        if not (_thread.modes if self.mode else _thread.depth):
+        entered = _thread.modes if self.mode else _thread.depth
+        if not entered or (self.report is not None and self.report not in _thread.reports):
             raise RuntimeError("mbkern: patched() was left in a thread that had not entered it")
         if self.mode:
             *rest, mode = _thread.modes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Entry:
         names: torch's parameters in order, first the tensors.
         tensors: how many of them are tensors that the loss is of: two or three.
         defaults: of torch's options.
+        signature: of torch's function.
         original: torch's function.
         function: ours.
     """
@@ -47,36 +48,48 @@ class Entry:
     names: tuple[str, ...]
     tensors: int
     defaults: dict[str, Any]
+    signature: inspect.Signature
     original: Callable[..., Tensor]
     function: Callable[..., Tensor]
 
 
 def _entry(loss: Loss) -> Entry | None:
     name, is_row = loss.name, loss.target == "index"
-    original = getattr(torch_functional, name, None)
-    function = getattr(functional, name, None)
+    original, function = _torchs_own(name), getattr(functional, name, None)
     if original is None or function is None:
         return None
-    parameters = inspect.signature(original).parameters
+    signature = inspect.signature(original)
+    parameters = signature.parameters
     names = tuple(parameters)
     required = [p for p in parameters.values() if p.default is p.empty]
     defaults = {key: parameters[key].default for key in names[len(required) :]}
-    return Entry(name, loss, is_row, names, len(required), defaults, original, function)
+    return Entry(name, loss, is_row, names, len(required), defaults, signature, original, function)
 
 
-def entries() -> list[Entry]:
-    """Every loss that both libraries have."""
-    found = [_entry(loss) for loss in losses()]
-    return [entry for entry in (*found, _head()) if entry is not None]
+def _torchs_own(name: str) -> Callable[..., Tensor] | None:
+    """torch's function of a name; None if there is none, or somebody else's in its place."""
+    function: Callable[..., Tensor] | None = getattr(torch_functional, name, None)
+    own = getattr(function, "__globals__", None) is vars(torch_functional)
+    return function if own else None
+
+
+def entries(besides: Container[str] = ()) -> list[Entry]:
+    """Every loss that both libraries have, where torch's function is torch's; but some names."""
+    found = [_entry(loss) for loss in losses() if loss.name not in besides]
+    if _HEAD not in besides:
+        found.append(_head())
+    return [entry for entry in found if entry is not None]
 
 
 def _head() -> Entry | None:
     """The fused head, which torch has had since 2.13."""
-    original = getattr(torch_functional, _HEAD, None)
+    original, function = _torchs_own(_HEAD), functional.linear_cross_entropy
     if original is None:
         return None
-    loss, names = find("cross_entropy"), tuple(inspect.signature(original).parameters)
-    return Entry(_HEAD, loss, True, names, 3, {}, original, functional.linear_cross_entropy)
+    loss, signature = find("cross_entropy"), inspect.signature(original)
+    return Entry(
+        _HEAD, loss, True, tuple(signature.parameters), 3, {}, signature, original, function
+    )
 
 
 # ---- what is supported exactly -------------------------------------------------------------------
@@ -128,6 +141,8 @@ def refusal(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
         return f"input is {_short(input.dtype)}"
     if entry.name in _LEFT_IN_HALF and input.dtype in _HALF and _is_autocast(input.device):
         return "autocast, which leaves this loss in 16 bits on some devices"
+    if entry.name == "binary_cross_entropy" and not input.is_cpu and _is_autocast(input.device):
+        return "autocast, under which torch refuses this loss on CUDA"
     if entry.loss.kind == "multirow":
         reason = _rows_refusal(entry, input, target, options)
         if reason is not None:
@@ -154,6 +169,21 @@ def _bind(
     if any(name not in given for name in first):
         return None
     return [given.pop(name) for name in first], given
+
+
+def as_handed_on(
+    entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]] | None:
+    """Arguments as torch's function hands them to overrides: its tensors, then every option by
+    name, given or not; None if that is no call.
+    """
+    try:
+        bound = entry.signature.bind(*args, **kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    options = dict(bound.arguments)
+    return [options.pop(name) for name in entry.names[: entry.tensors]], options
 
 
 def _third_refusal(entry: Entry, input: Any, third: Any) -> str | None:
