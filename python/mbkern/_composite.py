@@ -19,7 +19,6 @@ from mbkern._launch import RowOptions
 from mbkern._launch_tensors import Inputs, TensorOptions
 from mbkern._losses import Loss
 
-
 #: ``reduction="none"`` of torch's operations. Not those of ``torch.nn.functional``: inside
 #: ``mbkern.patched()`` its losses come back here.
 _NONE = 0
