@@ -22,6 +22,7 @@ from mbkern._losses import Loss
 #: ``reduction="none"`` of torch's operations. Not those of ``torch.nn.functional``: inside
 #: ``mbkern.patched()`` its losses come back here.
 _NONE = 0
+_nn: Any = torch._C._nn  # whose stub says that a reduction is a word
 
 
 def gradients(
@@ -209,7 +210,7 @@ def _log_probability(p: Tensor) -> Tensor:
 
 def _binary(x: Tensor, y: Tensor) -> Tensor:
     """Torch's, whose derivative by the target is infinite at 0 and 1, where the loss's is not."""
-    loss = torch._C._nn.binary_cross_entropy(x, y.detach(), None, _NONE)
+    loss: Tensor = _nn.binary_cross_entropy(x, y.detach(), None, _NONE)
     return loss + (y - y.detach()) * (_log_probability(1 - x) - _log_probability(x))
 
 
@@ -217,8 +218,8 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     "mse_loss": lambda x, y: (x - y).square(),
     "half_squared_error": lambda x, y: (x - y).square() / 2,
     "l1_loss": lambda x, y: (x - y).abs(),
-    "smooth_l1_loss": lambda x, y, beta: torch._C._nn.smooth_l1_loss(x, y, _NONE, beta),
-    "huber_loss": lambda x, y, delta: torch._C._nn.huber_loss(x, y, _NONE, delta),
+    "smooth_l1_loss": lambda x, y, beta: _nn.smooth_l1_loss(x, y, _NONE, beta),
+    "huber_loss": lambda x, y, delta: _nn.huber_loss(x, y, _NONE, delta),
     "log_cosh_loss": _log_cosh,
     "quantile_loss": _quantile,
     "binary_cross_entropy": _binary,
