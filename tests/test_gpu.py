@@ -237,3 +237,37 @@ def test_all_multiprocessors_work(gpu: torch.device, columns: int) -> None:
         for loss, other in (("cross_entropy", target), ("nll_loss", target), ("mse_loss", y)):
             call = partial(mbkern.loss_and_grad, loss, y, other, grad_out=y)
             assert milliseconds(call) < limit, (loss, dtype)
+
+
+def test_an_accumulator_over_streams(gpu: torch.device) -> None:
+    """Gradients of several streams wait for their launch, and end on one that is none of these:
+    nobody reads them too early, or has their memory meanwhile."""
+    x = torch.randn(64, 32, device=gpu)
+
+    def window(streams: list[torch.cuda.Stream]) -> list[Tensor]:
+        layers = [torch.nn.Linear(32, 32, device=gpu) for _ in streams]
+        for k, layer in enumerate(layers):
+            torch.nn.init.constant_(layer.weight, 0.01 * (k + 1))
+            torch.nn.init.constant_(layer.bias, 0.1)
+        acc = mbkern.GradAccumulator(torch.nn.ModuleList(layers))
+        torch.cuda.synchronize(gpu)
+        for k in range(4):
+            parts = []
+            for stream, layer in zip(streams, layers, strict=True):
+                with torch.cuda.stream(stream):
+                    torch.full((1 << 16,), float("nan"), device=gpu)  # takes memory that is free
+                    parts.append(layer(x * (k + 1)).square().sum())
+                    torch.cuda._sleep(5_000_000)
+            for stream in streams:
+                torch.cuda.current_stream(gpu).wait_stream(stream)
+            torch.cuda._sleep(20_000_000)  # the launch comes late
+            acc.backward(torch.stack(parts).sum(), count=64)
+        acc.flush()
+        torch.cuda.synchronize(gpu)
+        return [p.grad.clone() for layer in layers for p in layer.parameters()]
+
+    here = torch.cuda.current_stream(gpu)
+    want = window([here, here])
+    got = window([torch.cuda.Stream(gpu), torch.cuda.Stream(gpu)])
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

@@ -59,6 +59,7 @@ class Collector:
         self.measurements: list[Measurement] = []
         self._bucket: dict[int, tuple[Slot, Tensor]] = {}
         self._bytes = 0
+        self._stream: torch.cuda.Stream | None = None  # whose work the bucket's gradients are
         self._lock = threading.Lock()  # autograd has a thread for each device
 
     def take(self, slot: Slot) -> None:
@@ -88,12 +89,14 @@ class Collector:
             grad = grad.to_dense()
         grad = grad.detach()
         size = grad.numel() * grad.element_size()
+        stream = _stream_of(grad)
         with self._lock:
             twice = id(slot) in self._bucket  # two backwards in one micro-batch
             self.repeated |= id(slot) in self._seen
             self._seen.add(id(slot))
-            if twice or self._bytes + size > BUCKET_BYTES:
+            if twice or self._bytes + size > BUCKET_BYTES or stream != self._stream:
                 self._empty()
+            self._stream = stream
             self._bucket[id(slot)] = (slot, grad)
             self._bytes += size
             if self._bytes >= BUCKET_BYTES:
@@ -127,6 +130,7 @@ class Collector:
         """One launch for each device, and for buffers that are written or added to."""
         launches: dict[tuple[torch.device, bool], list[tuple[Slot, Tensor]]] = {}
         for slot, grad in self._bucket.values():
+            self._bring_here(grad)
             launches.setdefault((grad.device, slot.received[self.which]), []).append((slot, grad))
         self._bucket.clear()
         self._bytes = 0
@@ -145,3 +149,17 @@ class Collector:
             for slot, _ in members:
                 slot.received[self.which] = True
             self.added += len(members)
+
+    def _bring_here(self, grad: Tensor) -> None:
+        """Let the current stream read a gradient that is another's work, and whose memory is the
+        other's again as soon as nobody holds it: autograd runs a hook on the stream on which the
+        parameter was first used, and a micro-batch may end on a third."""
+        here = _stream_of(grad)
+        if here is not None and self._stream is not None and here != self._stream:
+            here.wait_stream(self._stream)
+            grad.record_stream(here)
+
+
+def _stream_of(grad: Tensor) -> torch.cuda.Stream | None:
+    """The stream that torch would now use for a gradient; None on the CPU."""
+    return torch.cuda.current_stream(grad.device) if grad.is_cuda else None
