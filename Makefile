@@ -118,6 +118,7 @@ shim: $(PACKAGE) shim-native
 	MBKERN_CUDA=OFF python -m pip install -q --no-deps --upgrade . --target build/shim/site \
 	  --config-settings=build-dir=build/shim/module \
 	  --config-settings=cmake.define.MBKERN_CUDA_SHIM=ON
+	MBKERN_SHIM_COMPILED_FOR=8.0 build/shim/native/core_test --quick
 	set -e; for order in $(SHIM_ORDERS); do export MBKERN_SHIM_ORDER=$$order; \
 	  build/shim/native/core_test --quick; \
 	  PYTHONPATH=build/shim/site python -m pytest -q $(SHIM_TESTS) -m 'not slow'; \

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import mbkern
 from mbkern import _C, _selftest
+from mbkern import _launch_product as products
 from mbkern import functional as F
 
 pytestmark = pytest.mark.gpu
@@ -439,3 +440,24 @@ def test_a_build_without_cuda_says_so() -> None:
         mbkern.take_target_errors()
     with pytest.raises(RuntimeError, match="CPU tensors only; install with MBKERN_CUDA=ON"):
         _C.cuda_take_target_errors()
+
+
+def test_the_device_is_chosen(device: torch.device) -> None:
+    _C.cuda_use_device(0)
+    with pytest.raises(RuntimeError, match="mbkern: choosing a device: "):
+        _C.cuda_use_device(1000)
+
+
+def test_products_of_a_depth_that_almost_fills_a_block(device: torch.device) -> None:
+    """The last of the tiles that it is read in is not whole, and nothing is added behind it: -0 and
+    -0 is -0."""
+
+    def run(where: torch.device) -> dict[str, Tensor]:
+        found = {}
+        for depth in (240, 250, 256, 511):
+            a, b = (torch.full((depth, 3), x, device=where) for x in (1e-30, -1e-30))
+            c = torch.full((3, 3), -0.0, device=where)
+            found[str(depth)] = products.product(c, a, b, products.BLOCKS)
+        return found
+
+    compare(run, device, "blocks")

@@ -31,6 +31,7 @@ void exact_result(const Queue&, const ExactSumState*, const Result&) { refuse();
 void exact_merge(const Queue&, ExactSumState*, const ExactSumState*) { refuse(); }
 void exact_add(const Queue&, ExactSumState*, const float*, int64_t) { refuse(); }
 bool elementary(const Queue&, const char*, bool, const void*, void*, int64_t) { refuse(); }
+void use_device(int) { refuse(); }
 TargetErrors take_target_errors() { refuse(); }
 
 }  // namespace mbk::cuda

@@ -125,6 +125,13 @@ bool find_function(FunctionList<F...>, const char* name, const Queue& queue, boo
 
 }  // namespace
 
+// All kernels are compiled for the same architectures; this one is small.
+int code_capability() {
+  int capability = 0;
+  check(compiled_for(&capability, &exact_end), "asking what the kernels were compiled for");
+  return capability;
+}
+
 int64_t workspace_bytes(int64_t items, bool in_double) {
   if (!in_double) return kWorkspaceBytes;
   const int64_t numbers = items + block_sums(items) + kSpareBlockSums;

@@ -59,6 +59,9 @@ void exact_add(const Queue& queue, ExactSumState* into, const float* values, int
 bool elementary(const Queue& queue, const char* name, bool in_double, const void* x, void* y,
                 int64_t n);
 
+// Makes a device the current one of this thread, if it is not.
+void use_device(int number);
+
 // The bad class indices that the current device has met since they were last taken: how many, and
 // one of them. Waits for the device.
 struct TargetErrors {

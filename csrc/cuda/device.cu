@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -19,8 +20,10 @@ Device ask(int number) {
     return value;
   };
   d.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  d.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                 attribute(cudaDevAttrComputeCapabilityMinor);
+  d.capability = std::min(code_capability(), 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                                                 attribute(cudaDevAttrComputeCapabilityMinor));
+  // In code for older devices every block takes itself for the first of its cluster.
+  d.has_clusters = d.capability >= 90 && attribute(cudaDevAttrClusterLaunch);
   d.shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   void* errors = nullptr;
   check(cudaGetSymbolAddress(&errors, target_errors), "loading the kernels");
@@ -44,6 +47,12 @@ const Device& current_device() {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(number);
   return found != known.end() ? found->second : known.emplace(number, ask(number)).first->second;
+}
+
+void use_device(int number) {
+  int current = 0;
+  check(cudaGetDevice(&current), "asking for the current device");
+  if (current != number) check(cudaSetDevice(number), "choosing a device");
 }
 
 TargetErrors take_target_errors() {

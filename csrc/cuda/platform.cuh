@@ -5,7 +5,9 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <map>
 #include <mutex>
+#include <utility>
 #if defined(MBKERN_CUDA_SHIM)
 #include <shim_platform.h>
 #else
@@ -166,13 +168,25 @@ __device__ __forceinline__ void bulk_wait() {
 }
 #undef MBK_SM90_ASM
 
-// The configuration of a launch, and the room that its attribute needs. How much shared memory a
-// kernel may have is a property of the kernel, not of a launch: while one asks for much, no other
-// thread's launch may ask for less.
-inline std::mutex& much_shared_memory() {
+// Lets a kernel have more than 48 KB of shared memory on the current device. The limit is a
+// property of the kernel there, not of a launch, so it is raised only: other threads may be about
+// to launch with more, and so may a graph that was captured.
+template <class P>
+cudaError_t allow_shared_memory(void (*kernel)(P), size_t bytes) {
   static std::mutex mutex;
-  return mutex;
+  static std::map<std::pair<int, void (*)(P)>, size_t> allowed;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{device, kernel}];
+  if (bytes <= most) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+  if (error == cudaSuccess) most = bytes;
+  return error;
 }
+
+// The configuration of a launch, and the room that its attribute needs.
 template <class P>
 class Configuration {
  public:
@@ -187,11 +201,7 @@ class Configuration {
     config_.numAttrs = cluster > 1;
     attribute_.id = cudaLaunchAttributeClusterDimension;
     attribute_.val.clusterDim = {cluster, 1, 1};
-    if (shared_bytes > 48 * 1024) {
-      lock_ = std::unique_lock<std::mutex>(much_shared_memory());
-      error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)shared_bytes);
-    }
+    if (shared_bytes > 48 * 1024) error_ = allow_shared_memory(kernel, shared_bytes);
     if (error_ == cudaSuccess && cluster > 8) {
       error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
@@ -204,7 +214,6 @@ class Configuration {
  private:
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
-  std::unique_lock<std::mutex> lock_;
   cudaError_t error_ = cudaSuccess;
 };
 
@@ -215,6 +224,16 @@ cudaError_t launch(void (*kernel)(P), const P& params, unsigned blocks, unsigned
   const Configuration<P> config(kernel, blocks, threads, cluster, shared_bytes, stream);
   return config.error() != cudaSuccess ? config.error()
                                        : cudaLaunchKernelEx(config.get(), kernel, params);
+}
+
+// The compute capability that a kernel was compiled for, 90 for sm_90: older than the device's
+// where the driver has compiled PTX. What is behind an #if of __CUDA_ARCH__ follows this one.
+template <class P>
+cudaError_t compiled_for(int* capability, void (*kernel)(P)) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  *capability = attributes.ptxVersion;
+  return error;
 }
 
 // How many such clusters the device holds at once. Of single blocks the occupancy calculator is

@@ -65,8 +65,10 @@ __global__ void __launch_bounds__(kProductThreads)
       }
       __syncthreads();
     }
-    if (blocks && p.depth % kProductBlock) sum = start + sum;
-    if (blocks && p.depth % kProductBlock == 0) sum = start;
+    // Of blocks the last is added here, but where its last tile, perhaps not a whole one, was the
+    // last of 256 rows: adding 0 to what is there would turn -0 into +0.
+    const int64_t tiles = (p.depth + kTile - 1) / kTile;
+    if (blocks) sum = tiles % (kProductBlock / kTile) ? start + sum : start;
     if (inside) *c = canonical(sum);
   }
 }

@@ -35,7 +35,8 @@ bool can_reside(const RowArgs& a, DType input) {
          (!a.grad || is_aligned(a.grad, a.grad_strides, out, 4 * out));
 }
 
-// Blocks, or clusters of them, that the device runs at once; asked once a kernel and shape.
+// Blocks, or clusters of them, that the device runs at once; asked once a kernel and shape. Of
+// clusters there may be none on a part of a device (MIG), whose GPCs are small.
 unsigned active(const Device& device, const RowPlan& plan) {
   using Key = std::tuple<int, RowKernel, unsigned, unsigned, size_t>;
   static std::mutex mutex;
@@ -47,7 +48,7 @@ unsigned active(const Device& device, const RowPlan& plan) {
   int count = 0;
   check(max_active_clusters(&count, plan.kernel, plan.threads, plan.cluster, plan.shared_bytes),
         "asking how many blocks fit");
-  return known[key] = static_cast<unsigned>(std::max(count, 1));
+  return known[key] = static_cast<unsigned>(std::max(count, 0));
 }
 
 // The teams of a row: several rows a block if they are short, otherwise one a block or cluster.
@@ -88,26 +89,28 @@ RowPlan plan_teams(const Device& device, const RowKernels& kernels, DType input,
     const size_t teams = t.threads / kTeam<T>;
     return team_shared_bytes<T>(t.threads, t.cluster) + (resident ? teams * stage + 128 : 0);
   };
+  const auto plan_of = [&](RowKernel kernel, bool resident) {
+    return RowPlan{kernel, 0, static_cast<unsigned>(t.threads), static_cast<unsigned>(t.cluster),
+                   shared_bytes(resident)};
+  };
   if (kernels.resident && can_reside(a, input)) {
     constexpr int kPortableCluster = 8;
     t = share_rows<T>(a.items, blocks_of_row, blocks_of_row,
-                      device.has_clusters() ? kPortableCluster : 1);
+                      device.has_clusters ? kPortableCluster : 1);
     if (t.threads && shared_bytes(true) <= device.shared_bytes) {
-      plan.kernel = kernels.resident;
-      plan.shared_bytes = shared_bytes(true);
+      plan = plan_of(kernels.resident, true);
+      if (t.cluster > 1 && !active(device, plan)) plan = {};
     }
   }
   if (!plan.kernel) {
     t = share_rows<T>(a.items, blocks_of_row, kMaxThreads / kTeam<T>, 1);
-    plan.kernel = kernels.reread;
-    plan.shared_bytes = shared_bytes(false);
+    plan = plan_of(kernels.reread, false);
   }
-  plan.threads = t.threads, plan.cluster = t.cluster;
   p.teams = t.teams, p.team_shift = t.shift, p.cluster = t.cluster;
   p.rows_of_block = t.shift == kOneRow ? 1 : t.threads / kTeam<T> >> t.shift;
   p.waves = ceil_div(blocks_of_row, int64_t{t.teams} * t.cluster);
   const int64_t groups = std::max<int64_t>(1, ceil_div(a.items, p.rows_of_block));
-  const int64_t clusters = std::min<int64_t>(groups, active(device, plan));
+  const int64_t clusters = std::min<int64_t>(groups, std::max(active(device, plan), 1u));
   plan.blocks = static_cast<unsigned>(clusters * t.cluster);
   p.row_step = clusters * p.rows_of_block;
   return plan;
@@ -116,7 +119,8 @@ RowPlan plan_teams(const Device& device, const RowKernels& kernels, DType input,
 RowPlan plan_items(const Device& device, const RowKernels& kernels, const RowArgs& a) {
   RowPlan plan{kernels.items, 1, kItemThreads, 1, sizeof(ExactSumState) + 32};
   const int64_t wanted = std::max<int64_t>(1, ceil_div(a.items, kItemThreads));
-  plan.blocks = static_cast<unsigned>(std::min<int64_t>(wanted, active(device, plan)));
+  plan.blocks =
+      static_cast<unsigned>(std::min<int64_t>(wanted, std::max(active(device, plan), 1u)));
   return plan;
 }
 

@@ -142,7 +142,7 @@ MBK_DEVICE void store_as(void* p, DType dtype, int64_t i, T v) {
       ((f16*)p)[i] = narrow<f16>(converted<f16>(v));
       break;
     default:
-      ((double*)p)[i] = v;
+      ((double*)p)[i] = converted<double>(v);
   }
 }
 

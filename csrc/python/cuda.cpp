@@ -126,6 +126,7 @@ void add_cuda(py::module_& m) {
   m.def("cuda_exact_merge", &exact_merge, py::arg("fields"));
   m.def("cuda_exact_add", &exact_add, py::arg("fields"));
   m.def("cuda_elementary", &elementary, py::arg("name"), py::arg("fields"));
+  m.def("cuda_use_device", &cuda::use_device, py::arg("number"));
   m.def("cuda_take_target_errors", &take_target_errors);
 }
 

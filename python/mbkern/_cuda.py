@@ -41,11 +41,16 @@ def on_device_of(tensor: Tensor, kernel: Callable[..., Result]) -> Callable[...,
     if _IS_SHIM:
         return kernel
     index = tensor.get_device()
-    return kernel if index == _current_device() else partial(_switch, index, kernel)
+    if index != _current_device():
+        return partial(_switch, index, kernel)
+    # Torch only notes the device that it will choose at its own next launch.
+    _C.cuda_use_device(index)
+    return kernel
 
 
 def _switch(index: int, kernel: Callable[..., Result], *args: Any) -> Result:
     with torch.cuda.device(index):
+        _C.cuda_use_device(index)
         return kernel(*args)
 
 

@@ -228,6 +228,9 @@ void refused_launches() {
   CHECK(error(2, 32, 2, 0) == cudaErrorInvalidConfiguration, "clusters of an older device");
   CHECK(error(1, 32, 1, 99 * 1024 + 1) == cudaErrorInvalidValue, "the memory of a newer device");
   unsetenv("MBKERN_SHIM_CAPABILITY");
+  setenv("MBKERN_SHIM_COMPILED_FOR", "8.0", 1);
+  CHECK(error(2, 32, 2, 0) == cudaErrorInvalidConfiguration, "clusters of code that has none");
+  unsetenv("MBKERN_SHIM_COMPILED_FOR");
 }
 
 }  // namespace

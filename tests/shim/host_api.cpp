@@ -31,6 +31,13 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
+int compiled_for() {
+  const Device device;
+  int major = device.major, minor = device.minor;
+  if (const char* text = getenv("MBKERN_SHIM_COMPILED_FOR")) sscanf(text, "%d.%d", &major, &minor);
+  return 10 * major + minor;
+}
+
 cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes) {
   const Device device;
   if (threads < 1 || threads > 1024) return result(cudaErrorInvalidValue);
@@ -51,7 +58,7 @@ cudaError_t max_active_clusters(int* clusters, int threads, size_t shared_bytes,
 cudaError_t check_launch(unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes) {
   const Device device;
   if (!blocks || !threads || threads > 1024 || !cluster || cluster > 16 || blocks % cluster ||
-      (cluster > 1 && device.major < 9)) {
+      (cluster > 1 && (device.major < 9 || compiled_for() < 90))) {
     return result(cudaErrorInvalidConfiguration);
   }
   if (shared_bytes > (size_t)device.shared_per_block()) return result(cudaErrorInvalidValue);
@@ -63,6 +70,10 @@ cudaError_t check_launch(unsigned blocks, unsigned threads, unsigned cluster, si
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : shim::result(cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {

@@ -1,7 +1,10 @@
 #pragma once
 // The host functions of CUDA's runtime that csrc/cuda uses. Streams run at once; device memory is
 // the host's. The device can be chosen: MBKERN_SHIM_CAPABILITY (default 9.0) and
-// MBKERN_SHIM_MULTIPROCESSORS (default 4), read at each question.
+// MBKERN_SHIM_MULTIPROCESSORS (default 4), read at each question; so can what the kernels were
+// compiled for: MBKERN_SHIM_COMPILED_FOR (default: the device). Code for less than 9.0 knows of no
+// clusters: on a GPU their launch would succeed, and the results would be wrong; here it is
+// refused.
 #include <stddef.h>
 
 enum cudaError_t {
@@ -37,6 +40,7 @@ enum cudaStreamCaptureStatus {
 typedef struct CUstream_st* cudaStream_t;
 
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
@@ -77,6 +81,7 @@ cudaError_t cudaMemcpyToSymbolAsync(T& symbol, const void* from, size_t bytes, s
 }
 
 namespace shim {
+int compiled_for();  // 90: 9.0
 cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes);
 cudaError_t max_active_clusters(int* clusters, int threads, size_t shared_bytes, int cluster);
 // Remembers the error for cudaGetLastError.

@@ -67,6 +67,12 @@ cudaError_t launch(void (*kernel)(P), const P& params, unsigned blocks, unsigned
 }
 
 template <class P>
+cudaError_t compiled_for(int* capability, void (*)(P)) {
+  *capability = shim::compiled_for();
+  return cudaSuccess;
+}
+
+template <class P>
 cudaError_t max_active_clusters(int* clusters, void (*)(P), unsigned threads, unsigned cluster,
                                 size_t shared_bytes) {
   return shim::max_active_clusters(clusters, (int)threads, shared_bytes, (int)cluster);
