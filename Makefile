@@ -25,7 +25,8 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python 
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
 # Links the CPU's tiers that $(PACKAGE) has compiled: half of the time that CI compiles.
-BUILT := import glob, sys; print(*glob.glob("build/cp{}{}-*".format(*sys.version_info))[:1])
+BUILT := import glob, os, sys; \
+  print(*map(os.path.abspath, glob.glob("build/cp{}{}-*".format(*sys.version_info))[:1]))
 SHIM_CONFIGURE := $(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON \
   -DMBKERN_CPU_OBJECTS="$$(python -c '$(BUILT)')"
 
@@ -117,7 +118,8 @@ instructions: $(PACKAGE)
 shim: $(PACKAGE) shim-native
 	MBKERN_CUDA=OFF python -m pip install -q --no-deps --upgrade . --target build/shim/site \
 	  --config-settings=build-dir=build/shim/module \
-	  --config-settings=cmake.define.MBKERN_CUDA_SHIM=ON
+	  --config-settings=cmake.define.MBKERN_CUDA_SHIM=ON \
+	  --config-settings=cmake.define.MBKERN_CPU_OBJECTS="$$(python -c '$(BUILT)')"
 	MBKERN_SHIM_COMPILED_FOR=8.0 build/shim/native/core_test --quick
 	set -e; for order in $(SHIM_ORDERS); do export MBKERN_SHIM_ORDER=$$order; \
 	  build/shim/native/core_test --quick; \

@@ -84,8 +84,9 @@ class GradAccumulator:
             (dicts with ``params``, perhaps ``l1`` and ``l2``). All on one device; float32,
             bfloat16, float16 or float64. A parameter named twice counts once; a frozen one, of
             whatever type, has no buffer and gets no gradient until it is unfrozen. Of a module,
-            parameters that are replaced or added later are an error until ``add`` knows them.
-            ``module.to(...)`` may change them between windows.
+            parameters that are replaced or added later are an error until ``add`` knows them; of
+            groups, what an optimizer's ``add_param_group`` adds later is not seen: ``add`` it, or
+            its gradients stay plain sums. ``module.to(...)`` may change them between windows.
         dtype: of the buffers, float32, float64 or bfloat16; those of float64 parameters are
             float64.
         compensation: needed for bfloat16 buffers, whose 8 bits alone would lose what is added to a
