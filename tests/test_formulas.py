@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -144,3 +145,33 @@ def test_a_traced_smoothing_in_double_precision() -> None:
         warnings.simplefilter("ignore")
         graph = torch.jit.trace(smoothed, (x, t), check_trace=False)
     torch.testing.assert_close(graph(x, t), smoothed(x, t), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tangents_have_the_dtype_of_the_result(dtype: torch.dtype) -> None:
+    """Also where the loss of an item has no dimensions, whose tangent torch makes double."""
+    losses: list[Callable[..., Tensor]] = [
+        lambda x, y, z: F.triplet_margin_loss(x, y, z, margin=3.0),
+        lambda x, y, z: F.triplet_margin_loss(x, y, z, margin=3.0, reduction="none"),
+        lambda x, y, z: F.cosine_embedding_loss(x, y, torch.tensor(1)),
+        lambda x, y, z: F.kl_div(x, y, reduction="batchmean"),
+        lambda x, y, z: F.mse_loss(x, y, denominator=7.0),
+    ]
+    x, y, z = torch.rand(3, 5).to(dtype)
+    for loss in losses:
+        value, tangent = torch.func.jvp(partial(loss, y=y, z=z), (x,), (torch.ones_like(x),))
+        assert tangent.dtype is value.dtype is dtype
+        wide, step = [t.double() for t in (x, y, z)], 1e-5
+        above, below = (loss(wide[0] + s, *wide[1:]) for s in (step, -step))
+        assert abs(tangent.double() - (above - below) / (2 * step)) < 2e-2
+
+
+def test_a_negated_view_beside_what_is_expanded_has_a_tangent() -> None:
+    x, y = torch._neg_view(torch.rand(1, 6)), torch.rand(1)
+
+    def loss(x: Tensor) -> Tensor:
+        return F.gaussian_nll_loss(x, y.expand(1, 6), 2.0)
+
+    plain = x.resolve_neg().requires_grad_()
+    loss(plain).backward()
+    torch.testing.assert_close(torch.func.jacfwd(loss)(x), plain.grad)

@@ -98,7 +98,7 @@ def _reduce(
     losses: Tensor, weights: Tensor, o: RowOptions | TensorOptions, dtype: torch.dtype
 ) -> Tensor:
     if o.reduction == "none":
-        return losses.to(dtype)
+        return _rounded(losses, dtype)
     total = losses.sum()
     if o.reduction == "mean" and o.denominator is not None:
         total = total / o.denominator
@@ -106,7 +106,13 @@ def _reduce(
         divisor = weights.sum()
         none = divisor == 0
         total = torch.where(none, torch.nan, total / torch.where(none, 1.0, divisor))
-    return total.to(dtype)
+    return _rounded(total, dtype)
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if forward_ad._current_level >= 0:
+        value = value.double()  # the tangent of 0-dim / number is, in torch; so both are rounded
+    return value.to(dtype)
 
 
 def row_loss(

@@ -261,7 +261,8 @@ def _one_shape(loss: Loss, tensors: tuple[Tensor | None, ...], inplace: bool) ->
             )
         if loss.warns and second is not None and not _is_compiling():
             _warn_of_broadcasting(first, second)
-        tensors = tuple(None if t is None else t.expand(common) for t in tensors)
+        # Not of the shape that it has: a negated view that is expanded can have no tangent.
+        tensors = tuple(t if t is None or t.shape == common else t.expand(common) for t in tensors)
     return (*tensors, None, None)[:3]  # type: ignore[return-value]
 
 
