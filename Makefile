@@ -24,7 +24,7 @@ PACKAGE := .venv/package.stamp
 SOURCES := CMakeLists.txt pyproject.toml LICENSE $(shell find cmake csrc python -type f -not -name '*.pyc' -not -name '*.so')
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CONFIGURE := cmake -S . -G Ninja -DMBKERN_PYTHON=OFF -DMBKERN_CUDA=OFF -DMBKERN_NATIVE_TESTS=ON
-# Links the CPU's tiers that $(PACKAGE) has compiled: half of the time that CI compiles.
+# Links the CPU's tiers that $(PACKAGE) has compiled: two thirds of what the shim would compile.
 BUILT := import glob, os, sys; \
   print(*map(os.path.abspath, glob.glob("build/cp{}{}-*".format(*sys.version_info))[:1]))
 SHIM_CONFIGURE := $(CONFIGURE) -B build/shim/native -DMBKERN_CUDA_SHIM=ON \

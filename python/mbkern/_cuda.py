@@ -94,4 +94,5 @@ def take_target_errors(device: torch.device | str | int | None = None) -> Target
     if device is not None and torch.device(device).type != "cuda":
         raise ValueError(f"mbkern: device must be a CUDA device, not {device}; the CPU raises")
     with torch.cuda.device(device):  # None: the current one
+        _C.cuda_use_device(_current_device())
         return TargetErrors(*_C.cuda_take_target_errors())
