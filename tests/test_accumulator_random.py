@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accumulator_world import play
+from accumulator_happenings import play
 from torch import Tensor, nn
 
 from mbkern import GradAccumulator
