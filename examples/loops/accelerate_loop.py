@@ -1,5 +1,8 @@
 """Accelerate: it places model and data; mbkern counts and accumulates.
 
+For one process, or several under DistributedDataParallel; in fp16, too. Not for DeepSpeed, which
+steps in ``accelerator.backward``, nor for Megatron-LM.
+
 pip install accelerate
 accelerate launch examples/loops/accelerate_loop.py
 """
@@ -17,6 +20,8 @@ import mbkern.functional as M
 def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
     """Train on this process's share, and return the loss of every mini-batch."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.gradient_accumulation_steps != 1:  # perhaps by `accelerate launch`
+        raise SystemExit("gradient_accumulation_steps must be 1: backward() divides losses by it")
     model = tokens.Model()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.02))
     # After prepare: a DistributedDataParallel module brings its process group.
@@ -34,7 +39,8 @@ def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
                 with accumulator.micro_batch(count=(labels != tokens.PADDING).sum()):
                     accelerator.backward(loss)
             total += loss.detach()
-        stats = accumulator.flush()
+        # In fp16 there is a scaler: its scale is divided out before the gradient is clipped.
+        stats = accumulator.flush(accelerator.scaler, optimizer.optimizer)
         optimizer.step()
         total = accelerator.reduce(total)
         history.append(float(total / stats.counts[""]))

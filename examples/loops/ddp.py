@@ -17,16 +17,16 @@ import mbkern
 import mbkern.functional as M
 
 
-def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
+def train(device: torch.device, steps: int = 60, micro_batch: int = 5) -> list[float]:
     """Train on this process's share, and return the loss of every mini-batch."""
-    model = DistributedDataParallel(tokens.Model())
+    model = DistributedDataParallel(tokens.Model().to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     accumulator = mbkern.GradAccumulator(model, max_norm=1.0)  # brings the process group
     rank, world = dist.get_rank(), dist.get_world_size()
     history = []
     for batch in tokens.batches(steps):
-        share = {name: tensor[rank::world] for name, tensor in batch.items()}
-        total = torch.zeros(())
+        share = {name: tensor[rank::world].to(device) for name, tensor in batch.items()}
+        total = torch.zeros((), device=device)
         for part in mbkern.micro_batches(share, micro_batch):
             labels = part["labels"]
             with model.no_sync():  # forward, too
@@ -43,8 +43,7 @@ def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
 
 def main() -> None:
     """Train; the first process speaks."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    losses = train()
+    losses = train(processes.enter())
     if dist.get_rank() == 0:
         print(f"loss of the first mini-batch {losses[0]:.3f}, of the last {losses[-1]:.3f}")
     processes.leave()

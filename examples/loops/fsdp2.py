@@ -18,11 +18,10 @@ import mbkern
 import mbkern.functional as M
 
 
-def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
+def train(device: torch.device, steps: int = 60, micro_batch: int = 5) -> list[float]:
     """Train on this process's share, and return the loss of every mini-batch."""
-    model = tokens.Model()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
+    model = tokens.Model().to(device)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     fully_shard(model.body, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
@@ -31,8 +30,8 @@ def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
     rank, world = dist.get_rank(), dist.get_world_size()
     history = []
     for batch in tokens.batches(steps):
-        share = {name: tensor[rank::world] for name, tensor in batch.items()}
-        total = torch.zeros(())
+        share = {name: tensor[rank::world].to(device) for name, tensor in batch.items()}
+        total = torch.zeros((), device=device)
         for part in mbkern.micro_batches(share, micro_batch):
             labels = part["labels"]
             logits = model(part["tokens"])
@@ -48,8 +47,7 @@ def train(steps: int = 60, micro_batch: int = 5) -> list[float]:
 
 def main() -> None:
     """Train; the first process speaks."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    losses = train()
+    losses = train(processes.enter())
     if dist.get_rank() == 0:
         print(f"loss of the first mini-batch {losses[0]:.3f}, of the last {losses[-1]:.3f}")
     processes.leave()

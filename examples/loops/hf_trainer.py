@@ -1,7 +1,9 @@
 """Hugging Face's Trainer: the loss of each micro-batch divided by the tokens of all of them.
 
 The Trainer counts the tokens of the accumulation steps beforehand (``num_items_in_batch``), and
-leaves the division to ``compute_loss_func``.
+leaves the division to ``compute_loss_func``. Over several processes it counts those of all with
+``average_tokens_across_devices=True``, the default of its newer versions; without it the result is
+a mean of the processes' means.
 
     pip install transformers accelerate
     python examples/loops/hf_trainer.py
@@ -24,7 +26,8 @@ def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | Non
     """The micro-batch's part of the mean over all tokens of the mini-batch; None: its own mean.
 
     The labels here are the next tokens. Where they are the tokens themselves, as the Trainer's own
-    models have them, compare ``outputs.logits[:, :-1]`` with ``labels[:, 1:]``.
+    models have them, compare ``outputs.logits[:, :-1]`` with ``labels[:, 1:]``; the Trainer counts
+    the first label of a text, too, unless that is -100.
     """
     return M.cross_entropy(
         outputs.logits.flatten(0, 1), labels.flatten(), denominator=num_items_in_batch

@@ -1,5 +1,8 @@
 """Lightning, with manual optimisation: a training step is a mini-batch, cut by mbkern.
 
+For one device, in full precision or bf16: in "16-mixed" losses are scaled in ``manual_backward``,
+and unscaled no sooner than in ``step``, when the accumulator has clipped the scaled gradient.
+
 pip install lightning
 python examples/loops/lightning_loop.py
 """
