@@ -1,4 +1,4 @@
-"""The loops of the examples where Accelerate scales and divides losses, and where there are GPUs."""
+"""The loops of the examples where Accelerate scales or divides losses, and where there are GPUs."""
 
 from __future__ import annotations
 
@@ -93,8 +93,9 @@ def test_a_loss_that_accelerate_divides_is_refused(
         loop.train(1)
 
 
-@pytest.mark.parametrize(("gpus", "backend", "device"),
-                         [(0, "gloo", "cpu"), (1, "gloo", "cpu"), (2, "nccl", "cuda:1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gpus", "backend", "device"), [(0, "gloo", "cpu"), (1, "gloo", "cpu"), (2, "nccl", "cuda:1")]
+)
 def test_where_a_process_computes(
     gpus: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
