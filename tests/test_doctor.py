@@ -15,6 +15,7 @@ import torch
 
 import mbkern
 from mbkern import _C, _cli
+from mbkern._doctor import runs_on
 
 SOURCES = Path(__file__).resolve().parents[1] / "python" / "mbkern"
 SECTIONS = ["versions", "instruction set", "threads", "huge pages", "cuda", "warnings"]
@@ -117,3 +118,15 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
         os.close(write)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("archs", "capability", "runs"), [
+    ("90a-real", (9, 0), True), ("90a-virtual", (10, 0), False), ("90a", (12, 0), False),
+    ("100f-real", (10, 3), True), ("100f-virtual", (12, 0), False), ("100f", (10, 0), True),
+    ("90a 80-virtual", (10, 0), True), ("native", (9, 0), True), ("all-major", (12, 0), True),
+])  # fmt: skip
+def test_architectures_of_one_gpu_and_words(
+    archs: str, capability: tuple[int, int], runs: bool
+) -> None:
+    """PTX of 90a runs on no newer GPU; and what ``native`` was, nobody knows any more."""
+    assert runs_on(archs, capability) == runs

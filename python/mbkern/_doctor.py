@@ -181,12 +181,17 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     """Whether code built for ``archs``, as CMake spells them, runs on a GPU.
 
     Machine code (not in ``90-virtual``) runs on its major version, from its minor version on;
-    PTX (not in ``90-real``) on everything from its version on.
+    PTX (not in ``90-real``) on everything from its version on. Either of ``90a`` runs on 9.0 alone,
+    of ``100f`` on that major version. Of a word such as ``native`` nothing is known: so it does.
     """
-    for major, minor, kind in re.findall(r"(\d+)(\d)[af]?(-real|-virtual)?", archs):
-        built = (int(major), int(minor))
+    for arch in archs.split():
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
+        if match is None:
+            return True
+        built = (int(match[1]), int(match[2]))
         same_major = built[0] == capability[0]
-        if built <= capability and (kind != "-real" or same_major):
+        newer = built <= capability if match[3] != "a" else built == capability
+        if newer and (same_major or not (match[3] or match[4] == "-real")):
             return True
     return False
 
