@@ -130,6 +130,10 @@ def test_refusals() -> None:
         ({"x": x(), "y": x()[:5]}, 2, ValueError, r"batch\['x'\] has 7 .*batch\['y'\] has 5"),
         ([x(), ({"n": ["a", "b"]},)], 2, ValueError, r"batch\[1\]\[0\]\['n'\] has 2"),
         ([x(), ["a"]], 2, ValueError, r"batch\[0\] has 7 items and batch\[1\] has 1"),
+        (
+            {"texts": [torch.ones(3), torch.ones(4)]},
+            2, ValueError, r"'texts'\]\[0\] has 3 .*a tensor for each item must be stacked",
+        ),
         (Pair(x(), x()[:1]), 2, ValueError, r"batch\.x has 7 items and batch\.y has 1"),
         ([x().to_sparse()], 2, TypeError, r"batch\[0\] is of layout torch.sparse_coo"),
         (

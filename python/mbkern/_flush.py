@@ -24,8 +24,9 @@ class FlushStats(NamedTuple):
             penalties. The same bits for every number of threads, instruction set and device.
         clip_factor: 0-dim float64, what the gradients were multiplied by: 1, or
             ``max_norm / (norm + 1e-6)``.
-        found_inf: 0-dim float32, 1 if the norm is not finite, else 0; as
-            ``torch.amp.GradScaler`` has it. (A float64 square overflows above 1e154.)
+        found_inf: 0-dim float32, 1 if the norm is not finite, or a gradient that was written in a
+            type of a smaller range, else 0; as ``torch.amp.GradScaler`` has it. (A float64 square
+            overflows above 1e154.)
         penalty: 0-dim float64, the sum of ``l1 |p| + l2 / 2 p^2`` over all parameters.
         squared_norms: (n,) float64, of each gradient before clipping.
     """

@@ -55,7 +55,7 @@ def loss_and_grad(
     """Compute a loss and its gradient in one pass, without autograd.
 
     Args:
-        name: the loss, as in ``mbkern.functional``. For ``"linear_cross_entropy"``, the fused head,
+        name: of a loss of ``mbkern.losses()``. For ``"linear_cross_entropy"``, the fused head,
             ``argnums`` are of input, linear_weight, target, linear_bias and logit_scale; the
             weight's and the bias's gradients are added into ``grad_out`` in place, and fresh
             gradients have their argument's dtype, also with ``accumulate``.
@@ -73,8 +73,10 @@ def loss_and_grad(
             rounding.
         loss_sum: receives every item's term before any division; not for float64.
         options: the loss's other options: ``weight``, ``sample_weight``, ``denominator``,
-            ``loss_dtype``, its own parameters (``delta``, ``margin``, ...), and for cross_entropy
-            ``ignore_index``, ``label_smoothing``, ``z_loss``, ``softcap``.
+            ``loss_dtype``, its own parameters (``delta``, ``margin``, ...), ``ignore_index`` where
+            its function has it, and for cross_entropy ``label_smoothing``, ``z_loss``, ``softcap``;
+            for the head those of its function but ``grad_scale``, ``accumulate_into``,
+            ``return_stats`` and ``process_group``.
 
     Returns:
         The loss (0-dim, or one an item), and the gradient or the tuple of gradients.

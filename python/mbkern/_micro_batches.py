@@ -76,6 +76,9 @@ def micro_batches(batch: Batch, plan_or_size: Any) -> MicroBatches[Batch]:
       for what a ``cached_property`` has computed from all items.
     - A list without tensors, and a tuple of strings, have an entry for each item (file names,
       texts), and are cut; so is a list of 0-dim tensors. Empty ones are passed on.
+    - So a list or tuple of tensors is taken for several tensors of all items. One that has a tensor
+      for each item (images of different sizes, texts that are not padded) is not to be cut here:
+      each of them would be. Stack or pad them before.
 
     Args:
         batch: the items; any nesting of the above with at least one tensor or array that is cut.
@@ -111,7 +114,7 @@ def micro_batches(batch: Batch, plan_or_size: Any) -> MicroBatches[Batch]:
             raise ValueError(
                 f"mbkern: {first} has {items} items and {path} has {length}; all must agree. What "
                 "belongs to no item stays whole as a 0-dim tensor, a number, a tuple of numbers, "
-                "or outside the batch"
+                "or outside the batch; a list with a tensor for each item must be stacked"
             )
     return MicroBatches(batch, items, size, kinds)
 

@@ -1,6 +1,7 @@
 """Drop-in losses with the names, arguments and results of ``torch.nn.functional``.
 
-Every function takes, besides torch's arguments,
+Every function, but what is torch's own (``triplet_margin_with_distance_loss``), takes, besides
+torch's arguments,
 
 sample_weight:
     one weight an item, broadcast to the shape of the unreduced loss; ``mean`` then divides by the
@@ -10,7 +11,7 @@ denominator:
     item count of the whole mini-batch here, micro-batches add up to its exact mean.
 inplace:
     write the gradient over the input: no memory for a gradient, and the input is gone. Refused for
-    leaves that require grad.
+    leaves that require grad. Not of ``linear_cross_entropy``.
 grad_scale:
     a hint of the gradient that will come in (GradScaler's scale, for instance), so that 16-bit
     gradients can be formed in the forward pass without underflow. Changes no value.
@@ -19,7 +20,8 @@ loss_dtype:
 
 Inputs are float32, bfloat16, float16 or float64. 16-bit inputs are computed in float32 and rounded
 once. Errors: ValueError for shapes and option values, TypeError for dtypes and tensor types,
-IndexError for a class index out of range; nothing has been written then.
+IndexError for a class index out of range, NotImplementedError for weights, denominators and targets
+that require a gradient which is not computed; nothing has been written then.
 """
 
 import torch
