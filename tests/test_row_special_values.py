@@ -18,9 +18,10 @@ import row_tensors as tensors
 import torch
 import torch.nn.functional as F
 from case import check
+from row_calls import every_case
 from row_case import RowCase, RowSample, Variation
 from row_cases import ROW_CASES
-from test_rows import same_bits
+from row_results import differentiate, same_bits
 from torch import Tensor
 
 import mbkern
@@ -493,29 +494,47 @@ def test_reductions(case: RowCase) -> None:
                     assert same.all(), f"{where}: gradients"
 
 
+@every_case
+def test_odd_rows(case: RowCase, isa: str) -> None:
+    """A row of NaN, infinities or huge numbers changes no bit of another row."""
+    for dtype, columns in itertools.product(DTYPES, (9, 70)):
+        sample = case.sample((8, columns), dtype, seed=1)
+        want = differentiate(case.function, case, sample, "none")
+        for value in (float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 88.0, -88.0):
+            for name in case.inputs:
+                odd = sample.tensors[name].clone()
+                odd[2], odd[5, 3] = value, value
+                got = differentiate(case.function, case, sample.of(**{name: odd}), "none")
+                rest = torch.tensor([0, 1, 3, 4, 6, 7])
+                for g, w in zip(got, want, strict=True):
+                    assert g is not None
+                    assert w is not None
+                    assert same_bits(g[rest], w[rest]), f"{dtype} {value} in {name}"
+
+
+@pytest.mark.parametrize("case", [c for c in ROW_CASES if c.torch], ids=lambda case: case.name)
+def test_special_values(case: RowCase, isa: str) -> None:
+    """NaN and infinite where torch's losses of the same numbers in fp64 are; right elsewhere."""
+    assert case.torch is not None
+    for columns, dtype in itertools.product((5, 70), DTYPES):
+        sample = case.sample((8, columns), dtype, seed=1)
+        for value, name in itertools.product(
+            (float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 88.0, -88.0), case.inputs
+        ):
+            odd = sample.tensors[name].clone()
+            odd[::2, 3] = value
+            odd[1] = value
+            seen = sample.of(**{name: odd})
+            wide = seen.to(torch.float64)
+            for k in (0, 1, 3):  # one by one: a huge row must not hide the others
+                part = wide.part(slice(k, k + 1))
+                loss = case.function(**seen.part(slice(k, k + 1)).tensors, reduction="none")
+                want = case.torch(**part.tensors, reduction="none")
+                size = case.sizes(part, torch.ones(1), "none")[0]
+                check(loss, want, None, f"{case.name} {dtype} {value} in {name}, row {k}", size)
+
+
 # ---- by hand -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [0.0, 1.0, 1e2, 1e4, 1e30])
-def test_distributions_apart(offset: float) -> None:
-    """Of logits that are all larger on one side the divergence is as exact as torch's."""
-    random = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(64, 50, generator=random) for _ in range(2))
-    teacher = teacher + offset if offset < 1e30 else torch.where(teacher > 2, offset, -offset)
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        x, y = (t.to(dtype, copy=True).requires_grad_() for t in (student, teacher))
-        log_p, log_t = x.log_softmax(-1), y.log_softmax(-1)
-        loss = F.kl_div(log_p, log_t, log_target=True, reduction="none").sum(-1)
-        loss.sum().backward()
-        results.append([loss.detach(), x.grad, y.grad])
-    loss, grads = mbkern.loss_and_grad(
-        "kl_div_with_logits", student, teacher, argnums=(0, 1), reduction="none"
-    )
-    for got, want, stock in zip((loss, *grads), *results, strict=True):
-        # Where the teacher has one class only, its gradient is a logarithm of up to 7 less itself.
-        bound = stock if offset < 1e30 else None
-        check(got, want, bound, f"offset {offset}", magnitude=7.0 if bound is None else 1.0)
 
 
 @pytest.mark.xfail(strict=True, reason="differences are fp32 in the gradient: inf * 0 is NaN")
