@@ -9,37 +9,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import row_formulas as formulas
-import row_tensors as tensors
 import torch
 import torch.nn.functional as F
-from case import check
-from row_calls import every_case
+from cases import check
+from row_calls import every_case, through_autograd
 from row_case import RowCase, RowSample, Variation
 from row_cases import ROW_CASES
+from row_exact import SOFTMAXES, Exact, by_autograd, computed, exact, in_torch
 from row_results import differentiate, same_bits
+from row_specials import CASES, COLUMNS, DTYPES, chosen, judged, largest, rows, specials
 from torch import Tensor
 
 import mbkern
 from mbkern import _C
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-COLUMNS = (2, 3, 17, 40, 1100)  # no whole vector, tails, groups of vectors, a long row
-
-CROSS_ENTROPY = RowCase(
-    "cross_entropy", ("input",), formulas.focal, F.cross_entropy, mbkern.nn.CrossEntropyLoss,
-    tensors.logits, (
-        Variation("plain"), Variation("weight", {"weight": tensors.class_weight}),
-        Variation("ignored", {"target": tensors.none_left}),
-    ),
-)  # fmt: skip
-CASES = (CROSS_ENTROPY, *ROW_CASES)
-CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss", "softmax_focal_loss", "info_nce_loss")
 
 
 @pytest.fixture(autouse=True)
@@ -47,245 +35,6 @@ def restored() -> Iterator[None]:
     before = _C.isa()
     yield
     _C.set_isa(before)
-
-
-def computed(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-# ---- the rows ------------------------------------------------------------------------------------
-
-
-def specials(case: RowCase, dtype: torch.dtype, largest: float | None = None) -> Tensor:
-    """With ``largest`` in place of the type's largest number."""
-    info = torch.finfo(dtype)
-    least, most = info.smallest_normal * info.eps, largest or info.max
-    sizes = (0.0, least, info.smallest_normal, 1.0, 100.0, most, math.inf)
-    values = [*(s * v for v in sizes for s in (1, -1)), math.nan]
-    return torch.tensor(values, dtype=torch.float64).to(dtype)
-
-
-def largest(case: RowCase, dtype: torch.dtype) -> float:
-    """What the formula in fp64 does not overflow with: in fp64 it would, on its way."""
-    most = torch.finfo(dtype).max * (2.0**-16 if dtype is torch.float64 else 1)
-    # log p - log t must be a number of the type, also over a temperature
-    return most / 16 if case.name == "kl_div_with_logits" else most
-
-
-def places(case: RowCase, columns: int) -> list[tuple[int, tuple[str, int], tuple[str, int], int]]:
-    """Which elements are special, and the target class: the special ones and another."""
-    few = [0, 1, columns - 1] if columns <= 3 else [columns // 2, columns - 1]
-    elements = list(itertools.product(case.inputs, dict.fromkeys(few)))
-    found = []
-    for a, b in (*itertools.combinations(elements, 2), *zip(elements, elements, strict=True)):
-        classes = sorted({a[1], b[1], 0}) if case.name in CLASSES else [0]
-        found += [(a, b, t) for t in classes]
-    return found
-
-
-def rows(
-    case: RowCase, values: Tensor, columns: int, variation: Variation, step: int = 11
-) -> RowSample:
-    """Every pair of values at every pair of places; of long rows one in ``step``."""
-    dtype = values.dtype
-    pairs = torch.cartesian_prod(torch.arange(len(values)), torch.arange(len(values)))
-    if columns > 40:  # a part of them, another in each dtype
-        pairs = pairs[DTYPES.index(dtype) :: step]
-    where = places(case, columns)
-    count = len(pairs) * len(where)
-    sample = case.sample((count, columns), dtype, variation, seed=columns)
-    rest = sample.tensors
-    for k, (a, b, t) in enumerate(where):
-        piece = slice(k * len(pairs), (k + 1) * len(pairs))
-        for (name, column), which in ((a, 0), (b, 1)):
-            rest[name][piece, column] = values[pairs[:, which]]
-        if case.name in CLASSES:
-            rest["target"][piece] = t
-    if case.name == "cosine_embedding_loss":
-        rest["target"][::2] = -rest["target"][::2].abs()
-    return in_domain(case, sample)
-
-
-def in_domain(case: RowCase, sample: RowSample) -> RowSample:
-    """Without targets that the loss is not for."""
-    kept = torch.ones(len(next(iter(sample.tensors.values()))), dtype=torch.bool)
-    if case.name in ("multilabel_soft_margin_loss", "dice_loss"):
-        shares = case.inputs if case.name == "dice_loss" else ("target",)
-        for x in (sample.tensors[name] for name in shares):
-            kept &= ~((x < 0) | ((x > 1) & x.isfinite())).any(-1)
-    return chosen(sample, kept)
-
-
-def chosen(sample: RowSample, kept: Tensor) -> RowSample:
-    return RowSample({n: t[kept] for n, t in sample.tensors.items()}, sample.options)
-
-
-def judged(case: RowCase, sample: RowSample) -> Tensor:
-    """Which rows have the exact result; of the others it is asked that they are always the same."""
-    given = list(sample.tensors.values())
-    dtype, kept = given[0].dtype, torch.ones(len(given[0]), dtype=torch.bool)
-    sizes = [t.abs().nan_to_num(0, 0, 0).double() for t in given[: len(case.inputs)]]
-    if case.name == "cosine_embedding_loss":  # squares are numbers: beyond, torch has NaN as well
-        for x in sizes:
-            kept &= (x < 1e150).all(-1)
-    if case.name == "triplet_margin_loss":  # see test_triplets_farther_apart_than_numbers
-        for x, y in itertools.combinations(given, 2):
-            infinite = (x.to(computed(dtype)) - y.to(computed(dtype))).isinf()
-            kept &= ~(infinite & x.isfinite() & y.isfinite()).any(-1)
-    return kept
-
-
-# ---- what is right -------------------------------------------------------------------------------
-
-#: Loss and gradients of each item in fp64, and the magnitudes of what they are sums of.
-Exact = tuple[list[Tensor], list[Tensor]]
-
-
-class Softmax:
-    """p of rows of logits in fp64, by the rules of docs/numerics.md.
-
-    A logit more than 80 (fp64: 700) below the largest, or -inf, has p = 0 exactly. A row without a
-    largest finite logit has none: NaN.
-    """
-
-    def __init__(self, x: Tensor, scale: float, dtype: torch.dtype) -> None:
-        top, index = x.max(-1, keepdim=True)
-        self.none = ~top.isfinite().squeeze(-1) | x.isnan().any(-1)
-        self.a = (x - top) * scale
-        limit = 700.0 if dtype is torch.float64 else 80.0
-        self.e = torch.where(self.a < -limit, 0.0, self.a.exp())
-        self.rest = self.e.scatter(-1, index, 0.0).sum(-1, keepdim=True)
-        self.p = self.e / (1 + self.rest)
-        self.log_p = self.a - self.rest.log1p()
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Of ``value`` by p; what has no share does not count, whatever it is."""
-        return self.times(value).sum(-1, keepdim=True)
-
-    def times(self, value: Tensor) -> Tensor:
-        return torch.where(self.p == 0, 0.0, self.p * value)
-
-
-def focal(sample: RowSample, dtype: torch.dtype, name: str) -> Exact:
-    gamma = sample.options.get("gamma", 2.0 if name == "softmax_focal_loss" else 0.0)
-    scale = 1 / sample.options.get("temperature", 1.0)
-    x, target = (t for t in sample.tensors.values())
-    s, t = Softmax(x, scale, dtype), target.unsqueeze(-1)
-    others = s.e.scatter(-1, t, 0.0)
-    q = others.sum(-1, keepdim=True) / (1 + s.rest)
-    # 1 + rest is rounded; the rest itself is what counts where the target is the largest
-    excess = torch.where(s.a.gather(-1, t) == 0, others.sum(-1, keepdim=True), s.rest)
-    minus_log = excess.log1p() - s.a.gather(-1, t)
-    weight = sample.options.get("weight")
-    w = torch.ones_like(q) if weight is None else weight[target].unsqueeze(-1)
-    pull = w * scale * q**gamma
-    if gamma:
-        ratio = torch.where(q == 0, 1.0, minus_log / q)
-        pull = pull * (1 + gamma * s.p.gather(-1, t) * ratio)
-    grad = (others / (1 + s.rest) * pull).scatter(-1, t, -q * pull)
-    loss = w * q**gamma * minus_log
-    return blank(s.none, loss.squeeze(-1), grad), [loss * 0, grad]
-
-
-def blank(none: Tensor, loss: Tensor, *grads: Tensor) -> list[Tensor]:
-    """NaN in items whose distribution there is none of."""
-    nan = math.nan
-    return [loss.masked_fill(none, nan), *(g.masked_fill(none[:, None], nan) for g in grads)]
-
-
-def pair(sample: RowSample, dtype: torch.dtype) -> tuple[Softmax, Softmax, float]:
-    scale = 1 / sample.options.get("temperature", 1.0)
-    student, teacher = (Softmax(sample.tensors[n], scale, dtype) for n in ("student", "teacher"))
-    return student, teacher, scale
-
-
-def kl(sample: RowSample, dtype: torch.dtype, name: str) -> Exact:
-    p, t, scale = pair(sample, dtype)
-    reverse = sample.options.get("direction") == "reverse"
-    if reverse:
-        p, t = t, p
-    u = t.log_p - p.log_p
-    loss = t.mean(u)
-    grads = [scale * (p.p - t.p), scale * t.times(u - loss)]
-    sizes = [scale * (p.p + t.p), scale * t.times(u.abs() + loss + 1)]
-    if reverse:
-        grads, sizes = grads[::-1], sizes[::-1]
-    exact = blank(p.none | t.none, loss.squeeze(-1), *grads)
-    return exact, [t.mean(u.abs() + 1), *sizes]
-
-
-def js(sample: RowSample, dtype: torch.dtype, name: str) -> Exact:
-    p, t, scale = pair(sample, dtype)
-    beta = sample.options.get("beta", 0.5)
-    mixture = (beta * t.p + (1 - beta) * p.p).log()
-    loss, size, grads, sizes = torch.zeros(1), torch.zeros(1), [], []
-    for one, share in ((p, 1 - beta), (t, beta)):
-        u = one.log_p - mixture
-        own = one.mean(u)
-        loss = loss + share * own
-        size = size + share * one.mean(u.abs() + 1)
-        grads.append(share * scale * one.times(u - own))
-        sizes.append(share * scale * one.times(u.abs() + own + 1))
-    return blank(p.none | t.none, loss.squeeze(-1), *grads), [size, *sizes]
-
-
-def tv(sample: RowSample, dtype: torch.dtype, name: str) -> Exact:
-    p, t, scale = pair(sample, dtype)
-    sign = (p.p - t.p).sign()
-    grads = [f * scale / 2 * one.times(sign - one.mean(sign)) for one, f in ((p, 1), (t, -1))]
-    exact = blank(p.none | t.none, (p.p - t.p).abs().sum(-1) / 2, *grads)
-    return exact, [torch.ones(1), scale * p.p, scale * t.p]
-
-
-def entropy(sample: RowSample, dtype: torch.dtype, name: str) -> Exact:
-    scale = 1 / sample.options.get("temperature", 1.0)
-    s = Softmax(sample.tensors["input"], scale, dtype)
-    own = s.mean(-s.a)
-    exact = blank(s.none, (s.rest.log1p() + own).squeeze(-1), -scale * s.times(s.a + own))
-    return exact, [own * 0, scale * s.times(s.a.abs() + own)]
-
-
-def by_autograd(
-    sample: RowSample, case: RowCase, function: Callable[..., Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    wide, leaves = case.leaves(sample.to(dtype))
-    loss = function(**wide.tensors, **wide.options)
-    grads = torch.autograd.grad(loss.sum(), leaves)
-    return [loss.detach().double(), *(g.double() for g in grads)]
-
-
-SOFTMAXES = {
-    "cross_entropy": focal, "softmax_focal_loss": focal, "info_nce_loss": focal,
-    "kl_div_with_logits": kl, "js_div_with_logits": js, "tv_distance_with_logits": tv,
-    "entropy_with_logits": entropy,
-}  # fmt: skip
-
-
-def in_torch(case: RowCase) -> Callable[..., Tensor]:
-    # The slope at a margin differs between versions of torch: see docs/numerics.md
-    if case.torch is None or case.name in ("cosine_embedding_loss", "triplet_margin_loss"):
-        return lambda **given: case.terms(**given)[0]
-    function = case.torch
-    return lambda **given: function(**given, reduction="none")
-
-
-def exact(case: RowCase, sample: RowSample) -> Exact:
-    """By torch's function, or by the formula."""
-    wide = sample.to(torch.float64)
-    dtype = computed(sample.tensors[case.inputs[0]].dtype)
-    if case.name in SOFTMAXES:
-        want, sizes = SOFTMAXES[case.name](wide, dtype, case.name)
-        return want, [s.squeeze(-1) if k == 0 else s for k, s in enumerate(sizes)]
-    want = by_autograd(sample, case, in_torch(case), torch.float64)
-    if case.name == "multilabel_soft_margin_loss":
-        # torch subtracts logarithms of numbers near 1/2, which leaves nothing of a small x
-        weight = wide.options.get("weight", 1.0)
-        want[2] = -wide.tensors["input"] * weight / wide.tensors["input"].shape[-1]
-    if case.size is None:
-        return want, [torch.zeros(())] * len(want)
-    finite = {n: t.nan_to_num(0, 0, 0) if n in case.inputs else t for n, t in wide.tensors.items()}
-    sizes = case.size(**finite, **wide.options)
-    return want, [s.detach().nan_to_num(0, 0, 0) for s in sizes]
 
 
 def agrees(case: RowCase, got: Tensor, want: Tensor, size: Tensor, columns: int) -> Tensor:
@@ -378,7 +127,7 @@ def variations(case: RowCase) -> list[Variation]:
 def test_rows_are_right(case: RowCase) -> None:
     seen = set()
     for variation, dtype, columns in itertools.product(variations(case), DTYPES, COLUMNS):
-        values = specials(case, dtype, largest(case, dtype))
+        values = specials(dtype, largest(case, dtype))
         sample = rows(case, values, columns, variation)
         sample = chosen(sample, judged(case, sample))
         got = direct(case, sample, reduction="none", loss_dtype=computed(dtype))
@@ -396,13 +145,6 @@ def test_rows_are_right(case: RowCase) -> None:
     assert seen == DIFFERENT.get(case.name, set())
 
 
-def through_autograd(case: RowCase, sample: RowSample, reduction: str) -> list[Tensor]:
-    sample, leaves = case.leaves(sample)
-    loss = case.function(**sample.tensors, **sample.options, reduction=reduction)
-    loss.sum().backward()
-    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
 def assert_same(got: list[Tensor], want: list[Tensor], label: str) -> None:
     for k, (g, w) in enumerate(zip(got, want, strict=True)):
         assert same_bits(g, w), f"{label}: result {k}"
@@ -412,7 +154,7 @@ def assert_same(got: list[Tensor], want: list[Tensor], label: str) -> None:
 def test_rows_are_the_same(case: RowCase) -> None:
     """For every instruction set, entry and layout, and with one gradient only."""
     for variation, dtype, columns in itertools.product(variations(case), DTYPES, COLUMNS):
-        sample = rows(case, specials(case, dtype), columns, variation, step=37)
+        sample = rows(case, specials(dtype), columns, variation, step=37)
         label = f"{variation.name} {dtype} {columns} columns"
         want = direct(case, sample, reduction="none")
         first = _C.isa()
@@ -421,13 +163,15 @@ def test_rows_are_the_same(case: RowCase) -> None:
                 _C.set_isa(isa)
                 assert_same(direct(case, sample, reduction="none"), want, f"{label} {isa}")
         _C.set_isa(first)
-        assert_same(through_autograd(case, sample, "none"), want, f"{label}, autograd")
+        assert_same(through_autograd(case, sample, reduction="none"), want, f"{label}, autograd")
         for k, name in enumerate(case.inputs if len(case.inputs) > 1 else ()):
             one = direct(case, sample, reduction="none", argnums=(name,))
             assert_same(one, [want[0], want[1 + k]], f"{label}, {name} alone")
         total = direct(case, sample, reduction="sum")
         assert_same(total[1:], want[1:], f"{label}, sum")
-        assert_same(through_autograd(case, sample, "sum"), total, f"{label}, sum by autograd")
+        assert_same(
+            through_autograd(case, sample, reduction="sum"), total, f"{label}, sum by autograd"
+        )
         turned = {
             n: t.t().contiguous().t() if t.dim() > 1 else t for n, t in sample.tensors.items()
         }
@@ -442,7 +186,7 @@ IGNORING = [c for c in CASES if any("ignored" in v.name for v in c.variations)]
 def test_ignored_rows_are_not_looked_at(case: RowCase, isa: str) -> None:
     """Whatever such a row holds, its loss and gradients are +0."""
     for dtype, columns in itertools.product(DTYPES, COLUMNS):
-        given = rows(case, specials(case, dtype), columns, case.variations[0], step=37)
+        given = rows(case, specials(dtype), columns, case.variations[0], step=37)
         none = torch.full((len(given.tensors[case.inputs[0]]),), -100)
         if "target" in given.tensors:
             sample = given.of(target=none)
@@ -457,7 +201,7 @@ def test_reductions(case: RowCase) -> None:
     """A sum or mean is NaN or infinite where an item is; the gradients of a mean are a share."""
     for dtype, columns in itertools.product(DTYPES, (3, 40)):
         # A share of a slope 1 / x is denormal for the largest x, and has few digits: torch's, too
-        values = specials(case, dtype, min(largest(case, dtype), 1e30))
+        values = specials(dtype, min(largest(case, dtype), 1e30))
         sample = rows(case, values, columns, case.variations[0])
         sample = chosen(sample, judged(case, sample))
         _, (_, *sizes) = exact(case, sample)
@@ -482,7 +226,9 @@ def test_reductions(case: RowCase) -> None:
                 else:
                     assert total == want or (total.isnan() and want.isnan()), where
                 assert_same(
-                    through_autograd(case, part, reduction)[1:], shares, f"{where}, autograd"
+                    through_autograd(case, part, reduction=reduction)[1:],
+                    shares,
+                    f"{where}, autograd",
                 )
                 for share, grad, size in zip(shares, grads, sizes, strict=True):
                     whole = grad[kept].double()
@@ -532,9 +278,6 @@ def test_special_values(case: RowCase, isa: str) -> None:
                 want = case.torch(**part.tensors, reduction="none")
                 size = case.sizes(part, torch.ones(1), "none")[0]
                 check(loss, want, None, f"{case.name} {dtype} {value} in {name}, row {k}", size)
-
-
-# ---- by hand -------------------------------------------------------------------------------------
 
 
 @pytest.mark.xfail(strict=True, reason="differences are fp32 in the gradient: inf * 0 is NaN")
