@@ -1,11 +1,10 @@
 """Two files, case by case: FASTER, SLOWER, SAME or UNDECIDED, by an interval and not by a number.
 
 The ratio of B's time to A's has a 95 % interval: of rounds where A and B took turns (``bench ab``),
-with the differences between processes; of medians else.
-SLOWER: all of it lies above 1 + threshold. FASTER: all of it lies
-below 1 - threshold. SAME: all of it lies between. UNDECIDED: it reaches across one of these ends,
-and more samples are needed. What only one of them has a time for is named as not compared; what B
-has lost fails every rule.
+with the differences between processes; of medians else, without them. SLOWER: all of it lies above
+1 + threshold. FASTER: all of it lies below 1 - threshold. SAME: all of it lies between. UNDECIDED:
+it reaches across one of these ends, or there are too few samples for an interval; more are needed.
+What only one of them has a time for is named as not compared; what B has lost fails every rule.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from mbkern.bench.tables import Table
 
 FASTER, SLOWER, SAME, UNDECIDED = "FASTER", "SLOWER", "SAME", "UNDECIDED"
 NOT_COMPARED = "not compared"
-MACHINE = ("cpu", "cpus", "governor", "huge pages", "gpu", "driver", "torch", "python")
+TOO_FEW = "too few samples"
+MACHINE = ("cpu", "cpus", "isa", "governor", "huge pages", "gpu", "driver", "torch", "python")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Comparison:
 
 def judge(ratio: statistics.Ratio, threshold: float) -> str:
     """The verdict on a ratio."""
+    if not ratio.enough:
+        return UNDECIDED
     if ratio.low > 1 + threshold:
         return SLOWER
     if ratio.high < 1 - threshold:
@@ -92,14 +94,38 @@ def compare(a: Sequence[Row], b: Sequence[Row], threshold: float) -> list[Compar
 
 
 def _timed(before: Row, after: Row, threshold: float) -> Comparison:
-    took_turns = bool(before.pair) and before.pair == after.pair and before.blocks == after.blocks
     ratio = (
-        statistics.in_turns(after.samples_s, before.samples_s, before.blocks)
-        if took_turns
+        _in_turns(before, after)
+        if took_turns(before, after)
         else statistics.unpaired(after.samples_s, before.samples_s)
     )
-    verdict = judge(ratio, threshold) if ratio else NOT_COMPARED
-    return Comparison(before, after, ratio, verdict)
+    if ratio is None:
+        return Comparison(before, after, None, NOT_COMPARED)
+    reason = "" if ratio.enough else TOO_FEW
+    return Comparison(before, after, ratio, judge(ratio, threshold), reason)
+
+
+def took_turns(before: Row, after: Row) -> bool:
+    """Whether both were measured by one ``bench ab``, in as many pairs of processes."""
+    same = len(before.blocks) == len(after.blocks)
+    return bool(before.pair) and before.pair == after.pair and same
+
+
+def _in_turns(before: Row, after: Row) -> statistics.Ratio | None:
+    """Round by round; of a pair of processes those that both have, as Ctrl-C may cut one."""
+    rounds = [min(both) for both in zip(before.blocks, after.blocks, strict=True)]
+    old, new = (_first(row, rounds) for row in (before, after))
+    return statistics.in_turns(new, old, rounds)
+
+
+def _first(row: Row, rounds: Sequence[int]) -> list[float]:
+    """The first samples of each of a row's blocks, as many as ``rounds`` says."""
+    found: list[float] = [] if rounds else row.samples_s
+    start = 0
+    for whole, kept in zip(row.blocks, rounds, strict=True):
+        found += row.samples_s[start : start + kept]
+        start += whole
+    return found
 
 
 def _unmatched(
@@ -143,8 +169,9 @@ def table(found: Sequence[Comparison], threshold: float) -> Table:
     for c in found:
         r, row = c.ratio, c.row
         rows.append([
-            row.suite, row.case, row.dtype, row.direction, str(row.threads), row.allocator,
-            row.provider, *(seconds(s.median_s) if s and s.median_s else "-" for s in (c.a, c.b)),
+            row.suite, row.case, row.dtype, row.direction, str(row.threads),
+            row.allocator + row.unusual, row.provider,
+            *(seconds(s.median_s) if s and s.median_s else "-" for s in (c.a, c.b)),
             f"{r.median:.3f}" if r else "-", f"{r.low:.3f}-{r.high:.3f}" if r else "-",
             str(r.n) if r else "-", f"{c.verdict}: {c.reason}" if c.reason else c.verdict,
         ])  # fmt: skip
@@ -154,17 +181,39 @@ def table(found: Sequence[Comparison], threshold: float) -> Table:
 def differences(
     a: Sequence[Row], b: Sequence[Row], names: Sequence[str] = MACHINE, sides: Sequence[str] = "AB"
 ) -> list[str]:
-    """In what the machines of two files differ."""
-    ours, theirs = ({k: str(v) for k, v in _machine(rows).items()} for rows in (a, b))
+    """In what the machines of two files differ: of the last rows, which are those compared."""
+    ours, theirs = ([r.environment for r in latest(rows).values() if r.environment]
+                    for rows in (a, b))  # fmt: skip
     return [
-        f"{name}: {ours.get(name)} in {sides[0]}, {theirs.get(name)} in {sides[1]}"
+        f"{name}: {_values(ours, name)} in {sides[0]}, {_values(theirs, name)} in {sides[1]}"
         for name in names
-        if ours.get(name) != theirs.get(name)
+        if _values(ours, name) != _values(theirs, name)
     ]
 
 
-def _machine(rows: Sequence[Row]) -> dict[str, object]:
-    return next((r.environment for r in rows if r.environment), {})
+def _values(environments: Sequence[Mapping[str, object]], name: str) -> str:
+    found = {str(environment.get(name)) for environment in environments}
+    return " and ".join(sorted(found)) or "unknown"
+
+
+def doubts(found: Sequence[Comparison]) -> list[str]:
+    """What the intervals leave out, of rows that did not take turns in several processes."""
+    ratios = [(c.a, c.b) for c in found if c.ratio and c.a and c.b]
+    apart = sum(not took_turns(a, b) for a, b in ratios)
+    single = sum(took_turns(a, b) and len(a.blocks) == 1 for a, b in ratios)
+    notes = []
+    if apart:
+        notes.append(
+            f"{apart} of {len(ratios)} did not take turns: their intervals hold neither what "
+            "changes from day to day nor what differs from process to process; bench ab measures "
+            "that"
+        )
+    if single:
+        notes.append(
+            f"{single} of {len(ratios)} took turns in one pair of processes: their intervals do "
+            "not hold what differs from process to process"
+        )
+    return notes
 
 
 def failing(found: Sequence[Comparison], rule: Rule) -> list[Comparison]:

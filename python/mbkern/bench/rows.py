@@ -23,7 +23,7 @@ class Row:
         provider, device, isa, threads, allocator, cache: how.
         status: measured, wrong, skipped or failed; ``reason`` says why there is no number.
         median_s, interval_s, q1_s, q3_s, outliers: of the samples: seconds a call, and the 95 %
-            bootstrap interval of the median.
+            interval of the median (of fewer than six samples: all of them).
         samples_s: raw, in the order of the rounds.
         host_s: on a GPU, the host's median time for a call.
         calls: calls in one sample.
@@ -94,6 +94,12 @@ class Row:
         return (*self.group, self.provider)
 
     @property
+    def unusual(self) -> str:
+        """The device and the state of the caches where these are not the usual, after commas."""
+        device = f", {self.device}" * (self.device != "cpu")
+        return device + f", {self.cache} caches" * (self.cache != "warm")
+
+    @property
     def ranked(self) -> bool:
         """Whether its time may be compared with others."""
         return self.status == MEASURED and bool(self.samples_s)
@@ -135,11 +141,11 @@ def _is_of(value: Any, type_name: str) -> bool:
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a file; what is there stays. A last line that was cut off is ended first."""
     text = "".join(row.to_json() + "\n" for row in rows)
-    with path.open("ab+") as file:
-        if file.tell():
+    if path.is_file() and path.stat().st_size:  # a pipe, as of /dev/stdout, cannot be read
+        with path.open("rb") as file:
             file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                text = "\n" + text
+            text = "\n" * (file.read(1) != b"\n") + text
+    with path.open("ab") as file:
         file.write(text.encode())
 
 
@@ -164,10 +170,13 @@ def load(path: Path) -> tuple[list[Row], list[str]]:
 def latest(rows: Sequence[Row]) -> dict[Key, Row]:
     """Rows by their key, in the order of the file; of one key the last.
 
-    A case that failed as a whole takes the place of what it once was, and the other way round.
+    A case that failed as a whole takes the place of what it once was, and the other way round. What
+    a later run did not measure (``torch.compile`` without ``--compile``) stays as it was.
     """
     found: dict[Key, Row] = {}
     for row in rows:
+        if row.status == SKIPPED and row.key in found and found[row.key].samples_s:
+            continue
         replaced = [row.key, (*row.group, ALL)]
         if row.provider == ALL:
             replaced += [key for key in found if key[:-1] == row.group]
