@@ -159,6 +159,67 @@ def test_a_figure_says_what_it_is_compared_with_and_which_way_is_good() -> None:
     assert drawn["roofline"].note.startswith("Higher is better")
 
 
+def test_devices_and_caches_are_apart() -> None:
+    """A GPU's points lay on the CPU's lines, and its memory was not drawn."""
+    found = [
+        _row("cross_entropy", provider, size, scale * speed * size, axis="classes", bytes=8,
+             peak_bytes=mib << 20, run=f"{device}{cache}", device=device, cache=cache,
+             threads=threads)
+        for device, cache, threads, scale, mib in (
+            ("cpu", "warm", 2, 1.0, 4), ("cpu", "cold", 2, 2.0, 4), ("cuda", "warm", 1, 0.1, 6),
+        )
+        for provider, speed in (("torch", 3e-6), ("mbkern", 1e-6))
+        for size in (1, 8, 64)
+    ]  # fmt: skip
+    drawn = figures.all_of(found)
+    places = ("default allocator, 2 threads", "default allocator, cold caches, 2 threads",
+              "default allocator, cuda, 1 thread")  # fmt: skip
+    for start in ("Speed-up over torch: cross_entropy, ", "Time against size: cross_entropy "):
+        titles = [f.title for f in drawn if f.title.startswith(start)]
+        assert [t.rpartition(start)[2].endswith(p) for t, p in zip(titles, places, strict=True)]
+        lines = [line for f in drawn if f.title.startswith(start) for line in f.lines]
+        assert all(len(line.x) == len(set(line.x)) == 3 for line in lines)
+    memory = [f for f in drawn if f.key.startswith("memory")]
+    assert [f.lines[0].y for f in memory] == [[4.0] * 3, [4.0] * 3, [6.0] * 3]
+    (table,) = (t for t in tables_of(found) if t.title == "cross_entropy")
+    shown = [row[4] for row in table.rows if row[0]]
+    assert sorted(set(shown)) == ["default", "default, cold caches", "default, cuda"]
+
+
+def test_series_of_several_threads_and_caches_are_told_apart() -> None:
+    """Two rows of a table, and two lines of a picture, had one name."""
+    found = [
+        _row(suite, "mbkern", size, 1e-6 * size, threads=threads, cache=cache, run=cache,
+             extra={"series": "loss over rows"})
+        for suite in ("minibatch", "scaling")
+        for cache in ("warm", "cold")
+        for threads in (1, 2)
+        for size in (4, 8, 64)
+    ]  # fmt: skip
+    drawn = figures.all_of(found)
+    assert len({f.title for f in drawn}) == len(drawn) == 8
+    assert all(len(f.lines) == 1 for f in drawn)
+    minibatch, scaling = (t for t in tables_of(found) if t.title[0] in "TG")
+    for table in (minibatch, scaling):
+        assert len({tuple(row[:4]) for row in table.rows}) == 4
+        assert [row[table.head.index(" threads")] for row in table.rows] == ["1", "2", "1", "2"]
+    assert {row[4] for row in minibatch.rows} == {"-"}, "none is at 1 sample"
+
+
+def test_suites_and_providers_may_be_called_anything(tmp_path: Path) -> None:
+    """A suite's name was a path, and a dot in a provider's ended in a traceback."""
+    found = [
+        _row(suite, provider, 8, 1e-6, peak_bytes=4 << 20, bytes=8)
+        for suite in ("../up/s", "..?up?s", "s")
+        for provider in ("torch", "a · b")
+    ]
+    append(tmp_path / "rows.jsonl", found)
+    written, _ = report([tmp_path / "rows.jsonl"], tmp_path / "here", "t")
+    assert len(set(written)) == len(written) == 2 + 2 * len(figures.all_of(found))
+    assert {path.parent for path in written} == {tmp_path / "here"}
+    assert all(path.exists() for path in written)
+
+
 def test_titles_have_no_lonely_last_word() -> None:
     title = "Speed-up over the baseline: cross_entropy, default allocator, 2 threads"
     lines = pictures._even_lines(title)
@@ -235,14 +296,16 @@ def test_a_report_on_two_machines_says_so_and_lists_both(tmp_path: Path) -> None
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     rows = _of_two_runs()
     for path, run in zip(paths, ("first", "second"), strict=True):
-        append(path, [row for row in rows if row.run == run])
+        skipped = _row("cross_entropy", "Liger", 1, 1.0, status="skipped", environment={})
+        skipped.samples_s = []
+        append(path, [*(row for row in rows if row.run == run), skipped])
     report(paths, tmp_path, "t", with_pictures=False)
     for text in ((tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()):
         assert "WARNING: these rows are of 2 machines or versions" in text
         assert "torch: 2.1 in machine 1, 2.2 in machine 2" in text
         assert "commit: a in machine 1, b in machine 2" in text
         assert "cpu: X in" not in text
-        assert "4 rows were measured again later" in text
+        assert "4 rows were measured again later" in text, "and what was skipped twice was not"
         assert "Machine 1 of 2" in text
         assert "Machine 2 of 2" in text
     append(tmp_path / "one.jsonl", _of_two_runs(torch="2.1", commit="a"))

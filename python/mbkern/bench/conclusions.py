@@ -13,14 +13,23 @@ from mbkern.bench.tables import Table
 
 @dataclass(frozen=True)
 class Series:
-    """Rows of one provider that differ in size only, smallest first."""
+    """Rows of one provider that differ in size only, smallest first.
+
+    ``threads`` is empty where they are what the rows differ in.
+    """
 
     name: str
     provider: str
     allocator: str
     threads: str
     device: str
+    cache: str
     rows: list[Row]
+
+    @property
+    def state(self) -> str:
+        """The allocator's, with the device and the caches where these are not the usual."""
+        return self.allocator + self.rows[0].unusual
 
     @property
     def sizes(self) -> list[float]:
@@ -40,11 +49,11 @@ class Series:
 
 def series(rows: Sequence[Row], suite: str) -> list[Series]:
     """The series of a suite, each of one run: of several the last."""
-    found: dict[tuple[str, str, str, str, str], list[Row]] = {}
+    found: dict[tuple[str, str, str, str, str, str], list[Row]] = {}
     for row in rows:
         if row.suite == suite and row.ranked and "series" in row.extra:
             threads = "" if row.axis == "threads" else str(row.threads)
-            key = (row.extra["series"], row.provider, row.allocator, threads, row.device)
+            key = (row.extra["series"], row.provider, row.allocator, threads, row.device, row.cache)
             members = found.setdefault(key, [])
             if members and members[-1].run != row.run:
                 members.clear()
@@ -68,26 +77,28 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _minibatch(found: Sequence[Series]) -> Table:
     head = ["evaluation", "provider", "allocator", " threads", " at 1 sample", " best, a sample",
-            " knee at", " bits that cuts change", " loss error, cut"]  # fmt: skip
+            " knee at", " results that cuts change", " loss error, cut"]  # fmt: skip
     cells = []
     for s in found:
         cut = [r.extra for r in s.rows if "bits_different" in r.extra]
         bits = f"{max(c['bits_different'] for c in cut)}" if cut else ""
         error = f"{max(c['loss_error'] for c in cut):.1e}" if cut else ""
         cells.append([
-            s.name, s.provider, s.allocator, s.threads, seconds(s.per_sample[0]),
+            s.name, s.provider, s.state, s.threads,
+            seconds(s.per_sample[0]) if s.sizes[0] == 1 else "-",
             seconds(min(s.per_sample)), f"{s.knee:.0f}", bits, error,
         ])  # fmt: skip
     return Table("Time a sample against the micro-batch", head, cells)
 
 
 def _scaling(found: Sequence[Series]) -> Table:
-    head = ["growth", "provider", "allocator", " log-log slope", " 95 % interval", " expected"]
+    head = ["growth", "provider", "allocator", " threads", " log-log slope", " 95 % interval",
+            " expected"]  # fmt: skip
     cells = []
     for s in found:
         growth = statistics.growth(s.sizes, [r.samples_s for r in s.rows])
         expected = "-1" if s.rows[0].axis == "threads" else "1"
         slope = f"{growth.slope:.2f}" if growth else "too few sizes"
         interval = f"{growth.low:.2f} to {growth.high:.2f}" if growth else ""
-        cells.append([s.name, s.provider, s.allocator, slope, interval, expected])
+        cells.append([s.name, s.provider, s.state, s.threads, slope, interval, expected])
     return Table("Growth of time with size", head, cells)

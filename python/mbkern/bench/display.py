@@ -25,7 +25,8 @@ LEGEND = (
     "vs. baseline: how many times faster, by samples taken in turn, with the interval",
     "bandwidth: bytes a second that must move, as a share of those of a bare pass over the memory",
     "error: the largest against fp64, over the largest exact value; peak MiB: above the inputs",
-    "allocator: default gives large results fresh pages at each call, recycled used ones",
+    "allocator: default gives large results fresh pages at each call, recycled used ones; cold "
+    "caches are swept before each run",
     "provider: autograd ends in loss.backward(); in place writes the gradient over the logits; "
     "limits are the machine's",
 )
@@ -37,7 +38,8 @@ def suite_table(suite: str, rows: Sequence[Row]) -> Table:
     for group in grouped([row for row in rows if row.status != SKIPPED]).values():
         base = next((r for r in group if r.provider == r.baseline and r.ranked), None)
         for k, row in enumerate(group):
-            place = [row.case, row.dtype, row.direction, str(row.threads), row.allocator]
+            place = [row.case, row.dtype, row.direction, str(row.threads),
+                     row.allocator + row.unusual]  # fmt: skip
             cells.append([*(place if k == 0 else [""] * 5), *_cells(row, base)])
     return Table(suite, HEAD, cells)
 
@@ -66,7 +68,8 @@ def _cells(row: Row, base: Row | None) -> list[str]:
     if row.status == WRONG:
         standing = "WRONG"
     elif ratio is not None:
-        standing = f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
+        standing = f"{ratio.median:.2f}x"
+        standing += f" ({ratio.low:.2f}-{ratio.high:.2f})" * (ratio.n > 1)
     spread = ((row.q3_s or 0) - (row.q1_s or 0)) / row.median_s if row.median_s else 0.0
     notes = [row.reason] if row.reason else []
     notes += ["noisy"] if spread > statistics.NOISY else []
@@ -119,6 +122,12 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         found.append(
             f"{len(spread)} of {len(timed)} rows have quartiles more than "
             f"{statistics.NOISY:.0%} of the median apart."
+        )
+    few = sum(len(r.samples_s) < statistics.FEW for r in timed)
+    if few:
+        found.append(
+            f"{few} of {len(timed)} rows have fewer than {statistics.FEW} samples: their intervals "
+            "are the whole range, and hold the median less often than 95 %."
         )
     kept = {r.case for r in timed if r.allocator == "recycled" and (r.faults or 0) > 100}
     if kept:

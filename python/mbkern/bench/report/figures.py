@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,10 @@ from mbkern.bench.rows import Row, grouped
 
 @dataclass
 class Line:
-    """Points of one provider; ``x`` may be labels. ``low`` and ``high`` are ends of intervals."""
+    """Points of one provider; ``x`` may be labels. ``low`` and ``high`` are ends of intervals.
+
+    ``name`` may say more than the provider, which is what it starts as.
+    """
 
     name: str
     x: list[float] | list[str]
@@ -25,6 +29,10 @@ class Line:
     mark: float | None = None  # an x that is pointed out
     colour: str = ""
     dotted: bool = False
+    provider: str = ""
+
+    def __post_init__(self) -> None:
+        self.provider = self.provider or self.name
 
 
 @dataclass
@@ -75,14 +83,25 @@ def all_of(rows: Sequence[Row]) -> list[Figure]:
         figures += [*_speedups(suite, mine), *_sizes(suite, mine), *_roofline(suite, mine),
                     *_memory(suite, mine)]  # fmt: skip
     chosen = colours((r.provider, r.limit) for r in rows)
+    taken: set[str] = set()
     for figure in figures:
+        figure.key = _file_name(figure.key, taken)
         for line in (*figure.lines, *(line for panel in figure.panels for line in panel.lines)):
-            line.colour = chosen[line.name.split(" · ")[0], line.limit]
+            line.colour = chosen[line.provider, line.limit]
     return figures
 
 
+def _file_name(key: str, taken: set[str]) -> str:
+    """The key as a file's name that no other figure has: a suite may be called anything."""
+    name = re.sub(r"[^\w.-]+", "_", key)
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
 def _place(row: Row) -> str:
-    return f"{row.allocator} allocator, {_threads(str(row.threads))}"
+    return f"{row.allocator} allocator{row.unusual}, {_threads(str(row.threads))}"
 
 
 def _threads(count: str) -> str:
@@ -97,7 +116,7 @@ def _minibatch(rows: Sequence[Row]) -> list[Figure]:
     found: dict[str, list[conclusions.Series]] = {}
     for s in conclusions.series(rows, "minibatch"):
         loss = s.name.rpartition(" ")[0]
-        title = f"{loss}, {s.device}, {s.allocator} allocator, {_threads(s.threads)}"
+        title = f"{loss}, {_state(s)}, {_threads(s.threads)}"
         found.setdefault(title, []).append(s)
     return [
         Figure(
@@ -109,9 +128,14 @@ def _minibatch(rows: Sequence[Row]) -> list[Figure]:
     ]  # fmt: skip
 
 
+def _state(s: conclusions.Series) -> str:
+    return f"{s.allocator} allocator{s.rows[0].unusual}"
+
+
 def _time_a_sample(s: conclusions.Series) -> Line:
     what = s.name.rpartition(" ")[2]
-    line = _line_over_size(f"{s.provider} · {what}", s.rows, lambda row: row.size)
+    line = _line_over_size(s.provider, s.rows, lambda row: row.size)
+    line.name += f" · {what}"
     line.mark, line.dotted = s.knee, what == "function"
     return line
 
@@ -158,17 +182,18 @@ def _line_over_size(
 
 
 def _scaling(rows: Sequence[Row]) -> list[Figure]:
-    found: dict[tuple[str, str, str, str], list[Line]] = {}
+    found: dict[tuple[str, str], list[Line]] = {}
     for s in conclusions.series(rows, "scaling"):
         line = _line_over_size(s.provider, s.rows)
         growth = statistics.growth(s.sizes, [r.samples_s for r in s.rows])
         if growth:
             line.name += f" · slope {growth.slope:.2f}"
-        found.setdefault((s.name, s.rows[0].axis, s.device, s.allocator), []).append(line)
+        title = f"Growth: {s.name}, {_state(s)}" + f", {_threads(s.threads)}" * bool(s.threads)
+        found.setdefault((title, s.rows[0].axis), []).append(line)
     return [
-        Figure(f"scaling-{k}", f"Growth: {title}, {device}, {state} allocator",
-               axis, "time [s]", lines, note="Expected is a slope of 1, of -1 for threads.")
-        for k, ((title, axis, device, state), lines) in enumerate(found.items())
+        Figure(f"scaling-{k}", title, axis, "time [s]", lines,
+               note="Expected is a slope of 1, of -1 for threads.")
+        for k, ((title, axis), lines) in enumerate(found.items())
     ]  # fmt: skip
 
 
@@ -275,19 +300,25 @@ def _roofline(suite: str, rows: Sequence[Row]) -> list[Figure]:
 
 
 def _memory(suite: str, rows: Sequence[Row]) -> list[Figure]:
-    lines: dict[str, Line] = {}
-    measured = [r for r in rows if r.peak_bytes is not None and r.direction == "both"]
-    threads = max((r.threads for r in measured), default=0)
-    for row in measured:
-        if row.threads == threads and row.allocator == "default":
-            line = lines.setdefault(row.provider, Line(row.provider, [], []))
-            line.limit = row.limit
-            line.x = [*map(str, line.x), _label(row)]
-            line.y.append((row.peak_bytes or 0) / 2**20)
-    if not lines:
-        return []
-    return [
-        Figure(f"memory-{suite}", f"Peak memory above the inputs: {suite}", "MiB", "",
-               list(lines.values()), "bars",
-               note="Of one call, with the default allocator. Without a bar nothing was taken.")
-    ]  # fmt: skip
+    """Of each device apart, at its largest number of threads."""
+    places: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.peak_bytes is not None and row.direction == "both" and row.allocator == "default":
+            places.setdefault(row.unusual, []).append(row)
+    figures = []
+    for k, (where, measured) in enumerate(places.items()):
+        threads = max(row.threads for row in measured)
+        lines: dict[str, Line] = {}
+        for row in measured:
+            if row.threads == threads:
+                line = lines.setdefault(row.provider, Line(row.provider, [], []))
+                line.limit = row.limit
+                line.x = [*map(str, line.x), _label(row)]
+                line.y.append((row.peak_bytes or 0) / 2**20)
+        figures.append(
+            Figure(f"memory-{suite}" + f"-{k}" * bool(k),
+                   f"Peak memory above the inputs: {suite}{where}", "MiB", "",
+                   list(lines.values()), "bars",
+                   note="Of one call, with the default allocator. Without a bar nothing was taken.")
+        )  # fmt: skip
+    return figures

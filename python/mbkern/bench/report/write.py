@@ -71,13 +71,15 @@ def report(
         found += loaded
         warnings += broken
     every, found = found, list(rows.latest(found).values())
+    shown = set(map(id, found))
+    replaced = sum(bool(row.samples_s) and id(row) not in shown for row in every)
     machines = _machines(found)
     if not machines:
         broken_lines = f"; {warnings[0]}" if warnings else ""
         raise ValueError(f"no row in these files has been measured{broken_lines}")
     folder.mkdir(parents=True, exist_ok=True)
     notes = [
-        *_of_several(machines, len(every) - len(found)),
+        *_of_several(machines, replaced),
         *warnings,
         *display.warnings(found),
         *conclusions.notes(found),
