@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mbkern.bench import compare, machine
+from mbkern.bench.arguments import check_output, count
 from mbkern.bench.display import Progress
 
 RESULT = Path(__file__).with_name("results") / "ab_check.json"
@@ -98,10 +99,11 @@ def run(a: str, b: str, folder: Path) -> Verdicts:
 def main(argv: Sequence[str]) -> int:
     """All runs, A-A and planted in turns."""
     parser = argparse.ArgumentParser(prog="bench/ab_check.py", description=__doc__)
-    parser.add_argument("--times", type=int, default=20, help="runs of each kind (default 20)")
+    parser.add_argument("--times", type=count, default=20, help="runs of each kind (default 20)")
     parser.add_argument("--share", type=float, default=0.10, help="planted slowdown (default 0.10)")
     parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE")
     args = parser.parse_args(argv)
+    check_output(args.output, parser)
     same: list[Verdicts] = []
     planted: list[Verdicts] = []
     progress = Progress(2 * args.times)

@@ -284,16 +284,24 @@ def _judge(goal: Goal, group: Group) -> Verdict:
         above, below = group.entry(goal.numerator), group.entry(goal.denominator)
         if above is None or below is None or not (above.samples and below.samples):
             return Verdict(goal, group, "-", None)
+        if not (above.ranked and below.ranked):
+            return _unranked(goal, group)
         value = summarise(above.samples).median - summarise(below.samples).median
         return Verdict(goal, group, f"{value:+.2f} {goal.difference}", value <= goal.bound)
     ratio = paired_ratio(group, goal.numerator, goal.denominator)
     if ratio is None:
-        entries = [group.entry(name) for name in (goal.numerator, goal.denominator)]
-        wrong = [e.name for e in entries if e is not None and not e.correct]
-        if wrong:
-            return Verdict(goal, group, f"{wrong[0]} is wrong", False)
-        return Verdict(goal, group, "-", None)
+        return _unranked(goal, group)
     passed = ratio.median >= goal.bound if goal.at_least else ratio.median <= goal.bound
     measured = f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
     close = ratio.low <= goal.bound <= ratio.high
     return Verdict(goal, group, measured, passed, close, f"{ratio.of_minima:.2f}x")
+
+
+def _unranked(goal: Goal, group: Group) -> Verdict:
+    """Of an entry that was not measured, is wrong, or has raised."""
+    for name in (goal.numerator, goal.denominator):
+        entry = group.entry(name)
+        if entry is not None and not entry.ranked:
+            what = "has failed" if entry.correct else "is wrong"
+            return Verdict(goal, group, f"{entry.name} {what}", False)
+    return Verdict(goal, group, "-", None)

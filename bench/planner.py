@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import mbkern
 from mbkern import _plan_memory
 from mbkern.bench import machine
+from mbkern.bench.arguments import check_output, count, seconds
 from mbkern.bench.results import Entry
 from mbkern.bench.timing import Effort, Way, interleave
 
@@ -176,8 +177,10 @@ def child(*words: str) -> Any:
 def main() -> None:
     """Measure all models, print a line each, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of exhaustive search, a model")
+    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument(
+        "--seconds", type=seconds, default=40.0, help="of exhaustive search, a model"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
@@ -188,6 +191,7 @@ def main() -> None:
     if args.model:
         print(json.dumps(search(args.model, args.threads, args.seconds)))
         return
+    check_output(args.output, parser)
     threads = ("--threads", str(args.threads))
     found: dict[str, Any] = {"machine": machine.describe(), "threads": args.threads, "models": {}}
     for name in MODELS:

@@ -45,6 +45,8 @@ def _standing(group: Group, entry: Entry) -> str:
     """How many times faster (or smaller) than the baseline."""
     if not entry.correct:
         return "WRONG"
+    if entry.failed:
+        return "FAILED"
     if entry.name == group.baseline:
         return "baseline"
     ratio = paired_ratio(group, group.baseline, entry.name)
@@ -108,6 +110,9 @@ def warnings(document: dict[str, Any], groups: Sequence[Group]) -> list[str]:
     wrong = [f"{e.name} at {g.case}" for g in groups for e in g.entries if not e.correct]
     if wrong:
         found.append(f"Wrong results, not ranked: {'; '.join(wrong)}.")
+    raised = [f"{e.name} at {g.case}" for g in groups for e in g.entries if e.failed]
+    if raised:
+        found.append(f"Failed, not ranked: {'; '.join(raised)}.")
     found += document["failures"]
     return found
 

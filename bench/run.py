@@ -25,6 +25,7 @@ from suite_settings import COMPILE, LONG_ROWS, Settings
 
 from mbkern.bench import machine, tables
 from mbkern.bench.allocator import environment
+from mbkern.bench.arguments import check_output, count, counts
 from mbkern.bench.results import Group
 
 SUITES = (
@@ -41,20 +42,13 @@ SUITES = (
 )
 
 
-def _threads(text: str) -> tuple[int, ...]:
-    counts = tuple(int(part) for part in text.split(","))
-    if not counts or min(counts) < 1:
-        raise ValueError
-    return counts
-
-
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__)
     add = parser.add_argument
     add("--suite", action="append", choices=SUITES, help="which suite; repeatable (default: all)")
     add("--quick", action="store_true", help="fewer cases and rounds: does it work? not: how fast?")
-    add("--repeats", type=int, help="rounds of each measurement, instead of a time")
-    add("--threads", type=_threads, default=(1, 2), help="thread counts, as in 1,2 (default)")
+    add("--repeats", type=count, help="rounds of each measurement, instead of a time")
+    add("--threads", type=counts, default=(1, 2), help="thread counts, as in 1,2 (default)")
     add(
         "--compile",
         choices=COMPILE,
@@ -63,7 +57,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--json", type=Path, metavar="PATH", help="write all raw samples")
     add("--markdown", type=Path, metavar="PATH", help="write the tables")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for path in (args.json, args.markdown):
+        check_output(path, parser)
+    return args
 
 
 def _run_child(suite: str, settings: Settings) -> dict[str, Any]:
@@ -110,7 +107,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Group]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print, write; the status is 1 if a suite failed or a result is wrong, else 0.
+    """Measure, print, write; the status is 1 if a suite or a way failed or is wrong, else 0.
 
     A goal that is missed does not fail the run: whether the machine was quiet is for the reader.
     """
@@ -141,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     if args.markdown:
         args.markdown.write_text(as_markdown(document, (goals, facts, *details), cautions))
-    return int(bool(document["failures"]) or any(not e.correct for g in groups for e in g.entries))
+    return int(bool(document["failures"]) or any(not e.ranked for g in groups for e in g.entries))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 
 import mbkern
 from mbkern.bench import machine, rows
+from mbkern.bench.arguments import check_output, count
 from mbkern.bench.formulas import CROSS_ENTROPY, FORMULAS, ROUGH_IN_BF16, Formula, tensors
 from mbkern.bench.problem import TOLERANCE, Case, Plan, Problem, dtype_of
 from mbkern.bench.statistics import summarise
@@ -156,8 +157,9 @@ def main(argv: Sequence[str]) -> int:
     """Measure, print from the widest to the narrowest, write."""
     parser = argparse.ArgumentParser(prog="bench/spread.py", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE")
-    parser.add_argument("--passes", type=int, default=PASSES, metavar="N")
+    parser.add_argument("--passes", type=count, default=PASSES, metavar="N")
     args = parser.parse_args(argv)
+    check_output(args.output, parser)
     spreads = quietest([measure() for _ in range(args.passes)])
     in_order = sorted(spreads, key=lambda case: -spreads[case].row)
     print("    row  control")

@@ -18,6 +18,7 @@ import mbkern
 from mbkern.bench.allocator import RECYCLED
 from mbkern.bench.results import Entry, Group
 from mbkern.bench.timing import Way, interleave
+from suites.problem import worse
 
 STATES = (RECYCLED,)
 SUITE = "accumulate"
@@ -128,8 +129,9 @@ def _flush(sizes: list[int], dtype: torch.dtype, threads: int, settings: Setting
     for name, way in ((TORCH, separately), (MBKERN, fused)):
         restore()
         way()
-        pairs = zip(grads, exact, strict=True)
-        errors[name] = max(float((g - e).abs().max()) for g, e in pairs) / largest
+        errors[name] = 0.0
+        for g, e in zip(grads, exact, strict=True):
+            errors[name] = worse(errors[name], float((g - e).abs().max()) / largest)
     del exact
     unit = torch.finfo(dtype).eps
     ways = [Way(TORCH, separately, restore), Way(MBKERN, fused)]

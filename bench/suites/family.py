@@ -8,8 +8,8 @@ the mean of a block of calls: what is measured there is the host's time.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from mbkern.bench.allocator import DEFAULT, RECYCLED
 from mbkern.bench.formulas import ELEMENTS as FORMULAS_OF_ELEMENTS
 from mbkern.bench.formulas import ROUGH_IN_BF16, Formula, tensors
 from mbkern.bench.formulas import ROWS as FORMULAS_OF_ROWS
-from mbkern.bench.results import Entry, Group
-from mbkern.bench.timing import Way, interleave
-from suites.problem import TOLERANCE
+from mbkern.bench.results import Group
+from mbkern.bench.timing import Effort, Way, interleave
+from suites.problem import TOLERANCE, worse
 
 STATES = (DEFAULT, RECYCLED)
 ELEMENTS, ROWS = "elements", "rows"
@@ -47,11 +47,20 @@ def _gradient(function: Function, x: Tensor, others: list[Tensor]) -> tuple[Tens
     return loss.detach(), grad
 
 
-def _error(result: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
-    return max(
-        float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-300))
-        for a, b in zip(result, exact, strict=True)
-    )
+def _error(result: tuple[Tensor, Any], exact: tuple[Tensor, Tensor]) -> float:
+    worst = 0.0
+    for a, b in zip(result, exact, strict=True):
+        worst = worse(worst, float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-300)))
+    return worst
+
+
+def _exact(loss: Formula, x: Tensor, others: list[Tensor]) -> tuple[Tensor, Tensor]:
+    wide = [t.detach().double() if t.is_floating_point() else t for t in (x, *others)]
+    return _gradient(loss.torch, wide[0].requires_grad_(), wide[1:])
+
+
+def _in_place(loss: Formula, x: Tensor, others: list[Tensor]) -> tuple[Tensor, Any]:
+    return mbkern.loss_and_grad(loss.name, x, *others, grad_out=x, **dict(loss.options))
 
 
 def _large(
@@ -61,28 +70,23 @@ def _large(
     pristine, *others = tensors(loss, shape, dtype)
     x, plain = pristine.clone().requires_grad_(), pristine.clone()
     few = slice(0, 1 << 16) if len(shape) == 1 else slice(0, 64)
-    wide = [t[few].double() if t.is_floating_point() else t[few] for t in (pristine, *others)]
-    exact = _gradient(loss.torch, wide[0].requires_grad_(), wide[1:])
-
-    def check(function: Function) -> float:
-        part = pristine[few].clone().requires_grad_()
-        return _error(_gradient(function, part, [t[few] for t in others]), exact)
-
-    options = dict(loss.options)
+    part = pristine[few].clone().requires_grad_()
+    part_of_others = [t[few] for t in others]
+    exact = _exact(loss, part, part_of_others)
+    ways = {TORCH: loss.torch, AUTOGRAD: loss.ours}
     runs: dict[str, Callable[[], Any]] = {
-        TORCH: lambda: _gradient(loss.torch, x, others),
-        AUTOGRAD: lambda: _gradient(loss.ours, x, others),
-        IN_PLACE: lambda: mbkern.loss_and_grad(
-            loss.name, plain, *others, grad_out=plain, **options
-        ),
+        name: partial(_gradient, function, x, others) for name, function in ways.items()
     }
-    errors = {TORCH: check(loss.torch), AUTOGRAD: check(loss.ours)}
-    errors[IN_PLACE] = errors[AUTOGRAD]  # the same bits: tests/test_inplace.py
+    errors = {
+        name: _error(_gradient(function, part, part_of_others), exact)
+        for name, function in ways.items()
+    }
+    runs[IN_PLACE] = lambda: _in_place(loss, plain, others)
+    errors[IN_PLACE] = _error(_in_place(loss, part.detach(), part_of_others), exact)
     if loss.name in _COMPILED and dtype is torch.float32 and settings.compile != NONE:
         torch._dynamo.reset()
-        compiled = torch.compile(loss.torch, dynamic=False)
-        runs[COMPILED] = lambda: _gradient(compiled, x, others)
-        errors[COMPILED] = errors[TORCH]
+        runs[COMPILED] = partial(_gradient, torch.compile(loss.torch, dynamic=False), x, others)
+        errors[COMPILED] = _error(runs[COMPILED](), _exact(loss, x, others))  # for this shape only
     if others and others[0].shape == plain.shape:
         three = len(others) > 1 and others[1].shape == plain.shape
         runs[LIMIT] = lambda: plain.addcmul_(*others[:2]) if three else plain.add_(others[0])
@@ -91,8 +95,8 @@ def _large(
     def restore() -> None:
         plain.copy_(pristine)
 
-    ways = [Way(name, run, restore) for name, run in runs.items()]
-    entries = interleave(ways, settings.effort(1.5, least=5))
+    timed = [Way(name, run, restore) for name, run in runs.items()]
+    entries = interleave(timed, settings.effort(1.5, least=5))
     for entry in entries:
         entry.error = errors[entry.name]
         entry.correct = entry.error <= TOLERANCE[dtype] * 4
@@ -105,16 +109,22 @@ def _large(
 def _small(loss: Formula, settings: Settings) -> Group:
     pristine, *others = tensors(loss, (SMALL,), torch.float32)
     x = pristine.clone().requires_grad_()
-    entries = [Entry(TORCH), Entry(AUTOGRAD)]
-    rounds = settings.repeats or 15
-    for index in range(rounds + 2):
-        for entry, function in zip(entries, (loss.torch, loss.ours), strict=True):
-            begin = time.perf_counter()
+    exact = _exact(loss, x, others)
+    functions = {TORCH: loss.torch, AUTOGRAD: loss.ours}
+
+    def block(function: Function) -> Callable[[], None]:
+        def run() -> None:
             for _ in range(CALLS):
                 _gradient(function, x, others)
-            elapsed = (time.perf_counter() - begin) / CALLS
-            if index >= 2:
-                entry.samples.append(elapsed * 1e6)
+
+        return run
+
+    ways = [Way(name, block(function), calls=CALLS) for name, function in functions.items()]
+    effort = Effort(0.0, 0.1, repeats=settings.repeats or 15)
+    entries = interleave(ways, effort, unit=1e-3)
+    for entry in entries:
+        entry.error = _error(_gradient(functions[entry.name], x, others), exact)
+        entry.correct = entry.error <= TOLERANCE[torch.float32] * 4
     return Group(
         "host-family", f"{loss.name} 2^12", 1, settings.allocator, "us", TORCH, entries, SMALL
     )

@@ -112,15 +112,9 @@ def _on_avx2(way: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def _time(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -> Group:
-    p = Problem(shape, dtype)
-    small = slice(0, 32)
-    exact = _unfused(wide := p.x.detach()[small].double().requires_grad_(),
-                     p.w.detach().double(), p.target[small])  # fmt: skip
-    (wanted,) = torch.autograd.grad(exact, wide)
-    runs: dict[str, Callable[[], Tensor]] = {
-        THREE: lambda: p.products(1),
-        FOUR: lambda: p.products(2),
+def _ways(p: Problem, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """Every way to a head's gradients, by name."""
+    ways: dict[str, Callable[[], Tensor]] = {
         FORWARD: lambda: p.through(M.linear_cross_entropy, grad_scale=1.0),
         BACKWARD: lambda: p.through(M.linear_cross_entropy, accumulate_into=p.buffer),
         IMPERATIVE: lambda: p.imperative(),
@@ -131,31 +125,30 @@ def _time(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -
         UNFUSED: lambda: p.through(_unfused),
     }
     if "avx2" in _C.isas():
-        runs[AVX2] = _on_avx2(runs[SPLIT_IMPERATIVE])
+        ways[AVX2] = _on_avx2(ways[SPLIT_IMPERATIVE])
         if dtype == torch.float32:
-            runs[AVX2_FAST] = _on_avx2(runs[IMPERATIVE])
-            runs[AVX2_BACKWARD] = _on_avx2(runs[SPLIT_BACKWARD])
-            runs[AVX2_BACKWARD_FAST] = _on_avx2(runs[BACKWARD])
+            ways[AVX2_FAST] = _on_avx2(ways[IMPERATIVE])
+            ways[AVX2_BACKWARD] = _on_avx2(ways[SPLIT_BACKWARD])
+            ways[AVX2_BACKWARD_FAST] = _on_avx2(ways[BACKWARD])
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        runs[CHUNKED] = lambda: p.through(_chunked)
+        ways[CHUNKED] = lambda: p.through(_chunked)
+    return ways
+
+
+def _time(shape: tuple[int, int, int], dtype: torch.dtype, settings: Settings) -> Group:
+    p = Problem(shape, dtype)
+    small = slice(0, 32)
     few = Problem.__new__(Problem)
     few.__dict__ = {**p.__dict__, "x": p.x.detach()[small].clone().requires_grad_(),
                     "target": p.target[small]}  # fmt: skip
-    errors = {
-        name: _error(way, wanted)
-        for name, way in {
-            FORWARD: lambda: few.through(M.linear_cross_entropy, grad_scale=1.0),
-            IMPERATIVE: lambda: few.imperative(),
-            SPLIT_IMPERATIVE: lambda: few.imperative(split_invariant=True),
-            UNFUSED: lambda: few.through(_unfused),
-        }.items()
-    }
-    errors[BACKWARD], errors[SPLIT_BACKWARD] = errors[IMPERATIVE], errors[SPLIT_IMPERATIVE]
-    errors[AVX2], errors[CHUNKED] = errors[SPLIT_IMPERATIVE], errors[UNFUSED]
-    errors[AVX2_FAST] = errors[AVX2_BACKWARD_FAST] = errors[IMPERATIVE]
-    errors[AVX2_BACKWARD] = errors[SPLIT_IMPERATIVE]
+    exact = _unfused(wide := few.x.detach().double().requires_grad_(),
+                     p.w.detach().double(), few.target)  # fmt: skip
+    (wanted,) = torch.autograd.grad(exact, wide)
+    errors = {name: _error(way, wanted) for name, way in _ways(few, dtype).items()}
+    limits = {THREE: lambda: p.products(1), FOUR: lambda: p.products(2)}
     entries = interleave(
-        [Way(name, run) for name, run in runs.items()], settings.effort(20.0, least=3)
+        [Way(name, run) for name, run in {**limits, **_ways(p, dtype)}.items()],
+        settings.effort(20.0, least=3),
     )
     for entry in entries:
         entry.error = errors.get(entry.name)

@@ -18,6 +18,7 @@ import mbkern
 from mbkern.bench.allocator import DEFAULT
 from mbkern.bench.results import Entry, Group
 from mbkern.bench.timing import Way, interleave
+from suites.problem import worse
 
 STATES = (DEFAULT,)
 SUITE = "host"
@@ -81,9 +82,9 @@ def run(settings: Settings) -> list[Group]:
             x.grad = None
             value = loss(x, t)
             value.backward()
-            errors[way] = max(_error(value, exact_loss), _error(x.grad, exact.grad))
+            errors[way] = worse(_error(value, exact_loss), _error(x.grad, exact.grad))
         value, grad = mbkern.loss_and_grad(name, x.detach(), t)
-        errors[DIRECT] = max(_error(value, exact_loss), _error(grad, exact.grad))
+        errors[DIRECT] = worse(_error(value, exact_loss), _error(grad, exact.grad))
 
         for threads in settings.threads:
             torch.set_num_threads(threads)

@@ -32,6 +32,11 @@ class Entry:
     failed: bool = False
     host: list[float] = field(default_factory=list)
 
+    @property
+    def ranked(self) -> bool:
+        """Whether its samples may be compared with others."""
+        return self.correct and not self.failed
+
     def fail(self, failure: BaseException) -> None:
         """Keep what was raised, in one line."""
         lines = str(failure).strip().splitlines() or [""]
@@ -74,8 +79,8 @@ class Group:
 
 
 def paired_ratio(group: Group, numerator: str, denominator: str) -> Ratio | None:
-    """Ratio of two entries, round by round; None if one is absent, skipped or wrong."""
+    """Ratio of two entries, round by round; None if one is absent, skipped, wrong or has raised."""
     above, below = group.entry(numerator), group.entry(denominator)
-    if above is None or below is None or not (above.correct and below.correct):
+    if above is None or below is None or not (above.ranked and below.ranked):
         return None
     return paired(above.samples, below.samples)
