@@ -14,11 +14,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mbkern.bench import display, measure
+from mbkern.bench import display, machine, measure
 from mbkern.bench.problem import Plan
-from mbkern.bench.rows import MEASURED, Key, Row
+from mbkern.bench.rows import MEASURED, SKIPPED, Key, Row
 from mbkern.bench.run import Recorder, died
-from mbkern.bench.session import Died, Session
+from mbkern.bench.session import FOLDER, Died, Session
 
 PROCESSES = 5
 
@@ -74,12 +74,15 @@ class _Turns:
         self.sessions: list[Session] = []
         self.rows: tuple[dict[_Case, dict[Key, Row]], ...] = ({}, {})
         self.settled: set[_Case] = set()
+        self._pairs = 0
+        self._load = machine.OtherLoad()
 
     def start(self) -> None:
         """New processes."""
         self.end()
+        self._pairs += 1
         for python in self._pythons:
-            self.sessions.append(Session(self.plan, python))
+            self.sessions.append(Session(self.plan, python, FOLDER))
 
     def end(self) -> None:
         """Let the processes go."""
@@ -105,6 +108,7 @@ class _Turns:
         Raises KeyboardInterrupt after Ctrl-C, with what was measured kept.
         """
         sides = [k for k, session in enumerate(self.sessions) if case in session.cases]
+        self._load = machine.OtherLoad([session.pid for session in self.sessions])
         if len(sides) < 2 or not self._in_turns(case):
             self.settled.add(case)
             for side in sides:
@@ -153,25 +157,38 @@ class _Turns:
 
     def _close(self, side: int, case: _Case) -> None:
         session, rows = self.sessions[side], self.rows[side].setdefault(case, {})
-        for row in session.rows(session.ask("close")):
+        closed, load = session.rows(session.ask("close")), self._load.cpus()
+        for row in closed:
             if row.limit:
                 continue
+            row.bandwidth_share = None  # of one process, and of a limit that is not kept
             known = rows.setdefault(row.key, row)
             known.blocks.append(len(row.samples_s))
+            _note_load(known, load)
             if known is not row:
                 known.samples_s += row.samples_s
-                if row.status != MEASURED:
+                # What Ctrl-C came before the first sample of has those of earlier processes.
+                if row.status != MEASURED and not (row.status == SKIPPED and known.samples_s):
                     known.status, known.reason = row.status, row.reason
 
     def _rounds(self) -> None:
         plan, effort = self.plan, self.plan.effort
         least = -(-(effort.repeats or effort.least) // self._processes)
         _rounds(self.sessions, plan.warm_up / self._processes, 1, effort.most, False)
+        # Whoever is first pays for it; an odd round has no other to make up for that.
+        sessions = self.sessions if self._pairs % 2 else self.sessions[::-1]
         if effort.repeats:
-            _rounds(self.sessions, 0.0, least, least, True)
+            _rounds(sessions, 0.0, least, least, True)
         else:
             seconds = 2 * effort.seconds / self._processes
-            _rounds(self.sessions, seconds, least, effort.most, True)
+            _rounds(sessions, seconds, least, effort.most, True)
+
+
+def _note_load(row: Row, cpus: float | None) -> None:
+    """The most that others took, of all processes; to a worker its twin is one of the others."""
+    name = "cpus taken by others"
+    before = row.environment.get(name) if len(row.blocks) > 1 else None
+    row.environment[name] = max(filter(None, (before, cpus)), default=cpus)
 
 
 def _rounds(

@@ -7,99 +7,71 @@ command line was not understood, or something is not installed; 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import secrets
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mbkern._cli import INTERRUPTED
 from mbkern.bench import tables
 from mbkern.bench.allocator import DEFAULT, RECYCLED
+from mbkern.bench.arguments import check_output, count, counts, names, seconds, some_of
 from mbkern.bench.models import MODELS
 from mbkern.bench.problem import Plan
+
+if TYPE_CHECKING:
+    from mbkern.bench.compare import Rule
+    from mbkern.bench.rows import Row
 
 SHORT = ("cross_entropy", "pointwise", "rows", "linear_cross_entropy", "accumulate", "flush",
          "overhead")  # fmt: skip
 MISSING = "mbkern bench: {what} needs {module}, which is not installed: pip install 'mbkern[bench]'"
 
 
-def _threads(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
-
-
-def _count(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0")
-    return value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _some_of(*known: str) -> Callable[[str], tuple[str, ...]]:
-    """Reads names, and says which there are where one is unknown."""
-
-    def read(text: str) -> tuple[str, ...]:
-        for name in (names := _names(text)):
-            if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"unknown name {name!r}; there are {', '.join(known)}"
-                )
-        return names
-
-    return read
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def _add_plan(parser: argparse.ArgumentParser, states: str = "both") -> None:
+    """Options of what is measured; ``states``: of the allocator, what is said of the default."""
     from mbkern.bench.suites import SUITES
 
     add = parser.add_argument
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}, or all")
     add("--short", action="store_true", help="few and small cases: five minutes on two cores")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    add("--threads", type=_threads, metavar="N,...",
-        help="numbers of threads, as in 1,2 (default: 1 and all; short: all)")  # fmt: skip
+    add("--threads", type=counts, metavar="N,...",
+        help="numbers of threads of a CPU, as in 1,2 (default: 1 and all; short: all)")  # fmt: skip
     add(
         "--allocators",
-        type=_some_of(DEFAULT, RECYCLED),
+        type=some_of(DEFAULT, RECYCLED),
         metavar="STATE,...",
-        help="of default,recycled: large results in fresh pages, or in used ones (default: both; "
-        "a GPU has one state)",
+        help="of default,recycled: large results in fresh pages, or in used ones "
+        f"(default: {states}; a GPU has one state)",
     )
-    add("--seconds", type=_seconds, help="measuring time of a case (default 1; short 0.3)")
-    add("--repeats", type=_count, help="samples of each provider, instead of a time")
-    add("--compile", action="store_true", help="torch.compile, too; it compiles for 10 s a case")
+    add("--seconds", type=seconds, help="measuring time of a case (default 1; short 0.3)")
+    add("--repeats", type=count, help="samples of each provider, instead of a time")
+    add("--compile", action="store_true",
+        help="torch.compile, too, in cross_entropy, pointwise and rows; it compiles for 10 s a "
+        "case")  # fmt: skip
     add("--cache", choices=("warm", "cold"), default="warm", help="cold: swept before each run")
     add(
         "--providers",
-        type=_names,
+        type=names,
         default=(),
         metavar="NAME,...",
         help="only those whose names contain one of these",
     )
-    add("--model", choices=tuple(MODELS), default="", help="only this model's sizes")
+    add("--model", choices=tuple(MODELS), default="",
+        help="only this model's sizes, in suites that have sizes of models")  # fmt: skip
     add(
         "--loss",
         default="cross_entropy",
         help="of the suites minibatch and scaling (default %(default)s)",
     )
     directions = ("both", "forward", "backward")
-    add("--directions", type=_some_of(*directions), default=(), metavar="PASS,...",
+    add("--directions", type=some_of(*directions), default=(), metavar="PASS,...",
         help=f"of {','.join(directions)} (default: all)")  # fmt: skip
     add("--suite-file", type=Path, metavar="FILE", help="Python with SUITES of your own, by name")
 
@@ -111,18 +83,21 @@ def _plan(
     from mbkern.bench.suites import SUITES
 
     cpus = len(os.sched_getaffinity(0))
-    suites = tuple(args.suites) or tuple(default)
-    if "all" in suites:
-        suites = tuple(SUITES)
+    asked = args.suites or default
+    suites = tuple(
+        dict.fromkeys(s for name in asked for s in (SUITES if name == "all" else [name]))
+    )
     _check(args, suites, parser)
     threads = args.threads or ((cpus,) if args.short else tuple(sorted({1, cpus})))
     if args.device == "cuda":
+        if args.threads:
+            print("warning: --threads is not used: a GPU has none to choose", file=sys.stderr)
         threads = (1,)
     elif max(threads) > cpus:
         print(f"warning: {max(threads)} threads share {cpus} CPUs", file=sys.stderr)
-    seconds = args.seconds or (0.3 if args.short else 1.0)
+    time = args.seconds or (0.3 if args.short else 1.0)
     return Plan(
-        suites, args.device, "default", threads, args.short, seconds, min(0.3, seconds / 4),
+        suites, args.device, DEFAULT, threads, args.short, time, min(0.3, time / 4),
         5 if args.short else 7, args.repeats, args.compile, args.cache, args.providers, args.model,
         args.loss, args.directions, str(args.suite_file.resolve()) if args.suite_file else "",
     )  # fmt: skip
@@ -148,15 +123,6 @@ def _check(
         parser.error("--device cuda: torch sees no GPU here")
 
 
-def _check_output(path: Path | None, parser: argparse.ArgumentParser) -> None:
-    """Before anything is measured, not after."""
-    try:
-        if path is not None:
-            path.open("ab").close()
-    except OSError as error:
-        parser.error(f"cannot write {path}: {error.strerror}")
-
-
 def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mbkern bench",
@@ -168,7 +134,7 @@ def _run(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="append rows as JSON lines")
     args = parser.parse_args(argv)
     plan = _plan(args, SHORT, parser)
-    _check_output(args.output, parser)
+    check_output(args.output, parser)
     from mbkern.bench import run
 
     if not tables.HAS_RICH:
@@ -176,7 +142,7 @@ def _run(argv: Sequence[str]) -> int:
     recorder = run.Recorder(args.output)
     run.run(plan, args.allocators or run.states(plan), recorder)
     run.show(recorder.rows, shlex.join(["python", "-m", "mbkern", "bench", *argv]))
-    return run.status(recorder)
+    return run.status(recorder, plan.only)
 
 
 def _has_cuda() -> bool:
@@ -194,25 +160,39 @@ def _compare(argv: Sequence[str]) -> int:
     parser.add_argument("a", type=Path, metavar="A.jsonl")
     parser.add_argument("b", type=Path, metavar="B.jsonl")
     parser.add_argument(
-        "--fail-if", metavar="slower:5%", default="",
+        "--fail-if", metavar="slower:5%",
         help="the status is 1 if a case is that: B slower than A by more than 5 %%",
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        rule = compare.Rule.parse(args.fail_if) if args.fail_if else compare.Rule()
+        rule = _rule(args.fail_if)
         (a, b), warnings = compare.read((args.a, args.b))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     warnings += compare.differences(a, b)
-    return _judge(a, b, rule if args.fail_if else None, rule.threshold, warnings)
+    return _judge((a, b), rule, warnings)
 
 
-def _judge(a: list, b: list, rule: object, threshold: float, warnings: Sequence[str]) -> int:  # type: ignore[type-arg]
-    from mbkern.bench import compare
+def _rule(text: str | None) -> Rule | None:
+    """None where nothing is to fail; ValueError where it is not understood."""
+    from mbkern.bench.compare import Rule
 
-    found = compare.compare(a, b, threshold)
+    return None if text is None else Rule.parse(text)
+
+
+def _judge(sides: tuple[list[Row], list[Row]], rule: Rule | None, warnings: Sequence[str]) -> int:
+    from mbkern.bench import compare, display
+    from mbkern.bench.rows import latest
+
+    threshold = (rule or compare.Rule()).threshold
+    found = compare.compare(*sides, threshold)
     tables.show(compare.table(found, threshold))
-    for text in warnings:
+    of_sides = [
+        f"{side}: {text}"
+        for side, rows in zip("AB", sides, strict=True)
+        for text in display.warnings(list(latest(rows).values()))
+    ]
+    for text in (*warnings, *compare.doubts(found), *of_sides):
         print(f"warning: {text}")
     counts = {v: sum(c.verdict == v for c in found) for v in
               (compare.FASTER, compare.SLOWER, compare.SAME, compare.UNDECIDED,
@@ -224,11 +204,11 @@ def _judge(a: list, b: list, rule: object, threshold: float, warnings: Sequence[
     if not any(c.ratio for c in found):
         print("nothing to compare: the files have no case and provider in common")
         return 1
-    return int(isinstance(rule, compare.Rule) and bool(compare.failing(found, rule)))
+    return int(rule is not None and bool(compare.failing(found, rule)))
 
 
 def _ab(argv: Sequence[str]) -> int:
-    from mbkern.bench import ab, compare, run, session
+    from mbkern.bench import ab, run, session
 
     parser = argparse.ArgumentParser(prog="python -m mbkern bench ab", description=ab.__doc__)
     parser.add_argument("--a", required=True, metavar="PYTHON", help="with the one build of mbkern")
@@ -239,34 +219,43 @@ def _ab(argv: Sequence[str]) -> int:
             help=f"append the rows of {side.upper()} there (default %(default)s)",
         )  # fmt: skip
     parser.add_argument(
-        "--processes", type=_count, default=ab.PROCESSES,
+        "--processes", type=count, default=ab.PROCESSES,
         help="of each build, in turn (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--fail-if", metavar="slower:5%", default="",
+        "--fail-if", metavar="slower:5%",
         help="the status is 1 if a case is that: B slower than A by more than 5 %%",
     )  # fmt: skip
-    _add_plan(parser)
+    _add_plan(parser, states=DEFAULT)
     args = parser.parse_args(argv)
     plan = _plan(args, ("cross_entropy", "overhead"), parser)
+    if args.output_a.resolve() == args.output_b.resolve():
+        parser.error(f"the rows of A and B would lie in one file, {args.output_a}")
+    pythons = [session.located(python) for python in (args.a, args.b)]
     try:
-        rule = compare.Rule.parse(args.fail_if) if args.fail_if else compare.Rule()
-        for name, python in (("A", args.a), ("B", args.b)):
-            print(f"{name}: {session.interpreter(python)}", file=sys.stderr)
+        rule = _rule(args.fail_if)
+        folders = [session.interpreter(python) for python in pythons]
     except (ValueError, RuntimeError) as error:
         parser.error(str(error).removeprefix("mbkern bench: "))
+    for name, folder in zip("AB", folders, strict=True):
+        print(f"{name}: {folder}", file=sys.stderr)
+    if folders[0] == folders[1]:
+        print("warning: A and B are one build", file=sys.stderr)
     for path in (args.output_a, args.output_b):
-        _check_output(path, parser)
+        check_output(path, parser)
     pair = secrets.token_hex(6)
     recorders = [run.Recorder(path, pair) for path in (args.output_a, args.output_b)]
     try:
-        ab.run(plan, (args.a, args.b), recorders, args.processes)
+        for state in args.allocators or (DEFAULT,):
+            if not recorders[0].interrupted:
+                ab.run(replace(plan, allocator=state), pythons, recorders, args.processes)
     except RuntimeError as error:
         print(f"mbkern bench ab: {error}", file=sys.stderr)
         return 1
-    a, b = (recorder.rows for recorder in recorders)
-    status = _judge(a, b, rule if args.fail_if else None, rule.threshold, ())
-    return INTERRUPTED if recorders[0].interrupted else status
+    status = _judge((recorders[0].rows, recorders[1].rows), rule, ())
+    if recorders[0].interrupted:
+        return INTERRUPTED
+    return status or int(any(recorder.unwritten for recorder in recorders))
 
 
 def _report(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,15 @@ def load_average() -> float:
 
 
 class OtherLoad:
-    """CPUs that others (or the hypervisor) took, on average, since this object was made."""
+    """CPUs that others (or the hypervisor) took, on average, since this object was made.
 
-    def __init__(self) -> None:
-        self._time, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+    ``processes`` are no others: workers of this one that still run.
+    """
+
+    def __init__(self, processes: Sequence[int] = ()) -> None:
+        self._processes = processes
+        self._time, self._busy = time.monotonic(), _busy_seconds()
+        self._own = _own_seconds(processes)
 
     def cpus(self) -> float | None:
         """None where the kernel does not tell."""
@@ -128,7 +134,7 @@ class OtherLoad:
         if busy is None or self._busy is None:
             return None
         elapsed = max(time.monotonic() - self._time, 0.1)
-        others = (busy - self._busy) - (_own_seconds() - self._own)
+        others = (busy - self._busy) - (_own_seconds(self._processes) - self._own)
         return round(max(others, 0.0) / elapsed, 3)
 
 
@@ -142,8 +148,18 @@ def _busy_seconds() -> float | None:
     return float(user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
-def _own_seconds() -> float:
-    return sum(
+def _own_seconds(processes: Sequence[int] = ()) -> float:
+    return sum(map(_seconds_of, processes)) + sum(
         usage.ru_utime + usage.ru_stime
         for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
+
+
+def _seconds_of(process: int) -> float:
+    """Of a process that runs, with its own children; 0 where the kernel does not tell."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0.0
+    user, system, *children = map(int, text.rpartition(")")[2].split()[11:15])
+    return float(user + system + sum(children)) / os.sysconf("SC_CLK_TCK")

@@ -65,6 +65,8 @@ def run(plan: Plan, allocators: Sequence[str], recorder: Recorder) -> None:
         here = dataclasses.replace(plan, allocator=allocator)
         try:
             _in_state(here, recorder)
+        except BrokenPipeError:  # whoever read what is said on the way has gone
+            raise
         except (RuntimeError, OSError) as failure:
             recorder.skip(", ".join(plan.suites), str(failure), here, FAILED)
         except KeyboardInterrupt:
@@ -128,13 +130,20 @@ def show(rows: Sequence[Row], command: str) -> None:
         print(f"warning: {text}")
 
 
-def status(recorder: Recorder) -> int:
-    """0: all is well; 1: something was wrong or failed; 130: Ctrl-C."""
+def status(recorder: Recorder, only: Sequence[str] = ()) -> int:
+    """0: all is well; 1: something was wrong or failed, or nothing was measured; 130: Ctrl-C.
+
+    ``only``: what the names of providers had to contain. Limits are measured in any case.
+    """
     if recorder.interrupted:
         print("interrupted: what was measured is shown", file=sys.stderr)
         return INTERRUPTED
     bad = any(row.status in (WRONG, FAILED) for row in recorder.rows)
-    if not any(row.samples_s for row in recorder.rows):
+    timed = [row.provider for row in recorder.rows if row.samples_s]
+    for part in only:
+        if not any(part in row.provider for row in recorder.rows):
+            print(f"warning: no provider's name contains {part!r}", file=sys.stderr)
+    if not any(part in name for part in only or ("",) for name in timed):
         why = "all failed" if bad else "no case is left by what was asked for"
         print(f"nothing was measured: {why}", file=sys.stderr)
         return 1

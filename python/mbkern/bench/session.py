@@ -17,6 +17,7 @@ from mbkern.bench.problem import Plan
 from mbkern.bench.rows import Row
 
 PATIENCE = 10.0  # seconds that an interrupted worker has to hand over what it measured
+FOLDER = os.sep  # where builds are compared: nothing lies there that could be imported
 
 
 class Died(RuntimeError):
@@ -35,11 +36,12 @@ class Session:
         died: whether a call has raised Died.
     """
 
-    def __init__(self, plan: Plan, python: str = sys.executable) -> None:
+    def __init__(self, plan: Plan, python: str = sys.executable, folder: str | None = None) -> None:
+        """``folder``: that it starts in; what can be imported there hides what is installed."""
         self.interrupted = self.died = False
         self._process = subprocess.Popen(
             [python, "-m", "mbkern.bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=environment(plan.allocator), start_new_session=True,
+            env=environment(plan.allocator), start_new_session=True, cwd=folder,
         )  # fmt: skip
         self._started = False
         try:
@@ -124,14 +126,22 @@ class Session:
             self._process.stdout.close()
 
 
+def located(python: str) -> str:
+    """An interpreter's path from anywhere; a bare name is looked for where the shell does."""
+    return str(Path(python).absolute()) if os.sep in python else python  # a venv's is a link
+
+
 def interpreter(python: str) -> str:
-    """A Python with mbkern.bench, checked; RuntimeError says what is missing."""
+    """The folder of a Python's mbkern.bench, checked; RuntimeError says what is missing.
+
+    Started in FOLDER, as its workers are.
+    """
     command = [python, "-c", "import torch, mbkern.bench.worker, mbkern; print(mbkern.__file__)"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=os.sep, timeout=300
+            command, capture_output=True, text=True, check=False, cwd=FOLDER, timeout=300
         )
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"mbkern bench: cannot run {python}: {error}") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -7,6 +7,7 @@ of the allocator is that of a process, and chosen by its environment; so is the 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -35,21 +36,28 @@ class Worker:
         self._todo: list[tuple[Case, int]] = []
         self._group: measure.Group | None = None
         self._cpus = os.sched_getaffinity(0)
+        self._busy = False
+
+    def interrupt(self, *_: object) -> None:
+        """End the command at hand; one that was just answered is no longer to be ended."""
+        if self._busy:
+            raise KeyboardInterrupt
 
     def serve(self, commands: Iterator[str]) -> None:
         """Until the input ends."""
         for line in commands:
             command = json.loads(line)
             try:
-                self._answer(getattr(self, command["do"])(**command.get("with", {})))
+                self._busy = True
+                answer = json.dumps(getattr(self, command["do"])(**command.get("with", {})))
+                self._busy = False
             except KeyboardInterrupt:
-                self._answer({"interrupted": True})
+                self._busy, answer = False, json.dumps({"interrupted": True})
             except Exception as failure:  # the parent says what it was; the next command may work
-                self._answer({"failed": f"{type(failure).__name__}: {failure}"})
-
-    def _answer(self, answer: Answer) -> None:
-        self._answers.write(json.dumps(answer) + "\n")
-        self._answers.flush()
+                said = f"{type(failure).__name__}: {failure}"
+                self._busy, answer = False, json.dumps({"failed": said})
+            self._answers.write(answer + "\n")
+            self._answers.flush()
 
     def plan(self, plan: str) -> Answer:
         """Take the command line's choices; answer with what there is to measure."""
@@ -101,6 +109,8 @@ class Worker:
             self._group = measure.Group(case, self._plan, threads)
         except Exception as failure:
             return {"rows": [self._failed(case, threads, failure).to_json()]}
+        gc.collect()
+        gc.disable()  # until it is closed: as where all ways are timed in one process
         return {"ways": [w.name for w in self._group.ways]}
 
     def round(self, record: bool = True) -> Answer:
@@ -123,6 +133,7 @@ class Worker:
         """The rows of the open case."""
         assert self._group is not None, "no case is open"
         group, self._group = self._group, None
+        gc.enable()
         return {"rows": [r.to_json() for r in group.finish()]}
 
 
@@ -130,8 +141,9 @@ def main() -> None:
     """Serve until the input ends; the parent's end ends it too."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    Worker(answers).serve(iter(sys.stdin.readline, ""))
+    worker = Worker(answers)
+    signal.signal(signal.SIGINT, worker.interrupt)
+    worker.serve(iter(sys.stdin.readline, ""))
 
 
 if __name__ == "__main__":
