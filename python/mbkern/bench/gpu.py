@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import Any
 
@@ -30,12 +31,24 @@ def parse_query(line: str) -> dict[str, str]:
 def sensors() -> dict[str, str]:
     """Driver, clocks, power and temperature now; empty where nvidia-smi does not answer."""
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY.values())}"]
-    command += ["--format=csv,noheader,nounits", f"--id={torch.cuda.current_device()}"]
+    command += ["--format=csv,noheader,nounits"]
+    return next(filter(None, (_ask([*command, f"--id={name}"]) for name in _names())), {})
+
+
+def _ask(command: list[str]) -> dict[str, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
         return parse_query(done.stdout.splitlines()[0])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return {}
+
+
+def _names() -> list[str]:
+    """What nvidia-smi may call the current GPU. It counts all there are, torch what it is shown."""
+    index = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    names = [] if uuid is None else [f"GPU-{str(uuid).removeprefix('GPU-')}"]
+    return names if "CUDA_VISIBLE_DEVICES" in os.environ and names else [*names, str(index)]
 
 
 # Bits of "throttled" that slow kernels down: power cap, slowdowns by heat and power brake.

@@ -183,7 +183,7 @@ def loss_problem(
         torch._dynamo.reset()
         functions[COMPILED] = torch.compile(formula.torch, dynamic=False)
     elif direction == "both":
-        p.skipped[COMPILED] = "see --compile"
+        p.skipped[COMPILED] = "see --compile" if compiled else "is not measured in this suite"
     functions[AUTOGRAD] = formula.ours
     if formula is CROSS_ENTROPY and len(shape) == 2:
         there, absent = peers.found(peers.LOSSES, plan.device)

@@ -32,6 +32,11 @@ class Group:
         self.problem: Problem = case.build(plan)
         self.ways: list[Way] = []
         self.rows: dict[str, Row] = {}
+        self._sweep: torch.Tensor | None = None
+        names = [*(way.name for way in self.problem.ways), *self.problem.skipped]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two ways have the name {twice!r}, and would share their samples")
         for way in self.problem.ways:
             if plan.wants(way.name):
                 self._admit(way)
@@ -59,7 +64,7 @@ class Group:
             way.prepare()
             result = way.run()
             if way.check is not None:
-                row.error_vs_fp64 = way.check(result)
+                row.error_vs_fp64 = float(way.check(result))
             del result
             if self.plan.allocator == "default" and not way.limit and way.calls == 1:
                 way.prepare()
@@ -77,7 +82,10 @@ class Group:
 
     def _swept(self, way: Way) -> Way:
         """The same with cold caches: three times the last level is read between runs."""
-        block = torch.ones(3 * machine.last_level_cache() // 4, device=self.plan.device)
+        if self._sweep is None:
+            floats = 3 * machine.last_level_cache() // 4
+            self._sweep = torch.ones(floats, device=self.plan.device)
+        block = self._sweep
 
         def prepare() -> None:
             way.prepare()
@@ -124,7 +132,7 @@ class Group:
             elif row.status == MEASURED:
                 row.status, row.reason = SKIPPED, "interrupted before its first sample"
         _shares(rows)
-        self.ways, self.problem = [], Problem([])
+        self.ways, self.problem, self._sweep = [], Problem([]), None
         return rows
 
 

@@ -48,6 +48,8 @@ def of(plan: Plan) -> tuple[list[Case], dict[str, str]]:
             made = suites[name](plan)
             found = list(made) if isinstance(made, Iterable) else [made]
         except LookupError as unavailable:
+            if type(unavailable) is not LookupError:  # a KeyError is a mistake, and no reason
+                raise
             reasons[name] = str(unavailable.args[0])
             continue
         if not all(isinstance(case, Case) for case in found):
