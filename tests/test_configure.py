@@ -53,6 +53,18 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
         [], {"CUDAFLAGS": "-use_fast_math"},
         "mbkern: found -use_fast_math in the compiler flags; remove it",
     ),
+    "fast-math of a configuration": (
+        ["-DCMAKE_CXX_FLAGS_RELEASE=-O3 -ffast-math"], {},
+        "mbkern: found -ffast-math in the compiler flags; remove it",
+    ),
+    "fast-math that nvcc adds by itself": (
+        [], {"NVCC_APPEND_FLAGS": "-use_fast_math"},
+        "mbkern: found -use_fast_math in the compiler flags; remove it",
+    ),
+    "a part of fast-math": (
+        [], {"CXXFLAGS": "-ffinite-math-only"},
+        "mbkern: found -ffinite-math-only in the compiler flags; remove it",
+    ),
     "processor": (
         ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64"], {},
         "mbkern: found Linux riscv64, ",

@@ -442,6 +442,15 @@ def test_a_build_without_cuda_says_so() -> None:
         _C.cuda_take_target_errors()
 
 
+@pytest.mark.skipif(
+    not _C.cuda_built() or _C.cuda_is_shim() or torch.cuda.is_available(),
+    reason="a build for CUDA under a torch without a GPU",
+)
+def test_a_torch_without_a_gpu_is_said() -> None:
+    with pytest.raises(NotImplementedError, match="this torch sees no GPU"):
+        mbkern.take_target_errors()
+
+
 def test_the_device_is_chosen(device: torch.device) -> None:
     _C.cuda_use_device(0)
     with pytest.raises(RuntimeError, match="mbkern: choosing a device: "):

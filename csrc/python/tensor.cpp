@@ -219,6 +219,14 @@ bool is_tensor(PyObject* object) {
   return !PyFloat_CheckExact(object) && PyObject_TypeCheck(object, torch.types[0]);
 }
 
+bool are_alike(const py::handle& first, const py::handle& second) {
+  if (!torch.table) return false;
+  int device = kNoDevice;
+  const auto no = Tensor::Negated::no;  // the kernel asks
+  const Tensor a(first.ptr(), device, no), b(second.ptr(), device, no);
+  return a.kind == Tensor::Kind::floating && b.is(a.dtype) && b.same_shape(a);
+}
+
 bool Tensor::spans(const void* address) const {
   if (kind != Kind::floating || !address || !numel()) return false;
   std::int64_t last = 0;

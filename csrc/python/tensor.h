@@ -84,6 +84,11 @@ class Tensor {
 // Whether an object is a torch tensor, of whatever type.
 bool is_tensor(PyObject* object);
 
+// Whether two objects are tensors of one floating dtype, of one shape and on one device, and of a
+// kind that pointers are taken of. False where torch has no table: the attributes would cost more
+// than what is saved by asking.
+bool are_alike(const pybind11::handle& first, const pybind11::handle& second);
+
 // Strides of (batch, the other dimensions as one, class dimension) of a tensor that is (C), (N, C)
 // or (N, C, d1, ...) with a class dimension, else (), (N) or (N, d1, ...). False if the others do
 // not merge.

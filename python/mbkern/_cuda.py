@@ -93,6 +93,10 @@ def take_target_errors(device: torch.device | str | int | None = None) -> Target
         return TargetErrors(*_C.cuda_take_target_errors())
     if device is not None and torch.device(device).type != "cuda":
         raise ValueError(f"mbkern: device must be a CUDA device, not {device}; the CPU raises")
+    if not torch.cuda.is_available():
+        raise NotImplementedError(
+            "mbkern: there are no class indices on CUDA: this torch sees no GPU"
+        )
     with torch.cuda.device(device):  # None: the current one
         _C.cuda_use_device(_current_device())
         return TargetErrors(*_C.cuda_take_target_errors())

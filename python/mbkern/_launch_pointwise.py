@@ -42,8 +42,6 @@ class PointwiseCall(TensorCall):
         # A look at all probabilities costs a pass, so the loss says whether it is needed; but not
         # where the kernel writes over what is the caller's.
         domain, first = self.loss.domain, grads[0]
-        if domain is None:
-            return
         try:
             in_place = first is not None and first.data_ptr() == self.inputs[0].data_ptr()
             if domain != "probabilities" or overwrites or in_place:

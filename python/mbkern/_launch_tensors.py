@@ -127,10 +127,10 @@ class TensorCall:
         raise NotImplementedError
 
     def _before(self, grads: Grads, overwrites: bool) -> None:
-        """Refuse values, before anything is written."""
+        """Refuse values outside the loss's domain, before anything is written."""
 
     def _after(self, result: Tensor | None) -> None:
-        """Refuse values of which the result tells."""
+        """Refuse values outside the loss's domain, of which the result tells."""
 
     def run(
         self,
@@ -165,7 +165,7 @@ class TensorCall:
                 loss = new_scalar(loss_dtype)
             else:
                 loss = input.new_empty((), dtype=loss_dtype)
-            if workspace is None:
+            if workspace is None and self.loss.domain is not None:
                 self._before(grads, overwrites)
         denominator: float | Tensor | None = divisor
         if divisor is not None:
@@ -188,7 +188,7 @@ class TensorCall:
             done = self._retry(kernel, fields, rest, (losses, *grads))
         if workspace is not None:
             done = workspace[0]
-        if want_loss and workspace is None:
+        if want_loss and workspace is None and self.loss.domain is not None:
             self._after(loss if losses is None else losses)
         return (loss if losses is None else converted(losses, loss_dtype)), done
 

@@ -33,18 +33,25 @@ _jit_tracing = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 
 
-def is_needed(input: Tensor, target: Tensor | None, third: Tensor | None = None) -> bool:
-    """Whether a call may not take the shortest way, straight from plain tensors to a kernel."""
+def is_traced() -> bool:
+    """Whether somebody is to see every operation: a compiler, a mode or a transform of torch."""
     return (
         _is_compiling()
-        or (type(input) is not Tensor and type(input) is not Parameter)
-        or (type(target) is not Tensor and type(target) is not Parameter and target is not None)
-        or (third is not None and type(third) is not Tensor and type(third) is not Parameter)
-        or not (input.is_cpu or on_cuda(input))
         or ((_dispatch_modes() > 0 or _function_modes() > 0) and calls_are_watched())
         or _functorch_active()
         or _jit_tracing() is not None
         or forward_ad._current_level >= 0
+    )
+
+
+def is_needed(input: Tensor, target: Tensor | None, third: Tensor | None = None) -> bool:
+    """Whether a call may not take the shortest way, straight from plain tensors to a kernel."""
+    return (
+        is_traced()
+        or (type(input) is not Tensor and type(input) is not Parameter)
+        or (type(target) is not Tensor and type(target) is not Parameter and target is not None)
+        or (third is not None and type(third) is not Tensor and type(third) is not Parameter)
+        or not (input.is_cpu or on_cuda(input))
     )
 
 

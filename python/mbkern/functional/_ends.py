@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mbkern import _traced
+from mbkern import _C, _traced
 from mbkern._arguments import (
     NO_CLASS,
     Number,
@@ -103,6 +103,21 @@ def tensor_loss(
     """Compute any element-wise loss of tensors that broadcast to one shape."""
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
+    if (
+        len(tensors) == 2
+        and weight is None
+        and not extras
+        and not _traced.is_traced()
+        and _C.are_alike(*tensors)
+        and (loss.differentiates_all or not tensors[1].requires_grad)  # type: ignore[union-attr]
+    ):
+        # Most calls, for which nothing of the following has anything to do.
+        first, second = tensors
+        assert first is not None
+        check_reduction(reduction, None)
+        options = TensorOptions(None, None, None, reduction, None, -100, parameters)
+        dtype = result_dtype(None, first.dtype, first)
+        return _compute(loss, (first, second, None), options, dtype, None, False)
     try:
         inputs = _one_shape(loss, tensors, extras.get("inplace", False))
     except (AssertionError, AttributeError, TypeError):
@@ -207,18 +222,30 @@ def _end(
     if traced or (o.target is not None and _traced.is_needed(o.target, None)):
         refuse_what_is_no_tensor(loss, *inputs[: loss.inputs], o.target)
         return _traced.tensor_loss(loss, inputs, o, grad_scale, loss_dtype)
+    return _compute(loss, inputs, o, loss_dtype, grad_scale, extras.get("inplace", False))
+
+
+def _compute(
+    loss: Loss,
+    inputs: Inputs,
+    options: TensorOptions,
+    loss_dtype: torch.dtype,
+    grad_scale: Number | None,
+    inplace: bool,
+) -> Tensor:
+    """The loss of plain tensors, with a node of autograd if there is something to differentiate."""
+    first, second, third = inputs
     if torch.is_grad_enabled() and (
         first.requires_grad
         or (second is not None and second.requires_grad)
         or (third is not None and third.requires_grad)
     ):
-        inplace = extras.get("inplace", False)
         if inplace is not False and inplace is not True:
             _check_inplace(inplace)
-        request = Request(loss, o, grad_scale, inplace, loss_dtype)
+        request = Request(loss, options, grad_scale, inplace, loss_dtype)
         result: Tensor = apply_tensors(*inputs, request)  # type: ignore[no-untyped-call]
         return result
-    value, _ = new_call(loss, inputs, o).run(loss_dtype=loss_dtype)
+    value, _ = new_call(loss, inputs, options).run(loss_dtype=loss_dtype)
     assert value is not None
     return value
 
