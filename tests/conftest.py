@@ -57,6 +57,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """The instruction set and the number of threads, for tests that go through all of them."""
+    isa, threads = _C.isa(), torch.get_num_threads()
+    yield
+    _C.set_isa(isa)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["exchange table", "attributes"])
 def reader(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with each way to read tensors that this torch offers."""

@@ -38,6 +38,8 @@ def start(
     """``SCRIPT RANK WORLD FOLDER ARGUMENTS`` for every rank at once, and how each ended."""
     words = [[script, str(rank), str(world), str(folder), *arguments] for rank in range(world)]
     errors = [folder / f"errors.{rank}" for rank in range(world)]
+    for file in errors:
+        file.touch()  # a rank that dies at once says nothing
     ranks = [
         _context.Process(target=_run_script, args=(dict(os.environ), str(file), line))
         for file, line in zip(errors, words, strict=True)

@@ -17,6 +17,8 @@ from torch import Tensor
 import mbkern
 from mbkern import _C
 
+pytestmark = pytest.mark.usefixtures("restored")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 compared = 0  # gradient elements, in this session
@@ -26,14 +28,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     integer = INTEGER[a.element_size()]
     assert a.dtype == b.dtype
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    isa, threads = _C.isa(), torch.get_num_threads()
-    yield
-    _C.set_isa(isa)
-    torch.set_num_threads(threads)
 
 
 def cuts(n: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ import mbkern
 from mbkern import _C
 from mbkern import functional as F
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("restored")]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -29,14 +29,6 @@ x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="NOT CHECKE
 
 def bits(tensors: tuple[Tensor, ...]) -> list[bytes]:
     return [t.contiguous().view(-1).view(INTEGER[t.itemsize]).numpy().tobytes() for t in tensors]
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    isa, threads = _C.isa(), torch.get_num_threads()
-    yield
-    _C.set_isa(isa)
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -27,14 +27,7 @@ from torch import Tensor
 import mbkern
 from mbkern import _C
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    before = _C.isa()
-    yield
-    _C.set_isa(before)
+pytestmark = pytest.mark.usefixtures("restored", "one_thread")
 
 
 def agrees(case: RowCase, got: Tensor, want: Tensor, size: Tensor, columns: int) -> Tensor:

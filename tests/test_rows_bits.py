@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,7 @@ from torch import Tensor
 import mbkern
 from mbkern import _C
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    isa, threads = _C.isa(), torch.get_num_threads()
-    yield
-    _C.set_isa(isa)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored", "one_thread")
 
 
 def of_pieces(case: RowCase, sample: RowSample, sizes: list[int]) -> list[Tensor]:

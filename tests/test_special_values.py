@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 import mbkern
 from mbkern import _C
+
+pytestmark = pytest.mark.usefixtures("restored")
 
 CANONICAL = {
     torch.float32: 0x7FC00000,
@@ -31,13 +33,6 @@ INTEGER = {
     torch.float64: torch.int64,
 }
 DTYPES = list(CANONICAL)
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    before = _C.isa()
-    yield
-    _C.set_isa(before)
 
 
 def on_every_isa(*arguments: object, **options: object) -> tuple[Tensor, tuple[Tensor, ...]]:
