@@ -57,7 +57,11 @@ def run_by(function: Callable[..., Tensor], *args: Tensor) -> str:
     """Which library's node a loss is the output of."""
     leaf = args[0].detach().clone().requires_grad_()
     node = type(function(leaf, *args[1:]).grad_fn).__name__
-    return "mbkern" if node.lstrip("_") in ("RowLossBackward", "TensorLossBackward") else "torch"
+    return (
+        "mbkern"
+        if node.lstrip("_") in ("RowLossBackward", "TensorLossBackward", "PlainLossBackward")
+        else "torch"
+    )
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:

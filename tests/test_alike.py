@@ -101,3 +101,100 @@ def test_most_calls_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         mbkern.functional.mse_loss(x, t, reduction="all")
     with pytest.raises(NotImplementedError, match="no gradient for target"):
         mbkern.functional.soft_margin_loss(x, t.clone().requires_grad_())
+
+
+def _node(loss: torch.Tensor) -> str:
+    return type(loss.grad_fn).__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_plain_calls_have_a_node_of_their_own(dtype: torch.dtype) -> None:
+    """And what it does not do, TensorLoss does."""
+    x, t = torch.rand(3, 4, dtype=dtype, requires_grad=True), torch.rand(3, 4, dtype=dtype)
+    functional = mbkern.functional
+    for reduction in ("mean", "sum"):
+        assert _node(functional.mse_loss(x, t, reduction=reduction)) == "PlainLossBackward"
+    assert _node(functional.huber_loss(t, x, delta=0.5)) == "PlainLossBackward"
+    assert _node(functional.kl_div(x, x)) == "PlainLossBackward"
+    others = [
+        functional.mse_loss(x, t, reduction="none"),
+        functional.mse_loss(x, t, weight=torch.ones(3, 4, dtype=dtype)),
+        functional.binary_cross_entropy(x, t),
+        functional.mse_loss(x.half(), t.half()),
+        functional.mse_loss(x, t, denominator=3.0),
+    ]
+    with torch.autograd.graph.save_on_cpu():
+        others.append(functional.mse_loss(x, t))
+    assert {_node(other) for other in others} == {"TensorLossBackward"}
+    with torch.no_grad():
+        assert functional.mse_loss(x, t).grad_fn is None
+    assert functional.mse_loss(x.detach(), t).grad_fn is None
+
+
+def _losses(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same loss by the two nodes."""
+    plain = mbkern.functional.huber_loss(x, t, reduction="sum", delta=0.3)
+    full = mbkern.functional.huber_loss(
+        x, t, reduction="sum", delta=0.3, sample_weight=torch.ones_like(t)
+    )
+    assert (_node(plain), _node(full)) == ("PlainLossBackward", "TensorLossBackward")
+    return plain, full
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("incoming", [1.0, 0.0, -0.5, 3e38, float("inf"), float("nan")])
+def test_both_nodes_give_the_same_bits(wanted: tuple[bool, bool], incoming: float) -> None:
+    x, t = (torch.randn(5, 7).requires_grad_(w) for w in wanted)
+    inputs = [v for v in (x, t) if v.requires_grad]
+    results = []
+    for loss in _losses(x, t):
+        factor = torch.tensor(incoming)
+        first = torch.autograd.grad(loss, inputs, factor, retain_graph=True)
+        again = torch.autograd.grad(loss, inputs, factor)
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first, again, strict=True))
+        with pytest.raises(RuntimeError, match="a second time"):
+            torch.autograd.grad(loss, inputs, factor)
+        results.append([v.detach().view(torch.int32) for v in (loss, *first, *again)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_gradient_is_the_kernels_own_memory() -> None:
+    x, t = torch.randn(100, requires_grad=True), torch.randn(100)
+    loss, _ = _losses(x, t)
+    written = loss.grad_fn.grads[0].data_ptr()  # type: ignore[union-attr]
+    loss.backward()
+    assert x.grad is not None
+    assert x.grad.data_ptr() == written
+
+
+def test_second_derivatives_and_many_incoming_gradients() -> None:
+    x, t = torch.randn(6, requires_grad=True), torch.randn(6, requires_grad=True)
+    seconds, many = [], []
+    for node in range(2):
+        grads = torch.autograd.grad(_losses(x, t)[node], (x, t), create_graph=True)
+        seconds.append(torch.autograd.grad(grads[0].square().sum(), (x, t)))
+        loss, factors = _losses(x, t)[node], torch.tensor([1.0, -2.0, 0.0])
+        many.append(torch.autograd.grad(loss, (x, t), factors, is_grads_batched=True))
+    for pairs in (zip(*seconds, strict=True), zip(*many, strict=True)):
+        assert all(torch.equal(a, b) for a, b in pairs)
+    once = torch.autograd.grad(_losses(x, t)[0], (x, t))
+    assert torch.equal(many[0][0], torch.stack([once[0], -2.0 * once[0], 0.0 * once[0]]))
+
+
+def test_what_the_kernel_does_not_take_is_copied_for_it() -> None:
+    """A negated view, and eleven dimensions that do not merge."""
+    x = torch.randn(6, dtype=torch.complex64).conj().imag
+    many = torch.randn((2,) * 11)
+    for first in (x, many.permute(tuple(range(10, -1, -1)))):
+        plain = first.resolve_neg().contiguous()
+        leaf, same = (v.detach().requires_grad_() for v in (first, plain))
+        t = torch.randn(first.shape)
+        loss = mbkern.functional.mse_loss(leaf, t)
+        want = mbkern.functional.mse_loss(same, t)
+        assert _node(loss) == "PlainLossBackward"
+        loss.backward()
+        want.backward()
+        assert leaf.grad is not None
+        assert same.grad is not None
+        assert torch.equal(loss, want)
+        assert torch.equal(leaf.grad, same.grad)

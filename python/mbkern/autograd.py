@@ -286,12 +286,8 @@ class TensorLoss(torch.autograd.Function):
         request, divisor = left.request, left.divisor
         if torch.is_grad_enabled():
             forget_guess(left)
-            return (
-                *_differentiable(
-                    _tensor_formula, request, divisor, incoming, *ctx.saved_tensors[1:4]
-                ),
-                None,
-            )
+            saved = ctx.saved_tensors[1:4]
+            return (*gradients_with_graph(request, divisor, incoming, *saved), None)
         formed = formed_for(left, incoming)
         if formed is not None:
             return hand_out(left, formed, incoming, keep_zeros=request.options.target is not None)
@@ -339,6 +335,13 @@ def _are_full(inputs: Inputs, needs: tuple[bool, ...]) -> bool:
     dtypes = [None if t is None else t.dtype for t in inputs]
     full = torch.float64 if torch.float64 in dtypes else torch.float32
     return all(not need or d is full for d, need in zip(dtypes, needs, strict=True))
+
+
+def gradients_with_graph(
+    request: Request, divisor: float | Tensor, incoming: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss of tensors for create_graph, where it has a formula."""
+    return _differentiable(_tensor_formula, request, divisor, incoming, *inputs)
 
 
 def _tensor_formula(loss: Loss, *rest: Any) -> Tensor:

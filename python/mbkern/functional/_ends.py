@@ -20,6 +20,7 @@ from mbkern._arguments import (
     promoted_dtype,
     result_dtype,
 )
+from mbkern._autograd_plain import is_plain, plain_loss
 from mbkern._calls import new_call
 from mbkern._launch import RowCall, RowOptions
 from mbkern._launch_tensors import Inputs, TensorOptions
@@ -114,7 +115,10 @@ def tensor_loss(
         # Most calls, for which nothing of the following has anything to do.
         first, second = tensors
         assert first is not None
+        assert second is not None
         check_reduction(reduction, None)
+        if is_plain(loss, first, reduction):
+            return plain_loss(loss, first, second, reduction, parameters)
         options = TensorOptions(None, None, None, reduction, None, -100, parameters)
         dtype = result_dtype(None, first.dtype, first)
         return _compute(loss, (first, second, None), options, dtype, None, False)
