@@ -52,8 +52,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return found;
   });
   m.def("set_torch", &mbk::python::set_torch, py::arg("types"), py::arg("dtypes"),
-        py::arg("exchange"));
-  m.def("are_alike", &mbk::python::are_alike, py::arg("first"), py::arg("second"));
+        py::arg("exchange"), py::arg("watchers"));
+  m.def("plainness", &mbk::python::plainness, py::arg("first"), py::arg("second"));
   mbk::python::add_row_loss(m);
   mbk::python::add_pointwise_loss(m);
   mbk::python::add_multirow_loss(m);

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mbkern
@@ -28,10 +31,11 @@ class Subclass(torch.Tensor):
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 4), (2, 0, 3)])
 def test_plain_tensors_are_alike(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     a, b = torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
-    assert _C.are_alike(a, b)
-    assert _C.are_alike(a, a)
-    assert _C.are_alike(torch.nn.Parameter(a), b)
-    assert _C.are_alike(a.t() if len(shape) == 2 else a, b.t() if len(shape) == 2 else b)
+    want = 2 if dtype in (torch.float32, torch.float64) else 1
+    assert _C.plainness(a, b) == want
+    assert _C.plainness(a, a) == want
+    assert _C.plainness(torch.nn.Parameter(a), b) == want
+    assert _C.plainness(a.t() if len(shape) == 2 else a, b.t() if len(shape) == 2 else b) == want
 
 
 def _others() -> dict[str, Any]:
@@ -67,10 +71,44 @@ def _freed() -> torch.Tensor:
 @pytest.mark.parametrize("name", list(_others()))
 def test_others_are_not(name: str) -> None:
     plain, other = torch.zeros(3, 4), _others()[name]
-    assert not _C.are_alike(plain, other)
-    assert not _C.are_alike(other, plain)
+    assert not _C.plainness(plain, other)
+    assert not _C.plainness(other, plain)
     if name in ("integers", "booleans", "complex", "subclass", "fake", "meta", "sparse", "freed"):
-        assert not _C.are_alike(other, other)
+        assert not _C.plainness(other, other)
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_calls_is_seen() -> None:
+    x, t = torch.zeros(3, 4), torch.ones(3, 4)
+    found: dict[str, int] = {}
+
+    def ask(name: str, value: torch.Tensor = x) -> torch.Tensor:
+        found[name] = _C.plainness(x, t)
+        return value.sum()
+
+    ask("nobody")
+    with torch.device("cpu"):
+        ask("a default device")
+    with Watching():
+        ask("a function mode")
+    with Watching(), torch.device("cpu"):
+        ask("a function mode, and a default device")
+    with FlopCounterMode(display=False):
+        ask("a dispatch mode")
+    torch.func.grad(lambda v: ask("a transform", v))(x)
+    torch.func.vmap(lambda v: ask("many at once", v))(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        torch.jit.trace(lambda v: ask("tracing", v), x, check_trace=False)
+    make_fx(lambda v: ask("tracing with make_fx", v))(x)
+    ask("nobody any more")
+    unseen = {"nobody", "a default device", "nobody any more"}
+    assert found == {name: 2 if name in unseen else 0 for name in found}
+    assert len(found) == 10
 
 
 def test_most_calls_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,24 +20,19 @@ from mbkern._calls import new_call
 from mbkern._launch import new_gradient, new_scalar
 from mbkern._launch_tensors import TensorOptions
 from mbkern._losses import Loss
-from mbkern._tensors import on_cuda
 from mbkern.autograd import gradients_with_graph
 
-_FULL = (torch.float32, torch.float64)
 
+def is_plain(loss: Loss, reduction: str) -> bool:
+    """Whether :func:`plain_loss` takes tensors whose ``_C.plainness`` is 2.
 
-def is_plain(loss: Loss, like: Tensor, reduction: str) -> bool:
-    """Whether :func:`plain_loss` takes tensors that are alike (``_C.are_alike``), as this one.
-
-    Not in 16 bits, where a gradient is formed in forward on a guess only; not unreduced, or under
-    hooks of saved tensors, where it is formed in backward; not where values are looked at.
+    Those have no 16 bits, where a gradient is formed in forward on a guess only. Not unreduced, or
+    under hooks of saved tensors, where it is formed in backward; not where values are looked at.
     """
     return (
-        like.dtype in _FULL
-        and reduction != "none"
+        reduction != "none"
         and loss.domain is None
         and loss.kind == "pointwise"
-        and not on_cuda(like)
         and saved_hooks(False) is None
     )
 

@@ -30,6 +30,7 @@ from mbkern._arguments import (
 )
 from mbkern._losses import as_number
 from mbkern._tensors import (
+    CALL_WATCHERS,
     CUDA_BUILT,
     DTYPES,
     INDEX_TYPES,
@@ -48,7 +49,7 @@ _SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPE
 def read_torch(*, exchange: bool = True) -> bool:
     """Tell the compiled module how to read tensors; return whether by torch's exchange table."""
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
-    return _C.set_torch((Tensor, torch.nn.Parameter), (*DTYPES, *INDEX_TYPES), table)
+    return _C.set_torch((Tensor, torch.nn.Parameter), (*DTYPES, *INDEX_TYPES), table, CALL_WATCHERS)
 
 
 has_exchange_table = read_torch()

@@ -139,11 +139,12 @@ class Loss:
 
     def numbers(self, **values: Any) -> tuple[float, ...]:
         """The parameters as the kernels take them, checked; absent ones have their default."""
-        numbers = [
-            parameter.check(name, values.get(name, parameter.default))
-            for name, parameter in self.parameters.items()
-        ]
-        return (*numbers, *[float(constant) for constant in self.constants])
+        numbers: tuple[float, ...] = ()
+        for name, parameter in self.parameters.items():
+            numbers += (parameter.check(name, values.get(name, parameter.default)),)
+        if self.constants:
+            numbers += tuple([float(constant) for constant in self.constants])
+        return numbers
 
     def named(self, numbers: tuple[float, ...]) -> dict[str, Any]:
         """What :meth:`numbers` was given."""

@@ -61,8 +61,7 @@ def binary_cross_entropy(
     """
     _require_one_shape("binary_cross_entropy", input, target)
     return tensor_loss(
-        _BINARY_CROSS_ENTROPY, (input, target), reduction, (), weight, size_average, reduce,
-        **extras,
+        _BINARY_CROSS_ENTROPY, (input, target), reduction, extras, (), weight, size_average, reduce,
     )  # fmt: skip
 
 
@@ -94,8 +93,8 @@ def binary_cross_entropy_with_logits(
     """
     _require_one_shape("binary_cross_entropy_with_logits", input, target)
     return tensor_loss(
-        _BINARY_CROSS_ENTROPY_WITH_LOGITS, (input, target, pos_weight), reduction, (), weight,
-        size_average, reduce, **extras,
+        _BINARY_CROSS_ENTROPY_WITH_LOGITS, (input, target, pos_weight), reduction, extras, (),
+        weight, size_average, reduce,
     )  # fmt: skip
 
 
@@ -122,7 +121,7 @@ def sigmoid_focal_loss(
     Differentiable in both.
     """
     parameters = _SIGMOID_FOCAL_LOSS.numbers(alpha=alpha, gamma=gamma)
-    return tensor_loss(_SIGMOID_FOCAL_LOSS, (input, target), reduction, parameters, **extras)
+    return tensor_loss(_SIGMOID_FOCAL_LOSS, (input, target), reduction, extras, parameters)
 
 
 def soft_margin_loss(
@@ -144,7 +143,7 @@ def soft_margin_loss(
     Differentiable in ``input``; NotImplementedError for a target that requires grad.
     """
     return tensor_loss(
-        _SOFT_MARGIN_LOSS, (input, target), reduction, (), None, size_average, reduce, **extras
+        _SOFT_MARGIN_LOSS, (input, target), reduction, extras, (), None, size_average, reduce
     )
 
 
@@ -171,8 +170,8 @@ def hinge_embedding_loss(
     Differentiable in ``input``.
     """
     return tensor_loss(
-        _HINGE_EMBEDDING_LOSS, (input, target), reduction,
-        _HINGE_EMBEDDING_LOSS.numbers(margin=margin), None, size_average, reduce, **extras,
+        _HINGE_EMBEDDING_LOSS, (input, target), reduction, extras,
+        _HINGE_EMBEDDING_LOSS.numbers(margin=margin), None, size_average, reduce,
     )  # fmt: skip
 
 
@@ -194,7 +193,7 @@ def hinge_loss(
     Differentiable in both.
     """
     return tensor_loss(
-        _HINGE_LOSS, (input, target), reduction, _HINGE_LOSS.numbers(margin=margin), **extras
+        _HINGE_LOSS, (input, target), reduction, extras, _HINGE_LOSS.numbers(margin=margin)
     )
 
 
@@ -210,8 +209,8 @@ def squared_hinge_loss(
         _SQUARED_HINGE_LOSS,
         (input, target),
         reduction,
+        extras,
         _SQUARED_HINGE_LOSS.numbers(margin=margin),
-        **extras,
     )
 
 
@@ -239,6 +238,6 @@ def margin_ranking_loss(
     Differentiable in all three.
     """
     return tensor_loss(
-        _MARGIN_RANKING_LOSS, (input1, input2, target), reduction,
-        _MARGIN_RANKING_LOSS.numbers(margin=margin), None, size_average, reduce, **extras,
+        _MARGIN_RANKING_LOSS, (input1, input2, target), reduction, extras,
+        _MARGIN_RANKING_LOSS.numbers(margin=margin), None, size_average, reduce,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def kl_div_with_logits(
     """
     parameters = _KL.numbers(temperature=temperature, direction=direction)
     return rows_loss(
-        _KL, (student, teacher), target, reduction, parameters, None, ignore_index, **extras
+        _KL, (student, teacher), target, reduction, extras, parameters, None, ignore_index
     )
 
 
@@ -71,7 +71,7 @@ def js_div_with_logits(
     """
     parameters = _JS.numbers(temperature=temperature, beta=beta)
     return rows_loss(
-        _JS, (student, teacher), target, reduction, parameters, None, ignore_index, **extras
+        _JS, (student, teacher), target, reduction, extras, parameters, None, ignore_index
     )
 
 
@@ -91,7 +91,7 @@ def tv_distance_with_logits(
     """
     parameters = _TV.numbers(temperature=temperature)
     return rows_loss(
-        _TV, (student, teacher), target, reduction, parameters, None, ignore_index, **extras
+        _TV, (student, teacher), target, reduction, extras, parameters, None, ignore_index
     )
 
 
@@ -109,6 +109,4 @@ def entropy_with_logits(
     Arguments as in :func:`kl_div_with_logits`.
     """
     parameters = _ENTROPY.numbers(temperature=temperature)
-    return rows_loss(
-        _ENTROPY, (input,), target, reduction, parameters, None, ignore_index, **extras
-    )
+    return rows_loss(_ENTROPY, (input,), target, reduction, extras, parameters, None, ignore_index)

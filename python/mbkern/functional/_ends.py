@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from mbkern import _C, _traced
@@ -27,9 +28,6 @@ from mbkern._launch_tensors import Inputs, TensorOptions
 from mbkern._losses import Loss
 from mbkern._tensors import is_differentiated
 from mbkern.autograd import Request, apply_row, apply_tensors
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Extras(TypedDict, total=False):
@@ -94,12 +92,11 @@ def tensor_loss(
     loss: Loss,
     tensors: tuple[Tensor | None, ...],
     reduction: str,
+    extras: Extras,
     parameters: tuple[float, ...] = (),
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    /,  # so that other names among the extras are refused by name
-    **extras: Unpack[Extras],
 ) -> Tensor:
     """Compute any element-wise loss of tensors that broadcast to one shape."""
     if size_average is not None or reduce is not None:
@@ -108,8 +105,9 @@ def tensor_loss(
         len(tensors) == 2
         and weight is None
         and not extras
-        and not _traced.is_traced()
-        and _C.are_alike(*tensors)
+        and not _is_compiling()
+        and forward_ad._current_level < 0
+        and (plainness := _C.plainness(*tensors))
         and (loss.differentiates_all or not tensors[1].requires_grad)  # type: ignore[union-attr]
     ):
         # Most calls, for which nothing of the following has anything to do.
@@ -117,7 +115,7 @@ def tensor_loss(
         assert first is not None
         assert second is not None
         check_reduction(reduction, None)
-        if is_plain(loss, first, reduction):
+        if plainness == 2 and is_plain(loss, reduction):
             return plain_loss(loss, first, second, reduction, parameters)
         options = TensorOptions(None, None, None, reduction, None, -100, parameters)
         dtype = result_dtype(None, first.dtype, first)
@@ -128,7 +126,7 @@ def tensor_loss(
         filled = _of_numbers(loss, tensors)
         if filled is None:
             raise
-        return tensor_loss(loss, filled, reduction, parameters, weight, **extras)
+        return tensor_loss(loss, filled, reduction, extras, parameters, weight)
     sample_weight, promoting = extras.get("sample_weight"), weight
     if loss.weight == "mean" and weight is not None:
         alone = sample_weight is None and extras.get("denominator") is None
@@ -151,13 +149,12 @@ def rows_loss(
     tensors: tuple[Tensor, ...],
     target: Tensor | None,
     reduction: str,
+    extras: Extras,
     parameters: tuple[float, ...] = (),
     weight: Tensor | None = None,
     ignore_index: int | None = -100,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    /,
-    **extras: Unpack[Extras],
 ) -> Tensor:
     """Compute any loss of rows of tensors of one shape; ``ignore_index`` None: no class is."""
     if size_average is not None or reduce is not None:
@@ -179,9 +176,7 @@ def rows_loss(
         filled = _of_numbers(loss, tensors)
         if filled is None:
             raise
-        return rows_loss(
-            loss, filled, target, reduction, parameters, weight, ignore_index, **extras
-        )
+        return rows_loss(loss, filled, target, reduction, extras, parameters, weight, ignore_index)
     options = TensorOptions(
         target, weight, extras.get("sample_weight"), reduction, extras.get("denominator"),
         NO_CLASS if ignore_index is None else ignore_index, parameters,

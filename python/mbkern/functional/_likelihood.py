@@ -56,7 +56,7 @@ def kl_div(
             refuse_what_is_no_tensor(_KL_DIV, input, target)
             raise
     parameters = _KL_DIV.numbers(log_target=log_target)
-    return tensor_loss(_KL_DIV, (input, target), reduction, parameters, **extras)
+    return tensor_loss(_KL_DIV, (input, target), reduction, extras, parameters)
 
 
 def poisson_nll_loss(
@@ -87,8 +87,8 @@ def poisson_nll_loss(
     """
     parameters = _POISSON_NLL_LOSS.numbers(log_input=log_input, full=full, eps=eps)
     return tensor_loss(
-        _POISSON_NLL_LOSS, (input, target), reduction, parameters, None, size_average, reduce,
-        **extras,
+        _POISSON_NLL_LOSS, (input, target), reduction, extras, parameters, None, size_average,
+        reduce,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def gaussian_nll_loss(
                 f"input's, {tuple(shape)}, nor is it that without its last dimension"
             )
     parameters = _GAUSSIAN_NLL_LOSS.numbers(full=full, eps=eps)
-    return tensor_loss(_GAUSSIAN_NLL_LOSS, (input, target, var), reduction, parameters, **extras)
+    return tensor_loss(_GAUSSIAN_NLL_LOSS, (input, target, var), reduction, extras, parameters)
 
 
 def _of_one_variance(var: float, input: Tensor) -> Tensor:
@@ -177,4 +177,4 @@ def tweedie_nll_loss(
     Differentiable in both. Source: Jorgensen, The theory of dispersion models (1997).
     """
     parameters = _TWEEDIE_NLL_LOSS.numbers(power=power, log_input=log_input, eps=eps)
-    return tensor_loss(_TWEEDIE_NLL_LOSS, (input, target), reduction, parameters, **extras)
+    return tensor_loss(_TWEEDIE_NLL_LOSS, (input, target), reduction, extras, parameters)

@@ -50,8 +50,8 @@ def nll_loss(
     From logits, in one pass: :func:`cross_entropy`.
     """
     return rows_loss(
-        _NLL_LOSS, (input,), target, reduction, (), weight, ignore_index, size_average, reduce,
-        **extras,
+        _NLL_LOSS, (input,), target, reduction, extras, (), weight, ignore_index, size_average,
+        reduce,
     )  # fmt: skip
 
 
@@ -82,8 +82,8 @@ def multi_margin_loss(
     """
     parameters = _MULTI_MARGIN_LOSS.numbers(p=p, margin=margin)
     return rows_loss(
-        _MULTI_MARGIN_LOSS, (input,), target, reduction, parameters, weight, None, size_average,
-        reduce, **extras,
+        _MULTI_MARGIN_LOSS, (input,), target, reduction, extras, parameters, weight, None,
+        size_average, reduce,
     )  # fmt: skip
 
 
@@ -107,8 +107,8 @@ def multilabel_margin_loss(
         extras: keywords of every loss, see ``help(mbkern.functional)``.
     """
     return rows_loss(
-        _MULTILABEL_MARGIN_LOSS, (input,), target, reduction, (), None, None, size_average, reduce,
-        **extras,
+        _MULTILABEL_MARGIN_LOSS, (input,), target, reduction, extras, (), None, None, size_average,
+        reduce,
     )  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def multilabel_soft_margin_loss(
     Differentiable in both.
     """
     return rows_loss(
-        _MULTILABEL_SOFT_MARGIN_LOSS, (input, target), None, reduction, (), weight, None,
-        size_average, reduce, **extras,
+        _MULTILABEL_SOFT_MARGIN_LOSS, (input, target), None, reduction, extras, (), weight, None,
+        size_average, reduce,
     )  # fmt: skip
 
 
@@ -172,8 +172,8 @@ def cosine_embedding_loss(
         raise
     parameters = _COSINE_EMBEDDING_LOSS.numbers(margin=margin)
     return rows_loss(
-        _COSINE_EMBEDDING_LOSS, (input1, input2), target, reduction, parameters, None, None,
-        size_average, reduce, **extras,
+        _COSINE_EMBEDDING_LOSS, (input1, input2), target, reduction, extras, parameters, None, None,
+        size_average, reduce,
     )  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def triplet_margin_loss(
         raise ValueError(f"mbkern: triplet_margin_loss has p = 2 only, not {p}; torch's has others")
     parameters = _TRIPLET_MARGIN_LOSS.numbers(margin=margin, eps=eps, swap=swap)
     return rows_loss(
-        _TRIPLET_MARGIN_LOSS, (anchor, positive, negative), None, reduction, parameters, None, None,
-        size_average, reduce, **extras,
+        _TRIPLET_MARGIN_LOSS, (anchor, positive, negative), None, reduction, extras, parameters,
+        None, None, size_average, reduce,
     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def dice_loss(
         refuse_what_is_no_tensor(_DICE_LOSS, input, target)
         raise
     return rows_loss(
-        _DICE_LOSS, (input, target), None, reduction, _DICE_LOSS.numbers(smooth=smooth), **extras
+        _DICE_LOSS, (input, target), None, reduction, extras, _DICE_LOSS.numbers(smooth=smooth)
     )
 
 
@@ -276,7 +276,7 @@ def softmax_focal_loss(
     """
     parameters = _SOFTMAX_FOCAL_LOSS.numbers(gamma=gamma, temperature=temperature)
     return rows_loss(
-        _SOFTMAX_FOCAL_LOSS, (input,), target, reduction, parameters, weight, ignore_index, **extras
+        _SOFTMAX_FOCAL_LOSS, (input,), target, reduction, extras, parameters, weight, ignore_index
     )
 
 
@@ -317,7 +317,7 @@ def info_nce_loss(
     parameters = _SOFTMAX_FOCAL_LOSS.numbers(gamma=0.0, temperature=temperature)
     try:
         return rows_loss(
-            _SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, parameters, None, None, **extras,
+            _SOFTMAX_FOCAL_LOSS, (similarity,), target, reduction, extras, parameters, None, None,
         )  # fmt: skip
     except TypeError:
         if not isinstance(target, Tensor):
