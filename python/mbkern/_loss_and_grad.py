@@ -32,8 +32,9 @@ from mbkern._launch import (
     zeros_like,
 )
 from mbkern._launch_tensors import Inputs, TensorCall, TensorOptions
+from mbkern._loss_asked import asked_loss, asked_reduction
 from mbkern._loss_sum import LossSum
-from mbkern._losses import Loss, find
+from mbkern._losses import Loss
 from mbkern._tensors import describe, refuse_tracing
 from mbkern.autograd import gradient_of_probabilities
 
@@ -63,7 +64,8 @@ def loss_and_grad(
             loss's shape, or NumPy arrays (used in place; results are arrays then).
         argnums: which arguments to differentiate: an index or a name, or a tuple of them. The
             target of cross_entropy is one if it holds class probabilities.
-        reduction: "none" (losses an item, and the gradient of their sum), "mean" or "sum".
+        reduction: "none" (losses an item, and the gradient of their sum), "mean" or "sum"; of
+            ``kl_div`` also torch's "batchmean".
         grad_out: where the gradients go, in the structure of ``argnums``; None, there or within,
             is a fresh tensor. May be the input itself: the gradient is then written over it.
         accumulate: add to what is in ``grad_out`` (float32 buffers for float32, bfloat16 and
@@ -84,14 +86,15 @@ def loss_and_grad(
     Raises:
         ValueError: an unknown loss or argument to differentiate, shapes that differ, the value of
             an option.
-        TypeError: an unsuited dtype, what is no tensor, an option that the loss does not have.
+        TypeError: an unsuited dtype, what is no tensor, or no name, an option that the loss does
+            not have.
         IndexError: a class index out of range, on the CPU.
         RuntimeError: an argument requires grad, outside ``torch.no_grad()``; a tracer, a transform.
         Nothing has been written then.
     """
-    if name == _linear_imperative.NAME:
+    if isinstance(name, str) and name == _linear_imperative.NAME:
         return _linear(tensors, argnums, reduction, grad_out, accumulate, scale, loss_sum, options)
-    loss = find(name)
+    loss = asked_loss(name, options)
     given = _arguments(loss, tensors, options)
     numpy = isinstance(given[0], np.ndarray)
     _refuse_bfloat16(numpy, options)
@@ -103,6 +106,7 @@ def loss_and_grad(
     )
     positions = _positions(loss, argnums, inputs)
     outs = _structure(grad_out, argnums, positions)
+    reduction = asked_reduction(loss, reduction, inputs[0], options)
     check_reduction(reduction, options.get("denominator"))
     for option, value in options.items():
         if isinstance(value, np.ndarray):
