@@ -154,12 +154,15 @@ def test_plain_calls_have_a_node_of_their_own(dtype: torch.dtype) -> None:
         assert _node(functional.mse_loss(x, t, reduction=reduction)) == "PlainLossBackward"
     assert _node(functional.huber_loss(t, x, delta=0.5)) == "PlainLossBackward"
     assert _node(functional.kl_div(x, x)) == "PlainLossBackward"
+    logits = functional.binary_cross_entropy_with_logits
+    assert _node(logits(x, t)) == "PlainLossBackward"
     others = [
         functional.mse_loss(x, t, reduction="none"),
         functional.mse_loss(x, t, weight=torch.ones(3, 4, dtype=dtype)),
         functional.binary_cross_entropy(x, t),
         functional.mse_loss(x.half(), t.half()),
         functional.mse_loss(x, t, denominator=3.0),
+        logits(x, t, pos_weight=torch.ones(4, dtype=dtype)),
     ]
     with torch.autograd.graph.save_on_cpu():
         others.append(functional.mse_loss(x, t))

@@ -102,16 +102,16 @@ def tensor_loss(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     if (
-        len(tensors) == 2
+        (len(tensors) == 2 or (tensors[2] is None and loss.optional))
         and weight is None
         and not extras
         and not _is_compiling()
         and forward_ad._current_level < 0
-        and (plainness := _C.plainness(*tensors))
+        and (plainness := _C.plainness(tensors[0], tensors[1]))
         and (loss.differentiates_all or not tensors[1].requires_grad)  # type: ignore[union-attr]
     ):
         # Most calls, for which nothing of the following has anything to do.
-        first, second = tensors
+        first, second = tensors[:2]
         assert first is not None
         assert second is not None
         check_reduction(reduction, None)
