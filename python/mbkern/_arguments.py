@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 import warnings
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +32,7 @@ REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 #: An ignore_index that ignores nothing: it is no class, so it is an error in a target.
 NO_CLASS = -(2**63)
 _HALF = (torch.bfloat16, torch.float16)
+_PATCHED = str(Path(__file__).with_name("_patched.py"))
 
 
 def check_reduction(reduction: str, denominator: Number | None) -> None:
@@ -262,6 +265,24 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
             stacklevel=4,
         )
     return reduction
+
+
+def warn_of_mean() -> None:
+    """Torch's warning of the mean of kl_div, in its words, which filters of warnings may look for.
+
+    For its place, too, the caller of the function, or of torch's where this one runs instead.
+    """
+    if torch.compiler.is_compiling():
+        return
+    level, frame = 3, sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename == _PATCHED:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        "reduction: 'mean' divides the total loss by both the batch size and the support size."
+        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+        "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+        stacklevel=level,
+    )
 
 
 def refuse_indices(

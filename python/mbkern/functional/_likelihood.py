@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mbkern._arguments import legacy_reduction
+from mbkern._arguments import legacy_reduction, warn_of_mean
 from mbkern._losses import find
 from mbkern.functional._ends import refuse_what_is_no_tensor, tensor_loss
 
@@ -37,8 +37,9 @@ def kl_div(
     Args:
         input: log-probabilities.
         target: probabilities p, or log-probabilities with ``log_target``. It broadcasts.
-        reduction: "none", "mean" (over all elements), "sum", or "batchmean": the sum over the size
-            of the first dimension, the mathematical divergence of a batch of rows.
+        reduction: "none", "mean" (over all elements: with torch's warning that this is not the
+            divergence), "sum", or "batchmean": the sum over the size of the first dimension, the
+            mathematical divergence of a batch of rows.
         size_average, reduce: deprecated, as in torch.
         extras: keywords of every loss, see ``help(mbkern.functional)``; an item is an element.
 
@@ -46,6 +47,8 @@ def kl_div(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
+    elif reduction == "mean" and extras.get("denominator") is None:
+        warn_of_mean()
     if reduction == "batchmean":
         if extras.get("denominator") is not None:
             raise ValueError("mbkern: denominator goes with reduction='mean', not 'batchmean'")
