@@ -52,10 +52,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return found;
   });
   m.def("set_torch", &mbk::python::set_torch, py::arg("types"), py::arg("dtypes"),
-        py::arg("exchange"), py::arg("watchers"));
-  m.def("plainness", &mbk::python::plainness, py::arg("first"), py::arg("second"));
+        py::arg("exchange"));
   mbk::python::add_row_loss(m);
   mbk::python::add_pointwise_loss(m);
+  mbk::python::add_plain_loss(m);
   mbk::python::add_multirow_loss(m);
   mbk::python::add_product(m);
   mbk::python::add_tensor_lists(m);

@@ -34,6 +34,15 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
     for name in ("row_loss", "pointwise_loss"):
         monkeypatch.setattr(_C, name, spy(getattr(_C, name)))
+    plain_loss = _C.plain_loss
+
+    def plain(*args: Any) -> Any:
+        done = plain_loss(*args)
+        if isinstance(done, tuple):
+            seen.update(grad.data_ptr() for grad in done[1] if grad is not None)
+        return done
+
+    monkeypatch.setattr(_C, "plain_loss", plain)
     return seen
 
 

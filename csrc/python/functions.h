@@ -6,6 +6,7 @@ namespace mbk::python {
 
 void add_row_loss(pybind11::module_& m);        // over tensors, on every device
 void add_pointwise_loss(pybind11::module_& m);  // over tensors, on every device
+void add_plain_loss(pybind11::module_& m);      // the shortest way of an element-wise loss
 void add_multirow_loss(pybind11::module_& m);   // over tensors, on every device
 void add_product(pybind11::module_& m);         // over tensors, on the host
 void add_tensor_lists(pybind11::module_& m);    // over lists of tensors, on every device

@@ -1,21 +1,18 @@
 // From tensors to a call of an element-wise loss, on every device.
 #include <pybind11/pybind11.h>
 
-#include <array>
-
 #include "cpu/dispatch.h"
 #include "cpu/pointwise_call.h"
 #include "losses/all.h"
 #include "python/fields.h"
 #include "python/functions.h"
+#include "python/pointwise.h"
 
 namespace py = pybind11;
 
 namespace mbk::python {
-namespace {
 
-// Dimensions of size 1 are dropped, and those merged that are one in every view.
-bool merge(const std::array<const Tensor*, kViews>& views, PointwiseArgs& a) {
+bool merge(const Views& views, PointwiseArgs& a) {
   const Tensor& first = *views[0];
   a.dims = 0;
   if (!first.numel()) {
@@ -36,6 +33,8 @@ bool merge(const std::array<const Tensor*, kViews>& views, PointwiseArgs& a) {
   }
   return true;
 }
+
+namespace {
 
 // Returns the divisor of a mean, True on CUDA, where it is the first number of the workspace; None,
 // with nothing written, for what is not suited.
@@ -60,9 +59,8 @@ py::object pointwise_loss(const py::tuple& fields) {
   using Kind = Tensor::Kind;
   if (!good || input.kind != Kind::floating || target.kind != Kind::floating) return py::none();
   if ((third || grad_third) && inputs_of(host::PointwiseLosses{}, loss) < 3) return py::none();
-  const std::array<const Tensor*, kViews> views = {&input,       &target,     &third,  &weight,
-                                                   &rescale,     &item_scale, &losses, &grad_input,
-                                                   &grad_target, &grad_third};
+  const Views views = {&input,      &target, &third,      &weight,      &rescale,
+                       &item_scale, &losses, &grad_input, &grad_target, &grad_third};
   const bool in_double = input.is(DType::f64) || target.is(DType::f64) || third.is(DType::f64);
   const DType type = in_double ? DType::f64 : DType::f32;
   for (int v = 0; v < kViews; ++v) {

@@ -39,7 +39,6 @@ struct Torch {
   PyObject* is_neg;           // the method
   PyCFunction is_neg_itself;  // what that calls; null where it is no method in C
   PyObject *data_ptr, *dtype, *is_cpu, *is_cuda, *get_device, *shape, *stride;  // interned
-  PyObject *watchers[3], *function_modes, *modes_watch;
 } torch;
 
 bool shimmed = kShim;
@@ -63,14 +62,6 @@ PyCFunction function_of(PyObject* method) {
   return def->ml_flags == METH_NOARGS ? def->ml_meth : nullptr;
 }
 
-// Whether a function without arguments returns what is true: a count, a truth value or an object.
-bool says_yes(PyObject* function) {
-  const py::object answer = steal(PyObject_CallNoArgs(function));
-  const int yes = answer ? PyObject_IsTrue(answer.ptr()) : -1;
-  if (yes < 0) throw py::error_already_set();
-  return yes != 0;
-}
-
 // A lazy negation, which is only known to torch.
 bool is_negated(PyObject* tensor) {
   const py::object negated = steal(torch.is_neg_itself ? torch.is_neg_itself(tensor, nullptr)
@@ -81,15 +72,11 @@ bool is_negated(PyObject* tensor) {
 
 }  // namespace
 
-bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object& exchange,
-               const py::tuple& watchers) {
+bool set_torch(const py::tuple& types, const py::tuple& dtypes, const py::object& exchange) {
   // Never released: they live as long as torch does.
   for (int k = 0; k < 2; ++k)
     torch.types[k] = reinterpret_cast<PyTypeObject*>(py::object(types[k]).release().ptr());
   for (int k = 0; k < 9; ++k) torch.dtypes[k] = py::object(dtypes[k]).release().ptr();
-  for (int k = 0; k < 3; ++k) torch.watchers[k] = py::object(watchers[k]).release().ptr();
-  torch.function_modes = py::object(watchers[3]).release().ptr();
-  torch.modes_watch = py::object(watchers[4]).release().ptr();
   torch.is_neg = py::object(types[0].attr("is_neg")).release().ptr();
   torch.is_neg_itself = function_of(torch.is_neg);
   torch.data_ptr = PyUnicode_InternFromString("data_ptr");
@@ -232,17 +219,7 @@ bool is_tensor(PyObject* object) {
   return !PyFloat_CheckExact(object) && PyObject_TypeCheck(object, torch.types[0]);
 }
 
-int plainness(const py::handle& first, const py::handle& second) {
-  if (!torch.table) return 0;
-  int device = kNoDevice;
-  const auto no = Tensor::Negated::no;  // the kernel asks
-  const Tensor a(first.ptr(), device, no), b(second.ptr(), device, no);
-  if (a.kind != Tensor::Kind::floating || !b.is(a.dtype) || !b.same_shape(a)) return 0;
-  for (PyObject* watcher : torch.watchers)
-    if (says_yes(watcher)) return 0;
-  if (says_yes(torch.function_modes) && says_yes(torch.modes_watch)) return 0;
-  return device == kHost && (a.dtype == DType::f32 || a.dtype == DType::f64) ? 2 : 1;
-}
+bool reads_by_table() { return torch.table != nullptr; }
 
 bool Tensor::spans(const void* address) const {
   if (kind != Kind::floating || !address || !numel()) return false;

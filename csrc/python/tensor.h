@@ -15,11 +15,9 @@ namespace mbk::python {
 //   types: torch.Tensor and torch.nn.Parameter; of other types no pointer is taken
 //   dtypes: float32, bfloat16, float16, float64, int64, int32, int16, int8, uint8
 //   exchange: torch.Tensor.__dlpack_c_exchange_api__, or None
-//   watchers: functions that say whether somebody is to see every operation (modes, transforms,
-//     tracing); how many function modes there are; whether one of those is to see it
 // Returns whether the table is used.
 bool set_torch(const pybind11::tuple& types, const pybind11::tuple& dtypes,
-               const pybind11::object& exchange, const pybind11::tuple& watchers);
+               const pybind11::object& exchange);
 
 // Whose memory a tensor lies in: the host's, or that of the CUDA device of this number.
 inline constexpr int kHost = -1, kNoDevice = -2;
@@ -86,11 +84,8 @@ class Tensor {
 // Whether an object is a torch tensor, of whatever type.
 bool is_tensor(PyObject* object);
 
-// 1: two objects are tensors of one floating dtype, of one shape and on one device, of a kind that
-// pointers are taken of, and nobody is to see every operation; 2: and of 32 or 64 bits, on the
-// host; 0 otherwise, and where torch has no table: the attributes would cost more than what is
-// saved.
-int plainness(const pybind11::handle& first, const pybind11::handle& second);
+// Whether torch's table is used. Reading by attributes costs more than what short ways spare.
+bool reads_by_table();
 
 // Strides of (batch, the other dimensions as one, class dimension) of a tensor that is (C), (N, C)
 // or (N, C, d1, ...) with a class dimension, else (), (N) or (N, d1, ...). False if the others do

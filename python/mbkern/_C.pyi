@@ -1,5 +1,6 @@
 """The kernels. Not for use from outside mbkern; the launch modules are the only callers."""
 
+from collections.abc import Callable
 from typing import Any
 
 def build_info() -> dict[str, str]: ...
@@ -21,10 +22,27 @@ def scale_array(x: int, dtype: int, n: int, factor: float, threads: int) -> None
 def convert_array(
     source: int, source_dtype: int, to: int, to_dtype: int, n: int, threads: int
 ) -> None: ...
-def set_torch(
-    types: tuple[Any, ...], dtypes: tuple[Any, ...], exchange: object, watchers: tuple[Any, ...]
-) -> bool: ...
-def plainness(first: object, second: object) -> int: ...
+def set_torch(types: tuple[Any, ...], dtypes: tuple[Any, ...], exchange: object) -> bool: ...
+def set_plain(
+    *,
+    watchers: tuple[Any, ...],
+    function_modes: Callable[..., Any],
+    modes_watch: Callable[..., Any],
+    saved_hooks: Callable[..., Any],
+    is_grad_enabled: Callable[..., Any],
+    threads: Callable[..., Any],
+    empty_like: Callable[..., Any],
+    scalars: tuple[Any, ...],
+    most_bytes: int,
+) -> None: ...
+def plain_loss(
+    loss: int,
+    first: object,
+    second: object,
+    differentiates_second: bool,
+    reduction: int,
+    parameters: tuple[Any, ...],
+) -> Any: ...
 def scalar_value(tensor: object) -> float | None: ...
 def row_loss(fields: tuple[Any, ...]) -> float | bool | None: ...
 def pointwise_loss(fields: tuple[Any, ...]) -> float | bool | None: ...

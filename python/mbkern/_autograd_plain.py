@@ -2,7 +2,8 @@
 
 Where a kernel takes less time than what is around it, ``mbkern.autograd.TensorLoss`` spends more on
 objects that hold what was asked for, and on questions that have one answer here, than the kernel
-takes. This is that Function without them.
+takes. Here ``_C.plain_loss`` asks what is to be asked and computes loss and gradients in one call,
+before autograd's, and this Function is the node that hands them out.
 """
 
 from __future__ import annotations
@@ -13,84 +14,56 @@ import torch
 from torch import Tensor
 
 from mbkern import _C
-from mbkern._arguments import REDUCTIONS
 from mbkern._autograd_engine import graph_is_kept, saved_hooks
 from mbkern._autograd_left import Left, Request, hand_out
-from mbkern._calls import new_call
-from mbkern._launch import new_gradient, new_scalar
+from mbkern._launch import HUGE_PAGE_BYTES, SCALARS
 from mbkern._launch_tensors import TensorOptions
 from mbkern._losses import Loss
+from mbkern._tensors import calls_are_watched
 from mbkern.autograd import gradients_with_graph
 
+_C.set_plain(
+    watchers=(
+        torch._C._are_functorch_transforms_active,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._get_tracing_state,
+    ),
+    function_modes=torch._C._len_torch_function_stack,
+    modes_watch=calls_are_watched,
+    saved_hooks=saved_hooks,
+    is_grad_enabled=torch.is_grad_enabled,
+    threads=torch.get_num_threads,
+    empty_like=torch.empty_like,
+    scalars=(SCALARS[torch.float32], SCALARS[torch.float64]),
+    most_bytes=HUGE_PAGE_BYTES - 1,
+)
 
-def is_plain(loss: Loss, reduction: str) -> bool:
-    """Whether :func:`plain_loss` takes tensors whose ``_C.plainness`` is 2.
 
-    Those have no 16 bits, where a gradient is formed in forward on a guess only. Not unreduced, or
-    under hooks of saved tensors, where it is formed in backward; not where values are looked at.
+def plain_number(loss: Loss, reduction: str) -> int:
+    """The number of a loss that ``_C.plain_loss`` computes, or -1.
+
+    Not unreduced, where the gradient is formed in backward; not where values are looked at.
     """
-    return (
-        reduction != "none"
-        and loss.domain is None
-        and loss.kind == "pointwise"
-        and saved_hooks(False) is None
-    )
-
-
-def plain_loss(
-    loss: Loss, first: Tensor, second: Tensor, reduction: str, parameters: tuple[float, ...]
-) -> Tensor:
-    """Compute the loss of tensors of which :func:`is_plain` holds."""
-    if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
-        result: Tensor = _apply(first, second, loss, reduction, parameters)  # type: ignore[no-untyped-call]
-        return result
-    return _launch(loss, first, second, reduction, parameters, None, None)
-
-
-def _launch(
-    loss: Loss,
-    first: Tensor,
-    second: Tensor,
-    reduction: str,
-    parameters: tuple[float, ...],
-    grad_first: Tensor | None,
-    grad_second: Tensor | None,
-) -> Tensor:
-    value = new_scalar(first.dtype)
-    done = _C.pointwise_loss((
-        loss.number, first, second, None, None, None, None, None, grad_first, grad_second, None,
-        False, parameters, 1.0, REDUCTIONS[reduction], None, value, None, torch.get_num_threads(),
-        None, 0,
-    ))  # fmt: skip
-    if done is None:  # a negated view, or dimensions that do not merge
-        call = new_call(loss, (first, second, None), _options(reduction, parameters))
-        value, _ = call.run(grads=(grad_first, grad_second, None), loss_dtype=first.dtype)
-    assert value is not None
-    return value
-
-
-def _options(reduction: str, parameters: tuple[float, ...]) -> TensorOptions:
-    return TensorOptions(reduction=reduction, parameters=parameters)
+    if reduction != "none" and loss.domain is None and loss.kind == "pointwise":
+        return loss.number
+    return -1
 
 
 class PlainLoss(torch.autograd.Function):
-    """``TensorLoss`` where :func:`is_plain` holds; the loss and its options are arguments."""
+    """``apply_plain(first, second, done, loss, reduction, parameters)``: the node of what
+    ``_C.plain_loss`` has done."""
 
     @staticmethod
     def forward(
         ctx: Any,
         first: Tensor,
         second: Tensor,
-        loss: Loss,
-        reduction: str,
-        parameters: tuple[float, ...],
+        done: tuple[Tensor, tuple[Tensor | None, Tensor | None]],
+        *asked: Any,
     ) -> Tensor:
-        needs = ctx.needs_input_grad
-        grad_first = new_gradient(first) if needs[0] else None
-        grad_second = new_gradient(second) if needs[1] else None
-        value = _launch(loss, first, second, reduction, parameters, grad_first, grad_second)
         ctx.save_for_backward(first, second)  # for create_graph
-        ctx.asked, ctx.grads = (loss, reduction, parameters), (grad_first, grad_second)
+        value, ctx.grads = done  # not the value: it holds this node
+        ctx.asked = asked
         return value
 
     @staticmethod
@@ -105,14 +78,14 @@ class PlainLoss(torch.autograd.Function):
             left = Left(_request(ctx), 1.0, ctx.grads)
             grads = hand_out(left, ctx.grads, incoming, keep_zeros=False)
             ctx.grads = left.grads
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _request(ctx: Any) -> Request:
     loss, reduction, parameters = ctx.asked
-    return Request(loss, _options(reduction, parameters))
+    return Request(loss, TensorOptions(reduction=reduction, parameters=parameters))
 
 
 # As of the Functions in mbkern.autograd.
 PlainLoss._backward_cls.apply = PlainLoss.backward  # type: ignore[attr-defined]
-_apply = super(torch.autograd.Function, PlainLoss).apply
+apply_plain = super(torch.autograd.Function, PlainLoss).apply

@@ -30,7 +30,6 @@ from mbkern._arguments import (
 )
 from mbkern._losses import as_number
 from mbkern._tensors import (
-    CALL_WATCHERS,
     CUDA_BUILT,
     DTYPES,
     INDEX_TYPES,
@@ -42,14 +41,14 @@ from mbkern._tensors import (
     require_plain,
 )
 
-_HUGE_PAGE_BYTES = 4 << 20  # below, the system call costs more than the page faults it saves
-_SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
+HUGE_PAGE_BYTES = 4 << 20  # below, the system call costs more than the page faults it saves
+SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 
 def read_torch(*, exchange: bool = True) -> bool:
     """Tell the compiled module how to read tensors; return whether by torch's exchange table."""
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
-    return _C.set_torch((Tensor, torch.nn.Parameter), (*DTYPES, *INDEX_TYPES), table, CALL_WATCHERS)
+    return _C.set_torch((Tensor, torch.nn.Parameter), (*DTYPES, *INDEX_TYPES), table)
 
 
 has_exchange_table = read_torch()
@@ -88,7 +87,7 @@ def hint_argument(hint: Number) -> float | Tensor:
 
 def new_scalar(dtype: torch.dtype) -> Tensor | None:
     """Allocate a 0-dim result, faster than ``torch.empty``; None for a dtype without kernels."""
-    like = _SCALARS.get(dtype)
+    like = SCALARS.get(dtype)
     return None if like is None else torch.empty_like(like)
 
 
@@ -156,7 +155,7 @@ def new_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def in_huge_pages(fresh: Tensor) -> Tensor:
     """Ask for huge pages under memory that has not been touched yet, where they pay."""
     size = fresh.nbytes
-    if size >= _HUGE_PAGE_BYTES and fresh.is_cpu:
+    if size >= HUGE_PAGE_BYTES and fresh.is_cpu:
         _C.advise_huge_pages(fresh.data_ptr(), size)
     return fresh
 

@@ -125,12 +125,6 @@ def calls_are_watched() -> bool:
     return any(type(function_mode(k)) is not DeviceContext for k in range(_function_modes()))
 
 
-#: What ``_C.plainness`` asks, as ``_traced.is_traced`` does: see ``_C.set_torch``.
-CALL_WATCHERS = (
-    _functorch_active, _dispatch_modes, _jit_tracing, _function_modes, calls_are_watched,
-)  # fmt: skip
-
-
 def refuse_tracing(name: str) -> None:
     """Refuse to be traced: a tracer would record the allocation of results, and not the kernel."""
     if _jit_tracing() is None and not _dispatch_modes() and not _function_modes():

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from mbkern import _C, _traced
 from mbkern._arguments import (
     NO_CLASS,
+    REDUCTIONS,
     Number,
     check_reduction,
     legacy_reduction,
@@ -21,7 +22,7 @@ from mbkern._arguments import (
     promoted_dtype,
     result_dtype,
 )
-from mbkern._autograd_plain import is_plain, plain_loss
+from mbkern._autograd_plain import apply_plain, plain_number
 from mbkern._calls import new_call
 from mbkern._launch import RowCall, RowOptions
 from mbkern._launch_tensors import Inputs, TensorOptions
@@ -107,19 +108,24 @@ def tensor_loss(
         and not extras
         and not _is_compiling()
         and forward_ad._current_level < 0
-        and (plainness := _C.plainness(tensors[0], tensors[1]))
-        and (loss.differentiates_all or not tensors[1].requires_grad)  # type: ignore[union-attr]
     ):
         # Most calls, for which nothing of the following has anything to do.
-        first, second = tensors[:2]
-        assert first is not None
-        assert second is not None
         check_reduction(reduction, None)
-        if plainness == 2 and is_plain(loss, reduction):
-            return plain_loss(loss, first, second, reduction, parameters)
-        options = TensorOptions(None, None, None, reduction, None, -100, parameters)
-        dtype = result_dtype(None, first.dtype, first)
-        return _compute(loss, (first, second, None), options, dtype, None, False)
+        first, second = tensors[:2]
+        done = _C.plain_loss(
+            plain_number(loss, reduction), first, second, loss.differentiates_all,
+            REDUCTIONS[reduction], parameters,
+        )  # fmt: skip
+        if type(done) is tuple:
+            value, grads = done
+            if grads[0] is not None or grads[1] is not None:
+                value = apply_plain(first, second, done, loss, reduction, parameters)  # type: ignore[no-untyped-call]
+            return value  # type: ignore[no-any-return]
+        if done:  # the tensors are plain, what is asked for is not
+            assert first is not None
+            options = TensorOptions(None, None, None, reduction, None, -100, parameters)
+            dtype = result_dtype(None, first.dtype, first)
+            return _compute(loss, (first, second, None), options, dtype, None, False)
     try:
         inputs = _one_shape(loss, tensors, extras.get("inplace", False))
     except (AssertionError, AttributeError, TypeError):
