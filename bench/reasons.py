@@ -64,8 +64,12 @@ REASONS: dict[str, tuple[str, ...]] = {
         "mse_loss, huber_loss, smooth_l1_loss: torch's nodes of these are compiled, forward and "
         "backward take 17.0 to 17.7 us. An autograd.Function in Python that computes nothing, with "
         "the same two allocations and saved tensors, takes 14.9 (beside them in one process, the "
-        "least of nine times 2000 calls); the checks, the call and the "
-        "kernel would have 2 us left, and take 5. (32, 10) cross_entropy: 3.2.",
+        "least of nine times 2000 calls); the checks, the call and the kernel would have 2 us "
+        "left, and took 5. (32, 10) cross_entropy: 3.2. Since then two plain tensors without "
+        "options take a way of their own, all of it but the node in one call of the compiled "
+        "module. Measured so far on another machine only (2 CPUs of an AMD EPYC without AVX-512, "
+        "this suite, default, commit 75069cb): 0.89, 0.91, 0.89, where an earlier state, already "
+        "a twentieth faster than that of the table, had 1.05, 1.10, 1.07 beside it.",
     ),
     "head": (
         "Split-invariant on AVX2 against fast mode, which takes AVX-512 here: with half of the "
