@@ -25,10 +25,12 @@ class _Hook:
         self._accumulator, self._slot = accumulator, weakref.ref(slot)
         self.handle: Any = None
 
-    def __call__(self, _: Tensor) -> None:
+    def __call__(self, parameter: Tensor) -> None:
         accumulator, slot = self._accumulator(), self._slot()
         if accumulator is None or slot is None:
             self.handle.remove()
+        elif slot.parameter is not parameter:
+            return  # which swap_tensors has given what was the slot's, hooks and all
         elif accumulator._collector is not None:
             accumulator._collector.take(slot)
         else:
@@ -36,12 +38,28 @@ class _Hook:
 
 
 def put_hooks(slots: list[Slot], accumulator: weakref.ref[GradAccumulator]) -> None:
-    """Put a hook on every parameter that requires grad and has none yet."""
+    """Put a hook on every parameter that requires grad and has none, or none any more."""
     for slot in slots:
-        if slot.handle is None and slot.parameter.requires_grad:
-            register = slot.parameter.register_post_accumulate_grad_hook
+        parameter = slot.parameter
+        swapped = _was_swapped(slot)
+        if swapped:
+            unhook([slot])
+        if slot.handle is None and parameter.requires_grad:
+            register = parameter.register_post_accumulate_grad_hook
             hook = _Hook(accumulator, slot)
             slot.handle = hook.handle = register(hook)  # type: ignore[no-untyped-call]
+            slot.hooked = parameter._cdata
+            if swapped:
+                # torch still has the dict of hooks by the parameter's name, but calls it no more.
+                hooks = parameter._post_accumulate_grad_hooks
+                parameter._post_accumulate_grad_hooks = hooks
+
+
+def _was_swapped(slot: Slot) -> bool:
+    """Whether ``torch.utils.swap_tensors`` has put another tensor under the parameter's name since
+    it got its hook, which went away with the old one; as ``module.to(...)`` does after
+    ``torch.__future__.set_swap_module_params_on_conversion(True)``."""
+    return slot.handle is not None and slot.hooked != slot.parameter._cdata
 
 
 def unhook(slots: list[Slot]) -> None:
@@ -101,7 +119,8 @@ def require_none_stray(slots: list[Slot], into: str) -> None:
         grad = slot.parameter.grad
         if grad is None or into == "main_grad":
             continue
-        unseen = slot.handle is None and slot.parameter.requires_grad  # unfrozen since
+        # Unfrozen, or swapped, since.
+        unseen = (slot.handle is None and slot.parameter.requires_grad) or _was_swapped(slot)
         if (slot.stray and not _is_anothers(slot, grad)) or (unseen and not _is_given(slot, grad)):
             raise RuntimeError(
                 f"mbkern: {slot.name} has a gradient of a backward outside a micro-batch, which "
@@ -146,10 +165,11 @@ def require_none_left(slots: list[Slot]) -> None:
     """Raise if a micro-batch has left gradients that no hook has seen."""
     for slot in slots:
         if slot.parameter.grad is not None:
+            slot.hooked = 0  # to be hooked again: two swaps may have gone unseen
             raise RuntimeError(
                 f"mbkern: {slot.name} was given a gradient in this micro-batch that no hook saw: "
-                ".grad was assigned, or requires_grad set, inside the block, or "
-                "DistributedDataParallel averaged it: run such a model under `no_sync()`"
+                ".grad was assigned, requires_grad set, or the parameter swapped, inside the "
+                "block, or DistributedDataParallel averaged it: run such a model under `no_sync()`"
             )
 
 

@@ -160,6 +160,7 @@ class Members:
     def hook(self) -> None:
         """Put hooks where there are none, or none any more."""
         put_hooks(self.slots, self._owner)
+        prepare(self.slots, self._options.into)  # what swap_tensors has taken away, too
 
     def copy_for(self, owner: GradAccumulator, memo: dict[int, Any]) -> Members:
         """A copy of parameters, buffers and modules, as far as those were copied, with hooks."""

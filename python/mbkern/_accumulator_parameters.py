@@ -50,6 +50,7 @@ class Slot:
         received: for each set, whether its buffer holds sums of this window; else its contents mean
             nothing, and the first gradient overwrites them.
         handle: of its hook; None while it does not require grad.
+        hooked: which of torch's own tensors has the hook: the parameter's at the time.
         given: the memory of the gradient that was last handed out.
         lent: whether ``GradAccumulator.buffer`` has handed its buffer out in this window.
         stray: whether a backward outside a micro-batch has given it a gradient since.
@@ -66,6 +67,7 @@ class Slot:
     additions: int = 0
     received: list[bool] = field(default_factory=list)
     handle: Any = None
+    hooked: int = 0
     given: Given | None = None
     stray: bool = False
     lent: bool = False
