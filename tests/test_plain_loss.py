@@ -114,7 +114,7 @@ def test_who_watches_calls_is_seen() -> None:
     torch.func.grad(lambda v: ask("a transform", v))(x)
     torch.func.vmap(lambda v: ask("many at once", v))(x)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         torch.jit.trace(lambda v: ask("tracing", v), x, check_trace=False)
     make_fx(lambda v: ask("tracing with make_fx", v))(x)
     ask("nobody any more")
