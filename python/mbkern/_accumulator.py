@@ -84,9 +84,10 @@ class GradAccumulator:
             (dicts with ``params``, perhaps ``l1`` and ``l2``). All on one device; float32,
             bfloat16, float16 or float64. A parameter named twice counts once; a frozen one, of
             whatever type, has no buffer and gets no gradient until it is unfrozen. Of a module,
-            parameters that are replaced or added later are an error until ``add`` knows them; of
-            groups, what an optimizer's ``add_param_group`` adds later is not seen: ``add`` it, or
-            its gradients stay plain sums. ``module.to(...)`` may change them between windows.
+            parameters that are replaced or added later are an error until ``add`` knows them; so
+            are those that ``add_param_group`` adds to the ``optimizer.param_groups`` given here.
+            Else ``flush(optimizer=...)`` refuses gradients that are no accumulator's.
+            ``module.to(...)`` may change them between windows.
         dtype: of the buffers, float32, float64 or bfloat16; those of float64 parameters are
             float64.
         compensation: needed for bfloat16 buffers, whose 8 bits alone would lose what is added to a
@@ -317,14 +318,17 @@ class GradAccumulator:
             scaler: a ``torch.amp.GradScaler`` whose ``scale(loss)`` was given to ``backward``. Its
                 scale is divided out and an overflow is recorded, so ``scaler.step(optimizer)``
                 neither unscales again nor misses it; do not call ``unscale_``.
-            optimizer: the one of ``scaler.step``; a list, if several step these parameters.
+            optimizer: the one of ``scaler.step``; a list, if several step these parameters. Also
+                without a scaler: its parameters that this accumulator does not know, as after
+                ``add_param_group``, are an error if they have gradients, which are plain sums.
 
         Returns:
             A :class:`WindowStats`. Parameters without a gradient in this window have None.
 
         Raises:
             RuntimeError: a backward outside a micro-batch has left a gradient that would be
-                overwritten, or a micro-batch was added in part.
+                overwritten, a micro-batch was added in part, or there are parameters that this
+                accumulator does not know.
         """
         share_buffers(self._module)
         refused: Exception | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from mbkern import _accumulator_scaler
 from mbkern._accumulator_counts import Count
 from mbkern._accumulator_flush import FlushOptions, WindowStats, write
-from mbkern._accumulator_hooks import require_none_stray, set_gradient
+from mbkern._accumulator_hooks import require_none_stray, require_none_unknown, set_gradient
 from mbkern._accumulator_lend import take_strays
 from mbkern._arguments import Number
 
@@ -30,6 +30,9 @@ def check_flush(acc: GradAccumulator, scaler: Any, optimizer: Any) -> Number:
     check_kept(acc)
     if acc.mode == "known" and acc._group is None and acc._shards is None:
         acc._window.check_totals()  # over ranks it has counted its own share only
+    if scaler is None and optimizer is not None:
+        optimizers = _accumulator_scaler.optimizers_of(optimizer)
+        require_none_unknown(optimizers, acc._members.all)
     return scale_of(acc, scaler, optimizer)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mbkern._accumulator_parameters import Given, Slot
+from mbkern._tensors import describe
 
 if TYPE_CHECKING:
     from mbkern._accumulator import GradAccumulator
@@ -155,10 +157,55 @@ def require_known(modules: list[torch.nn.Module], slots: list[Slot]) -> None:
         if missing:
             raise RuntimeError(
                 "mbkern: the module has parameters that this accumulator does not know: "
-                f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}; they were "
+                f"{_some(missing)}; they were "
                 "replaced (as by load_state_dict(assign=True)) or added since, and their gradients "
                 "would not be counted: call add(module)"
             )
+
+
+def require_groups_known(groups: list[dict[str, Any]], slots: list[Slot]) -> None:
+    """Raise if groups that were given have a parameter to be trained that has no slot."""
+    own = {id(slot.parameter) for slot in slots}
+    missing = [
+        f"{describe(parameter)} in group {number}"
+        for number, parameter in _of_groups(groups)
+        if parameter.requires_grad and id(parameter) not in own
+    ]
+    if missing:
+        raise RuntimeError(
+            "mbkern: the parameter groups have parameters that this accumulator does not know: "
+            f"{_some(missing)}; they were added since (as by add_param_group), and their gradients "
+            "would not be counted: call add(optimizer.param_groups)"
+        )
+
+
+def require_none_unknown(optimizers: Iterable[Any], slots: list[Slot]) -> None:
+    """Raise if optimizers would step parameters by gradients that no accumulator has normalised."""
+    own = {id(slot.parameter) for slot in slots}
+    unknown = [
+        f"{describe(parameter)} in group {number}"
+        for optimizer in optimizers
+        for number, parameter in _of_groups(optimizer.param_groups)
+        if id(parameter) not in own and parameter.grad is not None
+        if not any(_is_given(slot, parameter.grad) for slot, _ in strays_of(parameter))
+    ]
+    if unknown:
+        raise RuntimeError(
+            "mbkern: the optimizer has parameters with gradients that this accumulator does not "
+            f"know, plain sums: {_some(unknown)}; call add(optimizer.param_groups) before a window "
+            "to accumulate them, too, or clear the gradients (zero_grad(set_to_none=True))"
+        )
+
+
+def _of_groups(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+    for number, group in enumerate(groups):
+        params = group["params"]
+        for item in [params] if isinstance(params, Tensor) else params:
+            yield number, item[1] if isinstance(item, tuple) else item
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
 def require_none_left(slots: list[Slot]) -> None:

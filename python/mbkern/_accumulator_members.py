@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mbkern._accumulator_flush import prepare
-from mbkern._accumulator_hooks import put_hooks, release, require_known, unhook
+from mbkern._accumulator_hooks import (
+    put_hooks,
+    release,
+    require_groups_known,
+    require_known,
+    unhook,
+)
 from mbkern._accumulator_options import Options
 from mbkern._accumulator_parameters import (
     Slot,
@@ -42,6 +48,8 @@ class Members:
         self._options, self._shards = options, shards
         # The modules that were given, and the numbers of their slots.
         self._modules: list[tuple[weakref.ref[torch.nn.Module], dict[int, str]]] = []
+        # Lists of groups that were given: an optimizer's own, which add_param_group appends to.
+        self._groups: list[list[dict[str, Any]]] = []
 
     @property
     def all(self) -> list[Slot]:
@@ -77,6 +85,9 @@ class Members:
             names = {id(p): name for name, p in parameters.named_parameters()}
             own = {slot.number: names[id(slot.parameter)] for slot in new}
             self._modules.append((weakref.ref(parameters), own))
+        groups = isinstance(parameters, list) and any(isinstance(p, dict) for p in parameters)
+        if groups and not any(known is parameters for known in self._groups):
+            self._groups.append(parameters)
 
     def thaw(self, frozen: Iterable[Slot], *, together: bool = False) -> None:
         """Give buffers and hooks to parameters that were frozen until now.
@@ -152,7 +163,9 @@ class Members:
         self.frozen = [slot for slot in self.frozen if slot not in gone]
 
     def require_known(self) -> None:
-        """Raise if a parameter of a module that was given would not be counted."""
+        """Raise if a parameter of a module, or of groups, that were given would not be counted."""
+        for groups in self._groups:
+            require_groups_known(groups, self.all)
         if self._shards is None:  # FSDP exchanges its parameters itself
             modules = [module() for module, _ in self._modules]
             require_known([module for module in modules if module is not None], self.all)
@@ -174,6 +187,7 @@ class Members:
             for module, names in copies
             if isinstance(module, torch.nn.Module)
         ]
+        other._groups = copy.deepcopy(self._groups, memo)
         prepare(other.slots, self._options.into)
         other.hook()
         return other
