@@ -245,7 +245,10 @@ def test_torchs_warning_of_broadcasting(case: Case) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             function(x, y, **inputs[0].options)
-        seen.append([(w.category, str(w.message), w.filename) for w in caught])
+        names = [w.filename for w in caught]
+        if function is case.torch:  # of kl_div, older versions name a line of their own
+            names = [__file__ if name == torch.nn.functional.__file__ else name for name in names]
+        seen.append([(w.category, str(w.message)) for w in caught] + names)
     assert seen[1] == seen[0]
 
 
