@@ -11,10 +11,10 @@ import pytest
 import torch
 from cases import DTYPES, REDUCTIONS, check
 from row_case import RowCase, RowSample, Variation
+from same_bits import same_bits as same_bits
 from torch import Tensor
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Result = list[Tensor | None]
 Expected = tuple[Result, Result, tuple[float, ...]]
@@ -100,9 +100,3 @@ def compare(
             assert w is not None
             assert g.dtype is dtype, where
             check(g, w, s, where, size)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    integer = INTEGER[a.element_size()]
-    assert a.dtype == b.dtype
-    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

@@ -1,12 +1,22 @@
-"""The same bits from every instruction set and every number of threads."""
+"""Bits of tensors; the same ones from every instruction set and every number of threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from mbkern import _C
+
+INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape have the same bits, NaN and the sign of 0 too."""
+    assert a.dtype == b.dtype
+    integer = INTEGER[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
 def check_same_bits(isa: str, digest: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import CASES, Case, Sample
+from same_bits import same_bits
 from torch import Tensor
 
 import mbkern
@@ -20,14 +21,7 @@ from mbkern import _C
 pytestmark = pytest.mark.usefixtures("restored")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 compared = 0  # gradient elements, in this session
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    integer = INTEGER[a.element_size()]
-    assert a.dtype == b.dtype
-    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
 def cuts(n: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from guarded import LIBC, MAP_NORESERVE, Arena, bytes_at, in_child, map_anonymous
+from same_bits import same_bits
 from torch import Tensor
 
 import mbkern
@@ -172,11 +173,6 @@ CALLS = [
     pointwise,
     pointwise_buffer,
 ]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
 def guarded(arena: Arena, call: Callable, columns: int, dtype: torch.dtype, slack: int) -> None:
