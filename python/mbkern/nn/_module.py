@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mbkern._arguments import Number
+from mbkern.functional._ends import Extras as FunctionExtras
 
 _EXTRAS: dict[str, Any] = {
     "inplace": False,
@@ -19,8 +20,29 @@ _EXTRAS: dict[str, Any] = {
 }
 
 
+class _Signature:
+    """What ``inspect.signature`` says of a class whose constructor hands its arguments on.
+
+    Made when it is asked for. Of an instance, and of a class with a constructor of its own, it is
+    not there, so that Python looks at what these take.
+    """
+
+    def __get__(self, module: Extras | None, owner: type[Extras]) -> inspect.Signature:
+        if module is not None or owner.__init__ not in (Extras.__init__, OwnLoss.__init__):
+            raise AttributeError("__signature__")
+        kind = inspect.Parameter.KEYWORD_ONLY
+        annotations = inspect.get_annotations(FunctionExtras)
+        extras = [
+            inspect.Parameter(name, kind, default=default, annotation=annotations[name])
+            for name, default in _EXTRAS.items()
+        ]
+        return inspect.Signature([*owner._own_parameters(), *extras])
+
+
 class Extras:
     """The keywords that every loss takes, kept for the calls; the rest goes to torch's module."""
+
+    __signature__ = _Signature()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kept = {name: kwargs.pop(name, default) for name, default in _EXTRAS.items()}
@@ -29,6 +51,12 @@ class Extras:
         self.grad_scale: Number | None = kept["grad_scale"]
         self.denominator: Number | None = kept["denominator"]
         self.loss_dtype: torch.dtype | None = kept["loss_dtype"]
+
+    @classmethod
+    def _own_parameters(cls) -> list[inspect.Parameter]:
+        """Those of the constructor but the extras: torch's module's."""
+        torchs = next(base for base in cls.__mro__ if not issubclass(base, Extras))
+        return list(inspect.signature(torchs).parameters.values())
 
     def _extras(self, sample_weight: Tensor | None) -> dict[str, Any]:
         """Those that are not the functions' own defaults: without any a call is the quickest."""
@@ -76,6 +104,12 @@ class OwnLoss(Extras, torch.nn.Module):
         """Names of the loss's own parameters and its reduction, in the function's order."""
         skipped = ("input", "similarity", "student", "teacher", "target", "extras")
         return tuple(n for n in inspect.signature(cls._function).parameters if n not in skipped)
+
+    @classmethod
+    def _own_parameters(cls) -> list[inspect.Parameter]:
+        given = inspect.signature(cls._function).parameters
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return [given[name].replace(kind=kind) for name in cls._names()]
 
     def extra_repr(self) -> str:
         """The loss's own parameters."""
