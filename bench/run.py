@@ -23,6 +23,7 @@ from goals import judge
 from report import as_markdown, goal_table, machine_table, suite_table, warnings
 from suite_settings import COMPILE, LONG_ROWS, Settings
 
+from mbkern._cli import INTERRUPTED
 from mbkern.bench import machine, tables
 from mbkern.bench.allocator import environment
 from mbkern.bench.arguments import check_output, count, counts
@@ -84,16 +85,26 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Group]]:
     other_load: dict[str, float | None] = {}
     failures: list[str] = []
     groups: list[Group] = []
-    for suite in args.suite or SUITES:
-        for state in importlib.import_module(f"suites.{suite.replace('-', '_')}").STATES:
-            settings = Settings(state, args.threads, args.quick, args.repeats, args.compile)
-            try:
-                data = _run_child(suite, settings)
-            except RuntimeError as failure:
-                failures.append(f"{suite}, {state} allocator: {failure}")
-                continue
-            other_load[f"{suite} ({state})"] = data["other_load"]
-            groups += [Group.from_json(g) for g in data["groups"]]
+    interrupted = False
+    parts = [
+        (suite, state)
+        for suite in args.suite or SUITES
+        for state in importlib.import_module(f"suites.{suite.replace('-', '_')}").STATES
+    ]
+    for number, (suite, state) in enumerate(parts):
+        settings = Settings(state, args.threads, args.quick, args.repeats, args.compile)
+        try:
+            data = _run_child(suite, settings)
+        except RuntimeError as failure:
+            failures.append(f"{suite}, {state} allocator: {failure}")
+            continue
+        except KeyboardInterrupt:  # what was measured before is kept
+            interrupted = True
+            left = ", ".join(f"{suite} ({state})" for suite, state in parts[number:])
+            failures.append(f"Interrupted: not measured: {left}.")
+            break
+        other_load[f"{suite} ({state})"] = data["other_load"]
+        groups += [Group.from_json(g) for g in data["groups"]]
     document = {
         "command": shlex.join(["python", "bench/run.py", *sys.argv[1:]]),
         "machine": {**machine.describe(), "threads": ", ".join(map(str, args.threads))},
@@ -101,13 +112,15 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Group]]:
         "other_load": other_load,
         "seconds": round(time.monotonic() - started),
         "failures": failures,
+        "interrupted": interrupted,
         "groups": [g.as_json() for g in groups],
     }
     return document, groups
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print, write; the status is 1 if a suite or a way failed or is wrong, else 0.
+    """Measure, print, write; the status is 130 after Ctrl-C, with what was measured until then, 1
+    if a suite or a way failed or is wrong, else 0.
 
     A goal that is missed does not fail the run: whether the machine was quiet is for the reader.
     """
@@ -138,6 +151,8 @@ def main(argv: Sequence[str]) -> int:
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     if args.markdown:
         args.markdown.write_text(as_markdown(document, (goals, facts, *details), cautions))
+    if document["interrupted"]:
+        return INTERRUPTED
     return int(bool(document["failures"]) or any(not e.ranked for g in groups for e in g.entries))
 
 

@@ -90,7 +90,7 @@ def _fill(entries: Sequence[Entry], timed: Sequence[Entry]) -> None:
     for measured in timed:
         for entry in entries:
             if entry.name == measured.name:
-                entry.samples = measured.samples
+                entry.take(measured)
 
 
 def measure(case: Case, makers: Makers, size: int, effort: Effort, device: str) -> Group:

@@ -89,7 +89,7 @@ def measure(formula: Formula, shape: tuple[int, ...], dtype: torch.dtype, effort
         entries.append(Entry(name, error=error, correct=error <= 4 * TOLERANCE[dtype]))
         ways.append(Way(name, run, p.restore))
     for timed in interleave(ways, effort, device):
-        next(e for e in entries if e.name == timed.name).samples = timed.samples
+        next(e for e in entries if e.name == timed.name).take(timed)
     suite = WITH_EXP if formula.exponential else WITHOUT_EXP
     size = (shape[0] * repeated, *shape[1:])
     label = f"{formula.name} {SHORT[dtype]} {size}"

@@ -186,7 +186,7 @@ def measure(rows: int, columns: int, width: int, effort: Effort, device: str) ->
         entries.append(Entry(name))
         ways.append(Way(name, head.products(logits), head.restore))
     for timed in interleave(ways, effort, device):
-        next(e for e in entries if e.name == timed.name).samples = timed.samples
+        next(e for e in entries if e.name == timed.name).take(timed)
     label = f"bf16 ({rows}, {width}) x ({columns}, {width})"
     # What is returned is not counted: here the gradient of the hidden states alone is fresh.
     allowed = 1.2e9 / MIB + rows * width * 2 / MIB

@@ -37,6 +37,12 @@ class Entry:
         """Whether its samples may be compared with others."""
         return self.correct and not self.failed
 
+    def take(self, timed: Entry) -> None:
+        """Take over what was timed of this way, and why it ended, if it raised meanwhile."""
+        self.samples, self.host, self.faults = timed.samples, timed.host, timed.faults
+        if timed.failed:
+            self.failed, self.note = True, timed.note
+
     def fail(self, failure: BaseException) -> None:
         """Keep what was raised, in one line."""
         lines = str(failure).strip().splitlines() or [""]
