@@ -33,6 +33,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import threading
 import types
 from collections import Counter
@@ -112,6 +113,12 @@ class _Process:
 
 _thread = _Thread()
 _lock = threading.RLock()
+# A child must not find the lock held by a thread that it does not have, nor torch._dynamo, which
+# the first block imports, half imported: a fork waits for the thread that is at it.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 #: What mbkern raises, before it has written anything, for a call that is no loss.
 _REFUSED = (ValueError, TypeError, IndexError, NotImplementedError)
 
@@ -366,6 +373,9 @@ def patched(*, mode: bool = False, report: bool = False) -> _Patched:
     With activation checkpointing, which runs losses again in backward, use :func:`patch`, which is
     for the process, or run backward inside the block in the same thread; otherwise
     ``torch.utils.checkpoint`` raises CheckpointError.
+
+    A process that is forked inside the block is inside, too. One that is spawned, as a DataLoader's
+    workers may be, runs torch: call :func:`patch` there (``worker_init_fn``).
 
     Args:
         mode: catch the calls by a torch function mode, not in ``torch.nn.functional``. Catches also
