@@ -62,6 +62,8 @@ def _flushes(i: Instruction) -> bool:
 
 
 def _half(i: Instruction) -> bool:
+    if not i.opcode.startswith("H"):
+        return False
     if i.opcode.startswith("HFMA2"):
         return _operands(i)[1:3] != ["-RZ", "RZ"]
     if i.opcode.startswith("HADD2.F32"):
@@ -70,11 +72,14 @@ def _half(i: Instruction) -> bool:
 
 
 def _float_atomic(i: Instruction) -> bool:
-    return re.match(r"(ATOM|RED).*\.(F16|F32|F64|BF16)", i.opcode) is not None
+    return (
+        i.opcode.startswith(("ATOM", "RED"))
+        and re.search(r"\.(F16|F32|F64|BF16)", i.opcode) is not None
+    )
 
 
 def _local(i: Instruction) -> bool:
-    return i.opcode.split(".")[0] in ("LDL", "STL")
+    return i.opcode.startswith(("LDL", "STL")) and i.opcode.split(".")[0] in ("LDL", "STL")
 
 
 RULES = {
