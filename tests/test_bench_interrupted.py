@@ -15,9 +15,14 @@ import run
 from gpu import bench, family, ways
 from gpu.problem import Case
 from suite_settings import Settings
+from test_bench_ab import Fake
 
+from mbkern.bench import ab
+from mbkern.bench import run as runs
 from mbkern.bench.formulas import FORMULAS
+from mbkern.bench.problem import Plan
 from mbkern.bench.results import Entry, Group
+from mbkern.bench.rows import load
 from mbkern.bench.timing import Effort, Way
 
 
@@ -91,3 +96,23 @@ def test_a_way_that_raises_while_it_is_timed_says_why(
         other = group.entry("copy")
         assert other is not None
         assert not other.failed
+
+
+class Lasting(Fake):
+    """One that does not end before Ctrl-C comes again."""
+
+    def end(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+def test_a_second_ctrl_c_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows were kept once the processes had ended."""
+    monkeypatch.setattr(ab, "Session", Lasting)
+    monkeypatch.setattr(Fake, "rounds", 0)
+    monkeypatch.setattr(Fake, "last", 12)
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    sides = [runs.Recorder(file, "pair") for file in files]
+    with pytest.raises(KeyboardInterrupt):
+        ab.run(Plan(("s",), repeats=6, warm_up=0.0), ("a", "b"), sides, processes=2)
+    assert [len(row.samples_s) for file in files for row in load(file)[0]] == [3, 4]

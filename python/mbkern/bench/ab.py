@@ -48,11 +48,12 @@ def run(
         for recorder in recorders:
             recorder.interrupted = True
     finally:
-        turns.end()
         if progress is not None:
             progress.end()
+        # First of all: who waits for the processes may press Ctrl-C again.
         for recorder, rows in zip(recorders, turns.finished(), strict=True):
             recorder.add(rows)
+        turns.end()
 
 
 def _skip(turns: _Turns, recorders: Sequence[Recorder]) -> None:
