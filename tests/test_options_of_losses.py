@@ -58,3 +58,12 @@ def test_arguments_of_other_losses(name: str) -> None:
         if other not in own:
             with pytest.raises(TypeError, match=f"has no argument '{other}'|unexpected keyword"):
                 function(**tensors, **{other: None})
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "nll_loss", "kl_div", "cross_entropy"])
+def test_the_warning_of_deprecated_arguments_is_of_the_callers_line(name: str) -> None:
+    x = torch.randn(3, 4).log_softmax(1)
+    target = torch.tensor([0, 3, 1]) if name in ("nll_loss", "cross_entropy") else x.exp()
+    with pytest.warns(UserWarning, match="size_average and reduce") as told:
+        getattr(F, name)(x, target, size_average=False)
+    assert [warning.filename for warning in told] == [__file__]

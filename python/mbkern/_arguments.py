@@ -251,10 +251,11 @@ def check_index(index: object, name: str) -> None:
         raise ValueError(f"mbkern: {name} must have 64 bits, not {value.bit_length() + 1}")
 
 
-def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+def legacy_reduction(size_average: bool | None, reduce: bool | None, *, stacklevel: int = 4) -> str:
     """The reduction that torch's deprecated arguments mean, with its warning.
 
-    torch's own function cannot be called where a call of ours is compiled.
+    ``stacklevel``: that of the user's line; 3 if a public function calls this itself. torch's own
+    function cannot be called where a call of ours is compiled.
     """
     average, reduces = size_average is None or size_average, reduce is None or reduce
     reduction = "none" if not reduces else "mean" if average else "sum"
@@ -262,7 +263,7 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
         warnings.warn(
             "size_average and reduce args will be deprecated, please use "
             f"reduction='{reduction}' instead.",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return reduction
 

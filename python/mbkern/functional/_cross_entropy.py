@@ -56,7 +56,7 @@ def cross_entropy(
     (docs/numerics.md).
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy_reduction(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce, stacklevel=3)
     options = RowOptions(
         weight,
         sample_weight,

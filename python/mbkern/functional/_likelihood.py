@@ -46,7 +46,7 @@ def kl_div(
     Differentiable in both. From logits, in one pass: :func:`kl_div_with_logits`.
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy_reduction(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce, stacklevel=3)
     elif reduction == "mean" and extras.get("denominator") is None:
         warn_of_mean()
     if reduction == "batchmean":
