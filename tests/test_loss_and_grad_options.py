@@ -130,7 +130,9 @@ def test_the_names_that_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [torch.ones(3), np.ones(3), F.mse_loss, None, ["mse_loss"]], ids=repr
+    "name",
+    [torch.ones(3), np.ones(3), F.mse_loss, None, ["mse_loss"]],
+    ids=["tensor", "array", "function", "none", "list"],  # the same in every process
 )
 def test_what_is_no_name(name: Any) -> None:
     with pytest.raises(TypeError, match="the name of a loss comes first, then its tensors; not"):
