@@ -34,7 +34,10 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def is_traced() -> bool:
-    """Whether somebody is to see every operation: a compiler, a mode or a transform of torch."""
+    """Whether somebody is to see every operation: a compiler, a mode or a transform of torch.
+
+    The shortest way (``_autograd_plain``) has the compiled module ask the same.
+    """
     return (
         _is_compiling()
         or ((_dispatch_modes() > 0 or _function_modes() > 0) and calls_are_watched())
