@@ -1,7 +1,8 @@
 """docs/speed.md: what was aimed at and what was reached, from bench/results/goals.json.
 
 python bench/run.py --json RUN.json
-python bench/goal_page.py --take RUN.json ...   put runs into the results, suite by suite
+python bench/goal_page.py --take RUN.json ...   put runs into the results of their machine, suite
+                                                by suite
 python bench/goal_page.py --write               write the page
 python bench/goal_page.py                       status 1 if the page says anything else
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,29 +33,28 @@ HEAD = """\
 
 Every number that the project set itself, measured by `python bench/run.py`
 ([bench/README.md](../bench/README.md) says how), beside what it is compared with, in one process
-and in turns. A cell has the range over all cases of that number of threads: shapes, dtypes, both
-states of the allocator where none is named; bold is what is missed, and the cases that miss it are
-listed below, with the reason where it is known. Cases whose peer computes wrong numbers are named,
-not ranked. Written by `python bench/goal_page.py --write` from `bench/results/goals.json`.
+and in turns. A cell has the range over all cases of that machine and number of threads: shapes,
+dtypes, both states of the allocator where none is named; bold is what is missed, and the cases that
+miss it are listed below, with the reason where it is known. Cases whose peer computes wrong numbers
+are named, not ranked. Written by `python bench/goal_page.py --write` from
+`bench/results/goals.json`.
 """
 
 
 def take(runs: Sequence[Path]) -> None:
-    """Put the suites of some runs into the results, in the place of what was there of them."""
+    """Put the suites of some runs into those of their machine, in the place of what was there."""
     if not runs:
         return
-    results: dict[str, Any] = {"suites": {}}
-    if RESULTS.exists():
-        results = json.loads(RESULTS.read_text())
+    machines = _machines() if RESULTS.exists() else {}
     for path in runs:
         run = json.loads(path.read_text())
         if "--quick" in run.get("command", ""):
             raise ValueError(f"{path} is of --quick, which says whether all works, not how fast")
         machine = run["machine"]
-        facts = {
-            name: machine[name]
-            for name in ("date", "cpu", "cpus", "isa", "torch", "mbkern", "commit", "threads")
-        }
+        suites = machines.setdefault(
+            f"{machine['cpus']} CPUs of an {machine['cpu']} ({machine['isa'].split()[0]})", {}
+        )
+        facts = {name: machine[name] for name in ("date", "torch", "mbkern", "commit", "threads")}
         others = max((v for v in run["other_load"].values() if v is not None), default=None)
         for suite in dict.fromkeys(goal["suite"] for goal in run["goals"]):
             goals = [
@@ -61,8 +62,14 @@ def take(runs: Sequence[Path]) -> None:
                 for goal in run["goals"]
                 if goal["suite"] == suite
             ]
-            results["suites"][suite] = {**facts, "cpus taken by others": others, "goals": goals}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            suites[suite] = {**facts, "cpus taken by others": others, "goals": goals}
+    RESULTS.write_text(json.dumps({"machines": machines}, indent=1) + "\n")
+
+
+def _machines() -> dict[str, dict[str, Any]]:
+    """By machine and suite, what was measured."""
+    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text())["machines"]
+    return found
 
 
 def _value(text: str) -> float | None:
@@ -107,9 +114,8 @@ def _exceptions(rows: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
             if _value(goal["measured"]) is None:
                 cases.setdefault(goal["case"], []).append(goal["measured"])
             elif _misses(goal) and len({g["case"] for g in goals}) > 1:
-                threads = _threads(goal["threads"])
                 value = _number(_value(goal["measured"]) or 0.0)
-                cases.setdefault(goal["case"], []).append(f"{value} ({threads})")
+                cases.setdefault(goal["case"], []).append(f"{value} ({_column(goal)})")
         found = (f"{case} {', '.join(dict.fromkeys(said))}" for case, said in cases.items())
         if cases:
             lines.append(f"- {what}, {reach}: {'; '.join(found)}")
@@ -118,39 +124,52 @@ def _exceptions(rows: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
 
 def text() -> str:
     """The page."""
-    suites = json.loads(RESULTS.read_text())["suites"]
-    lines = [HEAD]
-    order = list(dict.fromkeys(goal.suite for goal in GOALS))
-    for suite, data in sorted(suites.items(), key=lambda item: order.index(item[0])):
-        others = data["cpus taken by others"]
-        load = "unknown" if others is None else f"at most {others:.2f}"
-        busy = " **The machine was busy.**" if others is not None and others > BUSY else ""
-        lines += [
-            f"## {suite}",
-            "",
-            f"{data['date'][:10]}, {data['cpus']} CPUs of an {data['cpu']} "
-            f"({data['isa'].split()[0]}), torch {data['torch']}, commit {data['commit'][:7]}. "
-            f"CPUs taken by others: {load}.{busy}",
-            "",
-        ]
-        threads = sorted({goal["threads"] for goal in data["goals"]})
-        lines.append(f"| what | aim |{''.join(f' {_threads(t)} |' for t in threads)}")
-        lines.append("| --- | --- |" + " --- |" * len(threads))
-        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for goal in data["goals"]:
-            rows.setdefault((_what(goal), goal["reach"]), []).append(goal)
-        for (what, reach), goals in rows.items():
-            cells = (_cell([g for g in goals if g["threads"] == t]) for t in threads)
-            lines.append(f"| {what} | {reach} | {' | '.join(cells)} |")
-        exceptions = _exceptions(rows)
-        if any(map(_misses, data["goals"])):
-            exceptions += [f"- Why: {reason}" for reason in REASONS.get(suite, ())]
-        lines += ["", *exceptions, ""] if exceptions else [""]
+    machines = dict(zip(string.ascii_uppercase, _machines().items(), strict=False))
+    lines = [HEAD, *(f"- {letter}: {name}" for letter, (name, _) in machines.items()), ""]
+    for suite in dict.fromkeys(goal.suite for goal in GOALS):
+        goals: list[dict[str, Any]] = []
+        conditions = []
+        for letter, (_, suites) in machines.items():
+            if suite in suites:
+                goals += [goal | {"machine": letter} for goal in suites[suite]["goals"]]
+                conditions.append(f"{letter}: {_conditions(suites[suite])}")
+        if goals:
+            lines += [f"## {suite}", "", "  \n".join(conditions), "", *_table(goals), ""]
+            why = REASONS.get(suite, ()) if any(map(_misses, goals)) else ()
+            notes = [*_exceptions(_rows(goals)), *(f"- Why: {reason}" for reason in why)]
+            lines += [*notes, ""] if notes else []
     return "\n".join(lines)
 
 
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
+def _conditions(suite: dict[str, Any]) -> str:
+    others = suite["cpus taken by others"]
+    load = "unknown" if others is None else f"at most {others:.2f}"
+    busy = " **The machine was busy.**" if others is not None and others > BUSY else ""
+    return (
+        f"{suite['date'][:10]}, torch {suite['torch']}, commit {suite['commit'][:7]}; "
+        f"CPUs taken by others: {load}.{busy}"
+    )
+
+
+def _rows(goals: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """By what was aimed at."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for goal in goals:
+        rows.setdefault((_what(goal), goal["reach"]), []).append(goal)
+    return rows
+
+
+def _table(goals: Sequence[dict[str, Any]]) -> list[str]:
+    columns = sorted({_column(goal) for goal in goals})
+    lines = [f"| what | aim | {' | '.join(columns)} |", "| --- | --- |" + " --- |" * len(columns)]
+    for (what, reach), row in _rows(goals).items():
+        cells = (_cell([g for g in row if _column(g) == column]) for column in columns)
+        lines.append(f"| {what} | {reach} | {' | '.join(cells)} |")
+    return lines
+
+
+def _column(goal: dict[str, Any]) -> str:
+    return f"{goal['machine']}, {goal['threads']} thread{'s' * (goal['threads'] != 1)}"
 
 
 def _what(goal: dict[str, Any]) -> str:

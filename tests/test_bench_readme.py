@@ -45,7 +45,7 @@ def test_the_page_of_goals_says_what_was_measured() -> None:
 def test_what_is_missed_is_bold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs take the place of what was there of their suites; ranges are over cases and states."""
+    """Runs take the place of what was there of their suites and machine, and of nothing else."""
     goals = [
         {"what": "speed", "reach": ">= 2x", "measured": f"{value}x (1-9)", "case": "c",
          "threads": threads, "allocator": "default"}
@@ -56,9 +56,9 @@ def test_what_is_missed_is_bold(
         {**goals[0], "what": "bytes", "reach": "<= 0.5 MiB", "measured": "+0.70 MiB"},
         {**goals[0], "what": "unknown", "measured": "-"},
     ]
-    facts = ("date", "cpu", "cpus", "isa", "torch", "mbkern", "commit", "threads")
+    facts = ("date", "cpus", "isa", "torch", "mbkern", "commit", "threads")
     run = {
-        "machine": dict.fromkeys(facts, "2026-01-02T03"),
+        "machine": {"cpu": "first", **dict.fromkeys(facts, "2026-01-02T03")},
         "other_load": {"a (default)": 0.3, "b (default)": None},
         "goals": [{**goal, "suite": "twin"} for goal in goals],
     }
@@ -70,6 +70,7 @@ def test_what_is_missed_is_bold(
         assert goal_page.main(["--take", str(tmp_path / "run.json")]) == 0
         run["goals"][0]["measured"] = "2.40x"  # type: ignore[index]
     page = (tmp_path / "speed.md").read_text()
+    assert "| what | aim | A, 1 thread | A, 2 threads |" in page
     assert "| speed, default | >= 2x | 2.40 to 3.00 | **1.90 to 12** |" in page
     assert "| price, default | <= 1.05x | 1.05 | - |" in page
     assert "| bytes, default | <= 0.5 MiB | **0.70** | - |" in page
@@ -81,6 +82,13 @@ def test_what_is_missed_is_bold(
     assert goal_page.main([]) == 1
     assert "--write" in capsys.readouterr().out
     run["goals"] = [{**run["goals"][0], "measured": "9.00x"}]  # type: ignore[index]
+    run["machine"]["cpu"] = "second"  # type: ignore[index]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    goal_page.main(["--take", str(tmp_path / "run.json")])
+    page = (tmp_path / "speed.md").read_text()
+    assert "| speed, default | >= 2x | 2.40 to 3.00 | **1.90 to 12** | 9.00 |" in page
+    assert page.index("of an first") < page.index("of an second")
+    run["machine"]["cpu"] = "first"  # type: ignore[index]
     (tmp_path / "run.json").write_text(json.dumps(run))
     goal_page.main(["--take", str(tmp_path / "run.json")])
     assert goal_page.main(["--write"]) == 0

@@ -51,13 +51,20 @@ def describe() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor as the kernel names it."""
+    """The processor as the kernel names it; where a hypervisor hides which, with its numbers."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
+
+    def field(names: str) -> str:
+        match = re.search(rf"^(?:{names})\s*:\s*(.+)$", text, re.MULTILINE)
+        return match[1].strip() if match else ""
+
+    name = field("model name|Model") or platform.machine()
+    family, model = field("cpu family"), field("model")
+    hidden = family and model and not re.search(r"\d", name)
+    return f"{name}, family {family} model {model}" if hidden else name
 
 
 def _caches() -> str:
